@@ -1,0 +1,124 @@
+"""Key-value caches of fixed capacity: make, insert, evict, usage. The only code that writes slots.
+
+Attention does not care in which order keys are stored. So nothing is ever shifted or gathered: a key that goes
+only loses its position, and a key that comes takes any free slot of its head. Shapes stay static, and one
+compiled step serves a sequence of any length.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Num
+
+from corm_jax.errors import CormError
+from corm_jax.types import EMPTY, Caches, CacheSpec, LayerCache, Policy, Slots, Usage
+
+
+def make(policy: Policy, spec: CacheSpec, batch: int) -> LayerCache:
+    """An empty cache for one layer, each leaf with a leading ``batch`` axis.
+
+    >>> from corm_jax.policies import Full
+    >>> make(Full(), CacheSpec(kv_heads=2, capacity=8, head_dim=4), batch=3).k.shape
+    (3, 2, 8, 4)
+    """
+    if spec.capacity < 1 or batch < 1:
+        raise CormError(f"capacity and batch must be at least 1, not {spec.capacity} and {batch}")
+    cache = LayerCache(
+        k=jnp.zeros((*spec.slots, spec.head_dim), spec.dtype),
+        v=jnp.zeros((*spec.slots, spec.head_dim), spec.dtype),
+        position=jnp.full(spec.slots, EMPTY, jnp.int32),
+        state=policy.init(spec),
+        seen=jnp.zeros((), jnp.int32),
+        overflow=jnp.zeros(spec.kv_heads, jnp.int32),
+    )
+    return jax.tree.map(lambda x: jnp.tile(x, (batch, *(1,) * x.ndim)), cache)
+
+
+def slots(cache: LayerCache) -> Slots:
+    """The view of a cache that a policy gets."""
+    return Slots(cache.position, cache.seen)
+
+
+def insert(
+    policy: Policy,
+    cache: LayerCache,
+    k: Float[Array, "tokens kv_heads head_dim"],
+    v: Float[Array, "tokens kv_heads head_dim"],
+    count: Int[Array, ""],
+) -> LayerCache:
+    """Stores the first ``count`` of the given keys and values, and moves the clock on by as many.
+
+    They take free slots first. When those run out the policy's lowest `rank` goes, among equals the oldest key;
+    each such loss is counted in ``overflow``.
+    """
+    tokens, (kv_heads, capacity) = k.shape[0], cache.position.shape
+    if tokens > capacity:
+        raise CormError(f"{tokens} new keys do not fit into {capacity} slots: use a smaller chunk or more capacity")
+    seen = cache.seen + count
+    priority = policy.rank(cache.state, Slots(cache.position, seen))
+    slot = lowest(jnp.where(cache.position >= 0, priority, _least(priority)), cache.position, tokens)
+    arrives = jnp.arange(tokens) < count
+    head = jnp.arange(kv_heads)[:, None]
+    lost = (cache.position[head, slot] >= 0) & arrives[None]
+    target = jnp.where(arrives[None], slot, capacity)  # out of bounds, so dropped
+
+    def write(buffer, value):
+        return buffer.at[..., head, target].set(value.astype(buffer.dtype), mode="drop")
+
+    fresh = policy.init(CacheSpec(kv_heads, capacity, k.shape[-1], cache.k.dtype))
+    return LayerCache(
+        k=cache.k.at[head, target].set(k.swapaxes(0, 1).astype(cache.k.dtype), mode="drop"),
+        v=cache.v.at[head, target].set(v.swapaxes(0, 1).astype(cache.v.dtype), mode="drop"),
+        position=write(cache.position, jnp.broadcast_to(cache.seen + jnp.arange(tokens), slot.shape)),
+        state=jax.tree.map(lambda leaf, new: write(leaf, new[..., head, slot]), cache.state, fresh),
+        seen=seen,
+        overflow=cache.overflow + lost.sum(-1, dtype=jnp.int32),
+    )
+
+
+def evict(policy: Policy, cache: LayerCache, allowed: Bool[Array, ""] | bool = True) -> LayerCache:
+    """Frees the slots that the policy does not retain; none where ``allowed`` is false."""
+    keep = policy.retain(cache.state, slots(cache)) | ~jnp.asarray(allowed)
+    return cache._replace(position=jnp.where(keep, cache.position, EMPTY))
+
+
+def lowest(
+    rank: Num[Array, "kv_heads capacity"], position: Int[Array, "kv_heads capacity"], count: int
+) -> Int[Array, "kv_heads {count}"]:
+    """The slots of each head with the ``count`` lowest (rank, position), lowest first."""
+    if count == 1:  # two reductions, far cheaper than a sort
+        tied = rank == rank.min(-1, keepdims=True)
+        return jnp.where(tied, position, jnp.iinfo(jnp.int32).max).argmin(-1, keepdims=True).astype(jnp.int32)
+    index = jax.lax.broadcasted_iota(jnp.int32, position.shape, 1)
+    return jax.lax.sort((rank, position, index), num_keys=2, dimension=1)[2][:, :count]
+
+
+def usage(caches: Caches) -> Usage:
+    """How full the caches are, in slots and in bytes."""
+    live = jnp.stack([(cache.position >= 0).sum(-1, dtype=jnp.int32) for cache in caches])
+    bytes_per_key = [2 * cache.k.shape[-1] * cache.k.dtype.itemsize for cache in caches]
+    kv_heads = [cache.k.shape[1] for cache in caches]
+    seen = caches[0].seen
+    return Usage(
+        live=live,
+        seen=seen,
+        overflow=jnp.stack([cache.overflow for cache in caches]),
+        bytes_live=sum(int(n.sum()) * size for n, size in zip(live, bytes_per_key, strict=True)),
+        bytes_full=sum(int(seen.sum()) * heads * size for heads, size in zip(kv_heads, bytes_per_key, strict=True)),
+        bytes_allocated=sum(leaf.nbytes for leaf in jax.tree.leaves(caches)),
+    )
+
+
+def per_layer(policy: Policy | Sequence[Policy], layers: int) -> tuple[Policy, ...]:
+    """One policy a layer: the one given for all, or those given."""
+    if isinstance(policy, Policy):
+        return (policy,) * layers
+    if len(policy) != layers:
+        raise CormError(f"{len(policy)} policies for {layers} layers: give one for all, or one for each")
+    return tuple(policy)
+
+
+def _least(x: Array) -> Array:
+    limit = jnp.iinfo(x.dtype).min if jnp.issubdtype(x.dtype, jnp.integer) else -jnp.inf
+    return jnp.asarray(limit, x.dtype)

@@ -1,0 +1,166 @@
+"""A LLaMA-style decoder in Flax NNX that holds parameters only: caches in, caches out.
+
+RMSNorm, rotary positions, grouped-query attention over slots, SwiGLU. The module is a pytree, so it goes through
+`jax.jit` and `jax.vmap` as an argument like any other.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from corm_jax import attention, cache, positions
+from corm_jax.types import Caches, CacheSpec, LayerCache, Policy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The shape of a decoder. Field by field what a checkpoint's own ``config.json`` says."""
+
+    vocab: int
+    dim: int
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    norm_eps: float
+    rope: positions.Rope
+    tied: bool
+    context: int
+    """Positions that the model was trained on; beyond them quality is not to be expected."""
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention through an evicting cache."""
+
+    def __init__(self, config: Config, dtype: Any, rngs: nnx.Rngs):
+        linear = partial(nnx.Linear, use_bias=False, dtype=dtype, param_dtype=dtype, rngs=rngs)
+        self.q = linear(config.dim, config.heads * config.head_dim)
+        self.k = linear(config.dim, config.kv_heads * config.head_dim)
+        self.v = linear(config.dim, config.kv_heads * config.head_dim)
+        self.out = linear(config.heads * config.head_dim, config.dim)
+        self.kv_heads, self.head_dim, self.rope = config.kv_heads, config.head_dim, config.rope
+
+    def __call__(
+        self,
+        x: Float[Array, "batch tokens dim"],
+        cache: LayerCache,
+        policy: Policy,
+        count: Int[Array, " batch"],
+        evict: Bool[Array, ""],
+        chunk: int,
+    ) -> tuple[Float[Array, "batch tokens dim"], LayerCache, Int[Array, "batch chunks kv_heads"]]:
+        batch, tokens, _ = x.shape
+        q = self.q(x).reshape(batch, tokens, self.kv_heads, -1, self.head_dim)
+        k = self.k(x).reshape(batch, tokens, self.kv_heads, self.head_dim)
+        v = self.v(x).reshape(batch, tokens, self.kv_heads, self.head_dim)
+        position = cache.seen[:, None] + jnp.arange(tokens)[None]
+        rotate = jax.vmap(partial(positions.rotate, frequencies=self.rope.frequencies(self.head_dim)))
+        read = jax.vmap(partial(attention.read, chunk=chunk), in_axes=(None, 0, 0, 0, 0, 0, None))
+        output, cache, live = read(policy, cache, rotate(q, position), rotate(k, position), v, count, evict)
+        return self.out(output.reshape(batch, tokens, -1)), cache, live
+
+
+class FeedForward(nnx.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: Config, dtype: Any, rngs: nnx.Rngs):
+        linear = partial(nnx.Linear, use_bias=False, dtype=dtype, param_dtype=dtype, rngs=rngs)
+        self.gate = linear(config.dim, config.hidden)
+        self.up = linear(config.dim, config.hidden)
+        self.down = linear(config.hidden, config.dim)
+
+    def __call__(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch tokens dim"]:
+        return self.down(nnx.silu(self.gate(x)) * self.up(x))
+
+
+class Layer(nnx.Module):
+    """Attention and feed-forward, each behind its norm and beside a residual."""
+
+    def __init__(self, config: Config, dtype: Any, rngs: nnx.Rngs):
+        norm = partial(nnx.RMSNorm, config.dim, epsilon=config.norm_eps, dtype=dtype, param_dtype=dtype, rngs=rngs)
+        self.attention_norm, self.attention = norm(), Attention(config, dtype, rngs)
+        self.feed_forward_norm, self.feed_forward = norm(), FeedForward(config, dtype, rngs)
+
+    def __call__(self, x, cache, policy, count, evict, chunk):
+        output, cache, live = self.attention(self.attention_norm(x), cache, policy, count, evict, chunk)
+        x = x + output
+        return x + self.feed_forward(self.feed_forward_norm(x)), cache, live
+
+
+class Llama(nnx.Module):
+    """The decoder.
+
+    >>> from corm_jax.policies import Corm
+    >>> config = Config(vocab=100, dim=32, hidden=64, layers=2, heads=4, kv_heads=2, head_dim=8, norm_eps=1e-5,
+    ...     rope=positions.Rope(), tied=True, context=64)
+    >>> model, policy = Llama(config, rngs=nnx.Rngs(0)), Corm(window=4, recent=2)
+    >>> caches = model.make_caches(policy, batch=1, capacity=16)
+    >>> x, caches, live = model(policy, caches, jnp.arange(12)[None], jnp.array([12]), chunk=1)
+    >>> model.logits(x).shape, live.shape      # live keys [layer, batch, chunks, kv_heads]
+    ((1, 12, 100), (2, 1, 12, 2))
+    """
+
+    def __init__(self, config: Config, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        self.config = config
+        self.embed = nnx.Embed(config.vocab, config.dim, dtype=dtype, param_dtype=dtype, rngs=rngs)
+        self.layers = nnx.List([Layer(config, dtype, rngs) for _ in range(config.layers)])
+        self.norm = nnx.RMSNorm(config.dim, epsilon=config.norm_eps, dtype=dtype, param_dtype=dtype, rngs=rngs)
+        self.head = (
+            None
+            if config.tied
+            else nnx.Linear(config.dim, config.vocab, use_bias=False, dtype=dtype, param_dtype=dtype, rngs=rngs)
+        )
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of parameters, activations and caches."""
+        return jnp.dtype(self.embed.param_dtype)
+
+    def make_caches(self, policy: Policy | Sequence[Policy], *, batch: int, capacity: int) -> Caches:
+        """Empty caches, one a layer, of ``capacity`` slots a key-value head."""
+        spec = CacheSpec(self.config.kv_heads, capacity, self.config.head_dim, self.dtype)
+        return tuple(cache.make(one, spec, batch) for one in cache.per_layer(policy, self.config.layers))
+
+    def __call__(
+        self,
+        policy: Policy | Sequence[Policy],
+        caches: Caches,
+        tokens: Int[Array, "batch tokens"],
+        count: Int[Array, " batch"],
+        evict: Bool[Array, ""] | bool = True,
+        *,
+        chunk: int,
+    ) -> tuple[Float[Array, "batch tokens dim"], Caches, Int[Array, "layer batch chunks kv_heads"]]:
+        """Reads a block of tokens through the caches.
+
+        Args:
+          policy: one for all layers, or a sequence with one for each.
+          caches: what `make_caches` or an earlier call returned.
+          tokens: int32 ``[batch, tokens]``; positions go on from each row's clock.
+          count: how many tokens of each row are real; the rest is padding, and changes nothing.
+          evict: false postpones eviction (the one-shot prompt).
+          chunk: tokens between evictions; it divides the number of tokens. 1 is the exact recurrence.
+
+        Returns:
+          Hidden states for `logits`, the caches, and the number of live keys after each chunk.
+        """
+        x = self.embed(tokens)
+        updated, live = [], []
+        for layer, cache_in, one in zip(self.layers, caches, cache.per_layer(policy, self.config.layers), strict=True):
+            x, cache_out, live_in_layer = layer(x, cache_in, one, count, jnp.asarray(evict), chunk)
+            updated.append(cache_out)
+            live.append(live_in_layer)
+        return self.norm(x), tuple(updated), jnp.stack(live)
+
+    def logits(self, x: Float[Array, "... dim"]) -> Float[Array, "... vocab"]:
+        """Float32 scores of the next token."""
+        scores = self.embed.attend(x) if self.head is None else self.head(x)
+        return scores.astype(jnp.float32)

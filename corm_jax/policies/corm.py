@@ -1,0 +1,70 @@
+"""CORM: a key that none of the last w queries found important goes (arXiv 2404.15949).
+
+With ``alpha_t[i]`` the attention of query t to key i over the keys still live, t counting from 1:
+
+    important_t[i]  =  alpha_t[i] >= 1/t
+    last[i]         =  t  where important_t[i],  else unchanged      (never: the smallest int32)
+    if t >= w:  evict every i with  last[i] <= t - w  and  position[i] < t - r      (positions from 0)
+
+The paper (section 4, algorithm 1) keeps a w x n matrix of messages, whose row t says which keys query t found
+important, and evicts the columns that are all zero. One integer a key says the same: a column of the last w rows is
+empty exactly if ``last[i] <= t - w``. The paper leaves grouped-query attention, chunked prompts and full caches open; the
+options below and the overflow rule (the least recently important key goes first, the newest r never) fill that in.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from corm_jax.policies.options import choice, number, whole
+from corm_jax.types import CacheSpec, Observation, PerHead, Slots
+
+NEVER = jnp.iinfo(jnp.int32).min
+PROTECTED = jnp.iinfo(jnp.int32).max
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Corm:
+    """Evict what none of the last w queries found important; keep the newest r.
+
+    Args:
+      window: w, in queries. A number, or one for each head (int32 ``[kv_heads]``); may be traced.
+      recent: r, in tokens. Likewise.
+      threshold: ``"position"`` compares alpha with 1/t, t tokens seen; ``"live"`` with 1/n, n keys attended.
+      group: under grouped-query attention a key is important to its group if it is to ``"any"`` query head, or
+        in the ``"mean"`` of their probabilities.
+      eager: judge on the queries there are when fewer than w were seen, instead of evicting nothing.
+
+    >>> corm = Corm(window=64, recent=32)
+    >>> jax.tree.leaves(corm), corm.group
+    ([64, 32, False], 'any')
+    """
+
+    window: PerHead = number(256, "w: queries whose verdict counts")
+    recent: PerHead = number(256, "r: newest keys that never go")
+    threshold: str = choice("position", "live", help="a key is important at alpha >= 1 / (tokens seen | keys live)")
+    group: str = choice("any", "mean", help="important to any query head of the group | in their mean")
+    eager: PerHead = number(False, "evict before w queries were seen")
+
+    def __post_init__(self):
+        whole(1, window=self.window, recent=self.recent)
+
+    def init(self, spec: CacheSpec) -> Int[Array, "*slots"]:
+        return jnp.full(spec.slots, NEVER, jnp.int32)
+
+    def observe(self, state: Int[Array, "*slots"], observation: Observation, slots: Slots) -> Int[Array, "*slots"]:
+        n = observation.seen if self.threshold == "position" else slots.spread(slots.total(observation.visible))
+        ratio = observation.weights * n.astype(jnp.float32) / observation.total  # alpha n
+        important = (ratio >= 1).any(0) if self.group == "any" else ratio.mean(0) >= 1
+        return jnp.maximum(state, jnp.where(important, observation.seen, NEVER).max(0))
+
+    def retain(self, state: Int[Array, "*slots"], slots: Slots) -> Bool[Array, "*slots"]:
+        window = slots.spread(self.window)
+        minor = (state <= slots.seen - window) & ((slots.seen >= window) | self.eager)
+        return slots.live & (~minor | slots.newest(self.recent))
+
+    def rank(self, state: Int[Array, "*slots"], slots: Slots) -> Int[Array, "*slots"]:
+        return jnp.where(slots.newest(self.recent), PROTECTED, state)

@@ -1,0 +1,29 @@
+"""The full cache: every key stays. The baseline of every table.
+
+Without a free slot the oldest key goes, so that a capped full cache is a sliding window.
+"""
+
+from dataclasses import dataclass
+
+import jax
+from jaxtyping import Array, Bool, Int
+
+from corm_jax.types import CacheSpec, Observation, Slots
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Full:
+    """Keep everything."""
+
+    def init(self, spec: CacheSpec) -> tuple[()]:
+        return ()
+
+    def observe(self, state: tuple[()], observation: Observation, slots: Slots) -> tuple[()]:
+        return state
+
+    def retain(self, state: tuple[()], slots: Slots) -> Bool[Array, "*slots"]:
+        return slots.live
+
+    def rank(self, state: tuple[()], slots: Slots) -> Int[Array, "*slots"]:
+        return slots.position

@@ -1,0 +1,93 @@
+"""Rotary position embedding (RoFormer, arXiv 2104.09864), with the scalings that LLaMA checkpoints use.
+
+Rotation takes the true position of a token, never the slot or the number of keys kept: after eviction the relative
+distances are still those of the text.
+"""
+
+import math
+from typing import Literal, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from corm_jax.errors import CheckpointError
+
+
+class Rope(NamedTuple):
+    """The frequencies of a rotary embedding. Fields as in a checkpoint's ``rope_scaling``.
+
+    Attributes:
+      theta: the base; pair j of a head turns by ``theta ** (-2 j / head_dim)`` radians a token.
+      kind: ``"default"``; ``"linear"`` divides every frequency by ``factor`` (arXiv 2306.15595); ``"llama3"`` divides
+        those with a wavelength above ``original_context / low_freq_factor``, keeps those below
+        ``original_context / high_freq_factor``, and blends in between (Llama 3.1 reference code); ``"divisors"``
+        divides each by its own of ``divisors``, which is how a GGUF file says the same.
+    """
+
+    theta: float = 10000.0
+    kind: Literal["default", "linear", "llama3", "divisors"] = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_context: int = 8192
+    divisors: tuple[float, ...] = ()
+
+    @classmethod
+    def from_config(cls, config: dict) -> "Rope":
+        """From the dictionary of a ``config.json``, in its older or newer spelling.
+
+        Raises:
+          CheckpointError: for a scaling that is not one of the three kinds, or lacks a value.
+        """
+        scaling = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        theta = scaling.get("rope_theta", config.get("rope_theta", cls().theta))
+        if kind == "divisors":
+            return cls(theta=float(theta), kind=kind, divisors=tuple(scaling["divisors"]))
+        names = {"default": (), "linear": ("factor",), "llama3": _LLAMA3}
+        if kind not in names:
+            raise CheckpointError(f"rope type {kind!r} is not supported: only {', '.join(names)} are")
+        for name in names[kind]:
+            if not isinstance(scaling.get(name), int | float):
+                raise CheckpointError(f"rope type {kind!r} needs a number for {name!r}, not {scaling.get(name)!r}")
+        values = {name.replace(*_RENAMED): scaling[name] for name in names[kind]}
+        return cls(theta=float(theta), kind=kind, **values)
+
+    def frequencies(self, head_dim: int) -> np.ndarray:
+        """Radians a token for each pair of a head: float32 ``[head_dim / 2]``."""
+        base = self.theta ** -(np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
+        if self.kind == "linear":
+            base = base / self.factor
+        if self.kind == "divisors":
+            base = base / np.asarray(self.divisors, np.float32)
+        if self.kind == "llama3":
+            # 0 where the wavelength is so long that it is stretched whole, 1 where so short that it stays
+            turns = self.original_context * base / (2 * math.pi)
+            kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+            kept = np.clip(kept, 0.0, 1.0)
+            base = (1 - kept) * base / self.factor + kept * base
+        return base.astype(np.float32)
+
+
+_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+_RENAMED = ("original_max_position_embeddings", "original_context")
+
+
+def rotate(
+    x: Float[Array, "tokens *heads head_dim"], position: Int[Array, " tokens"], frequencies: Float[np.ndarray, " pairs"]
+) -> Float[Array, "tokens *heads head_dim"]:
+    """Turns pair j = (x_j, x_{j + head_dim/2}) of every head by the angle ``position * frequencies[j]``.
+
+    Angles and products are float32, since bfloat16 cannot tell neighbouring positions apart beyond 256; the result
+    has the dtype of ``x``.
+
+    >>> x = jnp.ones((2, 4))
+    >>> rotate(x, jnp.array([0, 1]), Rope().frequencies(4)).round(2).tolist()
+    [[1.0, 1.0, 1.0, 1.0], [-0.30000001192092896, 0.9900000095367432, 1.3799999952316284, 1.0099999904632568]]
+    """
+    angle = position.astype(jnp.float32)[:, None] * frequencies[None, :]
+    angle = angle.reshape(angle.shape[0], *(1,) * (x.ndim - 2), angle.shape[1])
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

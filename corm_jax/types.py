@@ -1,0 +1,168 @@
+"""The data that policies, caches and models exchange: small pytrees, with their axes named.
+
+One layer of one sequence is the unit throughout; batches come from `jax.vmap`. Axis names, here and everywhere:
+``batch layer kv_heads group tokens slots head_dim vocab``. ``*slots`` stands for the slot axes of whatever layout holds
+the cache: ``kv_heads capacity`` in the rectangular one. Positions count from 0; the clock ``seen`` (the paper's t)
+is the number of tokens read so far, the current one included.
+"""
+
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Num, PyTree, Shaped
+
+EMPTY = -1
+"""The position of a slot that holds no key. Nothing else marks a slot as free."""
+
+State: TypeAlias = PyTree[Any]
+"""What a policy remembers: a pytree of arrays that each end in the slot axes, ``[..., *slots]``."""
+
+
+PerHead: TypeAlias = Any
+"""A number, or one for each head (``[kv_heads]``): of Python, NumPy or JAX, and possibly traced."""
+
+
+class CacheSpec(NamedTuple):
+    """The static shape of one layer's cache for one sequence: ``k, v [kv_heads, capacity, head_dim]``."""
+
+    kv_heads: int
+    capacity: int
+    head_dim: int
+    dtype: Any = jnp.float32
+
+    @property
+    def slots(self) -> tuple[int, int]:
+        """The slot axes, the shape of everything a policy keeps per slot."""
+        return self.kv_heads, self.capacity
+
+
+class Slots(NamedTuple):
+    """The slots of one layer of one sequence, as a policy sees them.
+
+    A policy computes slot by slot on arrays that end in ``*slots``. Where it needs a head as a whole it goes through
+    `spread` and `total`, so that it never has to know how heads share the storage.
+
+    Attributes:
+      position: int32 ``[*slots]``, where in the sequence the slot's key stands; `EMPTY` if there is none.
+      seen: int32 scalar, the clock: tokens read so far.
+    """
+
+    position: Int[Array, "kv_heads capacity"]
+    seen: Int[Array, ""]
+
+    @property
+    def live(self) -> Bool[Array, "kv_heads capacity"]:
+        """Which slots hold a key."""
+        return self.position >= 0
+
+    def newest(self, recent: PerHead) -> Bool[Array, "kv_heads capacity"]:
+        """Which slots hold one of the newest ``recent`` keys (a number, or one for each head)."""
+        return self.position >= self.seen - self.spread(recent)
+
+    def spread(self, per_head: PerHead | Num[Array, "... kv_heads"]) -> Num[Array, "..."]:
+        """A number, or ``[..., kv_heads]``, in a shape that broadcasts against ``[*slots]``."""
+        per_head = jnp.asarray(per_head)
+        return per_head[..., None] if per_head.ndim else per_head
+
+    def total(self, per_slot: Shaped[Array, "*leading kv_heads capacity"]) -> Num[Array, "*leading kv_heads"]:
+        """The sum over each head's slots."""
+        return per_slot.sum(-1)
+
+
+class Observation(NamedTuple):
+    """What the newest queries saw: their attention over the slots, before any eviction.
+
+    Probabilities are kept as softmax computes them, ``alpha = weights / total``. Comparisons such as alpha >= 1/n are
+    then exact where ties are (n equal logits give weights 1 and total n), and a policy that needs only comparisons
+    costs no second pass over the exponentials. A fused attention that returns the logsumexp fits as
+    ``weights = exp(logits - logsumexp), total = 1``. Queries that only pad a ragged batch have zero weights.
+
+    Attributes:
+      weights: float32 ``[group, tokens, *slots]``.
+      total: float32, broadcastable against ``weights``: the sum over the slots of each head.
+      visible: bool ``[tokens, *slots]``, which slots the query could attend to.
+      seen: int32, broadcastable against ``visible``: the clock at each query (its position + 1).
+    """
+
+    weights: Float[Array, "group tokens kv_heads capacity"]
+    total: Float[Array, "group tokens kv_heads 1"]
+    visible: Bool[Array, "tokens kv_heads capacity"]
+    seen: Int[Array, "tokens 1 1"]
+
+    @property
+    def probability(self) -> Float[Array, "group tokens kv_heads capacity"]:
+        """alpha, the attention probabilities."""
+        return self.weights / self.total
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """An eviction rule: hyperparameters in a frozen dataclass that is a pytree, and four pure functions.
+
+    Numbers such as a window are leaves: they may be traced, mapped over by `jax.vmap`, and arrays ``[kv_heads]`` where
+    a scalar was. Choices are static metadata. The cache calls, for each chunk of newest tokens: `rank` while
+    there are fewer free slots than new keys, `observe` after attention, then `retain`.
+    """
+
+    def init(self, spec: CacheSpec) -> State:
+        """The state of empty slots. A slot that is reused starts from here again."""
+        ...
+
+    def observe(self, state: State, observation: Observation, slots: Slots) -> State:
+        """The state after the newest queries attended."""
+        ...
+
+    def retain(self, state: State, slots: Slots) -> Bool[Array, "*slots"]:
+        """Which slots to keep. What is said of empty slots does not matter."""
+        ...
+
+    def rank(self, state: State, slots: Slots) -> Num[Array, "*slots"]:
+        """Who goes first when slots run out: the lowest, among equals the oldest key."""
+        ...
+
+
+class LayerCache(NamedTuple):
+    """One layer's keys and values in a rectangle of slots, with the policy's state beside them.
+
+    Position is data, slot is storage: a key may sit in any slot of its head. In a batch every leaf has a leading
+    ``batch`` axis, and each row its own clock.
+
+    Attributes:
+      k, v: ``[kv_heads, capacity, head_dim]``, keys rotated at their positions.
+      position: int32 ``[kv_heads, capacity]``, `EMPTY` where no key is.
+      state: the policy's state.
+      seen: int32 scalar, tokens read so far.
+      overflow: int32 ``[kv_heads]``, keys that went because no slot was free.
+    """
+
+    k: Float[Array, "kv_heads capacity head_dim"]
+    v: Float[Array, "kv_heads capacity head_dim"]
+    position: Int[Array, "kv_heads capacity"]
+    state: State
+    seen: Int[Array, ""]
+    overflow: Int[Array, " kv_heads"]
+
+
+Caches: TypeAlias = tuple[LayerCache, ...]
+"""The caches of a model: one a layer, each leaf with a leading ``batch`` axis."""
+
+
+class Usage(NamedTuple):
+    """How full the caches of a model are. Arrays have the axes ``[layer, batch, kv_heads]`` unless said otherwise.
+
+    Attributes:
+      live: int32, slots that hold a key.
+      seen: int32 ``[batch]``, tokens read.
+      overflow: int32, keys that went for want of a slot.
+      bytes_live: bytes of the keys and values that are live.
+      bytes_full: bytes of the keys and values that an uncompressed cache of the same sequences holds.
+      bytes_allocated: bytes of every array of the caches, policy state included, whether in use or not.
+    """
+
+    live: jax.Array
+    seen: jax.Array
+    overflow: jax.Array
+    bytes_live: int
+    bytes_full: int
+    bytes_allocated: int

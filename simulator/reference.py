@@ -1,0 +1,236 @@
+"""The specification: eviction rules in plain NumPy loops, written from the papers.
+
+Slow on purpose. Nothing here knows of JAX, slots or batches; each function reads one sequence through one
+key-value head and reports which keys survive. The tests hold the JAX code against it, decision for decision.
+
+Axis names: ``tokens`` (queries and keys, in order), ``group`` (the query heads that share the key-value head),
+``head_dim``. Key ``i`` (from 0) has the 1-based position ``i + 1``; the clock ``t`` is the number of tokens seen,
+the current one included.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+
+class OverflowedError(Exception):
+    """A key arrived, no slot was free, and the caller asked for an error instead of an eviction."""
+
+
+class Reading(NamedTuple):
+    """What one key-value head did with one sequence.
+
+    Attributes:
+      kept: after each chunk, the indices (from 0) of the live keys.
+      outputs: float64 ``[tokens, group, head_dim]``, the attention outputs.
+      overflow: how many keys went because no slot was free.
+      margin: the smallest ``|alpha / threshold - 1|`` met, over comparisons that were not exact ties. A test that
+        compares with float32 arithmetic skips readings that hang on rounding.
+    """
+
+    kept: list[set[int]]
+    outputs: np.ndarray
+    overflow: int
+    margin: float
+
+
+def softmax(logits: Sequence[float]) -> list[float]:
+    """``exp(l_i) / sum_j exp(l_j)``, shifted by the largest logit."""
+    largest = max(logits)
+    weights = [math.exp(logit - largest) for logit in logits]
+    total = math.fsum(weights)
+    return [weight / total for weight in weights]
+
+
+def attention(query, keys, values, live: Sequence[int]) -> tuple[dict[int, float], np.ndarray]:
+    """Attention of one query over the live keys: ``{key: probability}`` and the output ``[head_dim]``."""
+    scale = 1.0 / math.sqrt(len(query))
+    probabilities = softmax([scale * float(np.dot(query, keys[i])) for i in live])
+    output = np.zeros(values.shape[1])
+    for i, probability in zip(live, probabilities, strict=True):
+        output += probability * values[i]
+    return dict(zip(live, probabilities, strict=True)), output
+
+
+def important_keys(rows: list[dict[int, float]], t: int, *, threshold: str, group: str) -> tuple[set[int], float]:
+    """The keys that the query at clock ``t`` found important, and the smallest margin (see `Reading`).
+
+    ``rows`` holds one ``{key: probability}`` for each query head of the group. A key is important when its
+    attention is at least ``1/t`` (``threshold="position"``) or ``1/n`` for ``n`` keys attended (``"live"``): for any
+    query head of the group (``group="any"``) or in the mean over the group (``"mean"``).
+    """
+    important, margin = set(), math.inf
+    for i in rows[0]:
+        n = t if threshold == "position" else len(rows[0])
+        alphas = [row[i] for row in rows]
+        if group == "mean":
+            alphas = [math.fsum(alphas) / len(alphas)]
+        for alpha in alphas:
+            ratio = alpha * n
+            if abs(ratio - 1.0) < 1e-12:  # a tie in exact arithmetic: equal logits on all n keys
+                ratio = 1.0
+            else:
+                margin = min(margin, abs(ratio - 1.0))
+            if ratio >= 1.0:
+                important.add(i)
+    return important, margin
+
+
+def corm_messages(
+    queries: np.ndarray,
+    keys: np.ndarray,
+    values: np.ndarray,
+    *,
+    window: int,
+    recent: int,
+    threshold: str = "position",
+    group: str = "any",
+    eager: bool = False,
+    chunks: Sequence[int] | None = None,
+    capacity: int | None = None,
+    overflow: str = "evict",
+) -> Reading:
+    """CORM with the paper's message matrix (arXiv 2404.15949, section 4 and algorithm 1).
+
+    Every query leaves a row of messages: which keys it found important. Once ``window`` queries were seen, a key
+    goes when its column over the last ``window`` rows is empty, unless it is among the newest ``recent`` keys.
+    A key that went is gone from every later attention, which is renormalised over what is left.
+
+    Args:
+      queries: ``[tokens, group, head_dim]``, rotated.
+      keys, values: ``[tokens, head_dim]``.
+      window, recent: ``w`` and ``r``, at least 1.
+      threshold: ``"position"`` (1/t) or ``"live"`` (one over the number of keys attended).
+      group: ``"any"`` or ``"mean"`` over the query heads that share a key.
+      eager: judge on the rows there are when fewer than ``window`` queries were seen.
+      chunks: chunk sizes, which sum to ``tokens``; default all 1. Queries of a chunk attend over the keys live when
+        the chunk began and, causally, over the chunk; the rule is applied once, at the chunk's end. One chunk for the
+        whole prompt is the one-shot prompt.
+      capacity: slots; default unlimited. Without a free slot the key whose newest message is the oldest goes first
+        (never important before ever important, ties: oldest key), newest ``recent`` exempt.
+      overflow: ``"evict"``, or ``"error"`` to raise `OverflowedError`.
+    """
+    tokens, heads, _ = queries.shape
+    messages: list[set[int]] = []  # row t - 1: the keys that the query at clock t found important
+    live: list[int] = []
+    kept, outputs, lost, margin = [], np.zeros((tokens, heads, values.shape[1])), 0, math.inf
+
+    def newest_message(i):
+        return max((row for row, found in enumerate(messages) if i in found), default=-1)
+
+    start = 0
+    for size in [1] * tokens if chunks is None else chunks:
+        end = start + size
+        # Make room: the newest `recent` of all keys, the arriving chunk included, are exempt.
+        while capacity is not None and len(live) + size > capacity:
+            if overflow == "error":
+                raise OverflowedError(f"{len(live)} live keys and {size} new ones exceed {capacity} slots")
+            candidates = [i for i in live if i + 1 <= end - recent]
+            live.remove(min(candidates, key=lambda i: (newest_message(i), i)))
+            lost += 1
+        live = live + list(range(start, end))
+        for index in range(start, end):
+            t = index + 1
+            visible = [i for i in live if i <= index]
+            rows = []
+            for head in range(heads):
+                row, outputs[index, head] = attention(queries[index, head], keys, values, visible)
+                rows.append(row)
+            found, closest = important_keys(rows, t, threshold=threshold, group=group)
+            margin = min(margin, closest)
+            messages.append(found)
+        t = end
+        if t >= window or eager:
+            last_rows = messages[-window:]
+            live = [
+                i
+                for i in live
+                if any(i in row for row in last_rows)  # somebody asked for it
+                or i + 1 > t - recent  # or it is recent
+            ]
+        kept.append(set(live))
+        start = end
+    return Reading(kept, outputs, lost, margin)
+
+
+def corm_last(
+    queries: np.ndarray,
+    keys: np.ndarray,
+    values: np.ndarray,
+    *,
+    window: int,
+    recent: int,
+    threshold: str = "position",
+    group: str = "any",
+    eager: bool = False,
+    chunks: Sequence[int] | None = None,
+    capacity: int | None = None,
+    overflow: str = "evict",
+) -> Reading:
+    """CORM with one number a key, ``last``: the clock at which it was last found important.
+
+        last[i] = t where important, else unchanged (never: -infinity)
+        if t >= w:  evict every i with last[i] <= t - w and pos[i] <= t - r
+
+    Arguments and result as in `corm_messages`, to which it is equal.
+    """
+    tokens, heads, _ = queries.shape
+    position: dict[int, int] = {}  # of the live keys, 1-based
+    last: dict[int, float] = {}
+    kept, outputs, lost, margin = [], np.zeros((tokens, heads, values.shape[1])), 0, math.inf
+    start = 0
+    for size in [1] * tokens if chunks is None else chunks:
+        t_end = start + size
+        for _ in range(len(position) + size - (capacity or tokens)):
+            if overflow == "error":
+                raise OverflowedError(f"{len(position)} live keys and {size} new ones exceed {capacity} slots")
+            oldest_message = (math.inf, math.inf, -1)
+            for i in position:
+                if position[i] <= t_end - recent:
+                    oldest_message = min(oldest_message, (last[i], position[i], i))
+            del position[oldest_message[2]]
+            lost += 1
+        for i in range(start, t_end):
+            position[i] = i + 1
+            last[i] = -math.inf
+        for index in range(start, t_end):
+            t = index + 1
+            visible = [i for i in position if position[i] <= t]
+            rows = []
+            for head in range(heads):
+                row, outputs[index, head] = attention(queries[index, head], keys, values, visible)
+                rows.append(row)
+            found, closest = important_keys(rows, t, threshold=threshold, group=group)
+            margin = min(margin, closest)
+            for i in found:
+                last[i] = t
+        t = t_end
+        if t >= window or eager:
+            for i in list(position):
+                if last[i] <= t - window and position[i] <= t - recent:
+                    del position[i]
+        kept.append(set(position))
+        start = t_end
+    return Reading(kept, outputs, lost, margin)
+
+
+def full(queries, keys, values, *, chunks: Sequence[int] | None = None, capacity: int | None = None) -> Reading:
+    """Keep everything; without a free slot the oldest key goes. Arguments and result as in `corm_messages`."""
+    tokens, heads, _ = queries.shape
+    live: list[int] = []
+    kept, outputs, lost = [], np.zeros((tokens, heads, values.shape[1])), 0
+    start = 0
+    for size in [1] * tokens if chunks is None else chunks:
+        while capacity is not None and len(live) + size > capacity:
+            live.pop(0)
+            lost += 1
+        live = live + list(range(start, start + size))
+        for index in range(start, start + size):
+            for head in range(heads):
+                visible = [i for i in live if i <= index]
+                _, outputs[index, head] = attention(queries[index, head], keys, values, visible)
+        kept.append(set(live))
+        start += size
+    return Reading(kept, outputs, lost, math.inf)

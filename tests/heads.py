@@ -1,0 +1,78 @@
+"""Hypothesis strategies for small attention heads, and what drives JAX over them one chunk at a time."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import strategies as st
+
+from corm_jax import attention, cache
+from corm_jax.types import CacheSpec
+
+TOKENS = 20  # every head is padded to this, so that one compile serves all examples of a shape
+HEAD_DIM = 4
+
+
+@st.composite
+def heads(draw, group=st.integers(1, 3)):
+    """Queries, keys and values of one key-value head. Small whole numbers, so that equal logits are exactly equal."""
+    tokens, group = draw(st.integers(1, TOKENS)), draw(group)
+    seed, peak = draw(st.integers(0, 2**16)), draw(st.integers(0, 4))
+    rng = np.random.default_rng(seed)
+    q = rng.integers(-peak, peak + 1, (tokens, group, HEAD_DIM)).astype(np.float32)
+    k = rng.integers(-2, 3, (tokens, HEAD_DIM)).astype(np.float32)
+    v = rng.integers(-2, 3, (tokens, HEAD_DIM)).astype(np.float32)
+    return q, k, v
+
+
+@st.composite
+def options(draw):
+    """Hyperparameters of CORM, each choice with its default first."""
+    return {
+        "window": draw(st.integers(1, TOKENS + 2)),
+        "recent": draw(st.integers(1, 6)),
+        "threshold": draw(st.sampled_from(["position", "live"])),
+        "group": draw(st.sampled_from(["any", "mean"])),
+        "eager": draw(st.booleans()),
+    }
+
+
+def partitions(tokens):
+    """Ways to cut a sequence into chunks: chunks of B, or the whole prompt at once and then single tokens."""
+    return st.one_of(
+        st.integers(1, 5).map(lambda size: chunks_of(tokens, size)),
+        st.integers(1, tokens).map(lambda prompt: [prompt] + [1] * (tokens - prompt)),
+    )
+
+
+def chunks_of(tokens, size):
+    return [min(size, tokens - start) for start in range(0, tokens, size)]
+
+
+@partial(jax.jit, static_argnames=("capacity", "chunk"))
+def drive(policy, q, k, v, count, *, capacity, chunk):
+    """Reads ``[TOKENS, kv_heads, ...]`` chunk by chunk: outputs, positions after each chunk, final cache."""
+    one = cache.make(policy, CacheSpec(k.shape[1], capacity, k.shape[2]), batch=1)
+    one = jax.tree.map(lambda leaf: leaf[0], one)
+
+    def body(carried, xs):
+        q, k, v, start = xs
+        output, carried = attention.step(policy, carried, q, k, v, jnp.clip(count - start, 0, chunk))
+        return carried, (output, carried.position)
+
+    starts = jnp.arange(0, q.shape[0], chunk)
+    cut = jax.tree.map(lambda x: x.reshape(-1, chunk, *x.shape[1:]), (q, k, v))
+    last, (outputs, position) = jax.lax.scan(body, one, (*cut, starts))
+    return outputs.reshape(q.shape), position, last
+
+
+def padded(x, multiple):
+    """Pads the token axis with garbage to TOKENS rounded up: what pads must not matter."""
+    length = -(-TOKENS // multiple) * multiple
+    return np.concatenate([x, np.full((length - x.shape[0], *x.shape[1:]), 7.0, np.float32)])
+
+
+def live_sets(position):
+    """The positions that one head's slots hold."""
+    return {int(p) for p in position if p >= 0}
