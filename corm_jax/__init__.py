@@ -1,0 +1,41 @@
+"""KV-cache eviction for JAX: CORM and its neighbours in a Flax decoder, as pure functions over static shapes.
+
+>>> import corm_jax as cj
+>>> policy = cj.Corm(window=256, recent=256)
+"""
+
+from corm_jax.attention import attend, step
+from corm_jax.cache import make, usage
+from corm_jax.errors import CacheOverflowError, CheckpointError, CormError
+from corm_jax.generate import Generation, decode, generate, prefill, stream
+from corm_jax.model import Config, Llama
+from corm_jax.policies import POLICIES, Corm, Full, parse
+from corm_jax.types import Caches, CacheSpec, LayerCache, Observation, Policy, Slots, Usage
+
+__all__ = [
+    "POLICIES",
+    "CacheOverflowError",
+    "CacheSpec",
+    "Caches",
+    "CheckpointError",
+    "Config",
+    "Corm",
+    "CormError",
+    "Full",
+    "Generation",
+    "LayerCache",
+    "Llama",
+    "Observation",
+    "Policy",
+    "Slots",
+    "Usage",
+    "attend",
+    "decode",
+    "generate",
+    "make",
+    "parse",
+    "prefill",
+    "step",
+    "stream",
+    "usage",
+]

@@ -9,5 +9,5 @@ class CheckpointError(CormError):
     """A checkpoint that cannot be used: missing, damaged, foreign or unsupported."""
 
 
-class CacheOverflow(CormError):
+class CacheOverflowError(CormError):
     """A key went because no slot was free, and the caller asked for an error instead (``overflow="error"``)."""

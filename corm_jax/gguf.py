@@ -1,8 +1,8 @@
 """GGUF files (llama.cpp) as a checkpoint in Hugging Face's spelling, dequantised to float32.
 
-Two things differ from Hugging Face. The rows of q and k are stored for interleaved pairs (x_0, x_1), (x_2, x_3), ... where
-ours and Hugging Face's are (x_0, x_{d/2}), ...; they are put back. And Llama 3's frequency scaling comes as a tensor of
-divisors rather than as parameters.
+Two things differ from Hugging Face. The rows of q and k are stored for interleaved pairs (x_0, x_1), (x_2, x_3), ...
+where ours and Hugging Face's are (x_0, x_{d/2}), ...; they are put back. And Llama 3's frequency scaling comes as a
+tensor of divisors rather than as parameters.
 """
 
 from pathlib import Path

@@ -105,6 +105,11 @@ class Policy(Protocol):
     there are fewer free slots than new keys, `observe` after attention, then `retain`.
     """
 
+    @property
+    def protected(self) -> PerHead:
+        """How many keys of a head `rank` never gives up: the least capacity that makes sense."""
+        ...
+
     def init(self, spec: CacheSpec) -> State:
         """The state of empty slots. A slot that is reused starts from here again."""
         ...

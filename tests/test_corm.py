@@ -39,7 +39,7 @@ def test_full_keeps_all_and_then_the_newest(head, chunk, capacity):
     agree(expected, outputs[:, 0], np.asarray(position)[:, 0], last.overflow[0], tokens)
 
 
-@given(pair=st.tuples(heads(group=st.just(2)), heads(group=st.just(2))), options=options())
+@given(pair=st.tuples(heads(group=2), heads(group=2)), options=options())
 def test_heads_do_not_meet_and_each_has_its_own_window(pair, options):
     tokens = min(head[0].shape[0] for head in pair)
     pair = [tuple(x[:tokens] for x in head) for head in pair]

@@ -16,6 +16,10 @@ from corm_jax.types import CacheSpec, Observation, Slots
 class Full:
     """Keep everything."""
 
+    @property
+    def protected(self) -> int:
+        return 0
+
     def init(self, spec: CacheSpec) -> tuple[()]:
         return ()
 

@@ -18,10 +18,15 @@ def choice(*choices: str, help: str) -> Any:
     return field(default=choices[0], metadata={"help": help, "choices": choices, "static": True})
 
 
+def concrete(value: Any) -> bool:
+    """Whether a hyperparameter can be looked at: neither traced nor a placeholder inside a pytree operation."""
+    return isinstance(value, int | float | np.ndarray | np.generic)
+
+
 def whole(least: int, **values: Any) -> None:
-    """Raises unless every value, or every entry of it, is a whole number from ``least`` up. Traced values pass."""
+    """Raises unless every value, or every entry of it, is a whole number from ``least`` up."""
     for name, value in values.items():
-        if isinstance(value, int | float | np.ndarray | np.generic):
-            numbers = np.asarray(value)
-            if numbers.dtype.kind not in "iu" or numbers.min() < least or numbers.max() > np.iinfo(np.int32).max:
-                raise CormError(f"{name} must be a whole number from {least} to {np.iinfo(np.int32).max}, not {value}")
+        if concrete(value):
+            numbers, most = np.asarray(value), np.iinfo(np.int32).max
+            if numbers.dtype.kind not in "iu" or numbers.min() < least or numbers.max() > most:
+                raise CormError(f"{name} must be a whole number from {least} to {most}, not {value}")

@@ -1,0 +1,105 @@
+"""Teacher-forced reading: how well a text is predicted through a policy's cache, and what the cache costs."""
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from corm_jax import cache
+from corm_jax.errors import CormError
+from corm_jax.generate import Blocks, Overflow, Policies, check_overflow, slots_for
+from corm_jax.model import Llama
+from corm_jax.types import Usage
+
+
+class Reading(NamedTuple):
+    """One text read through one policy's caches.
+
+    Attributes:
+      nll: float32 ``[tokens - 1]``, nats: -ln of the probability of each token after the first.
+      live: int32 ``[layer, chunks, kv_heads]``, live keys after each chunk.
+      seen: int32 ``[chunks]``, tokens read by then.
+      usage: the caches at the end.
+      seconds: wall time without compilation.
+    """
+
+    nll: np.ndarray
+    live: np.ndarray
+    seen: np.ndarray
+    usage: Usage
+    seconds: float
+
+    @property
+    def kept(self) -> np.ndarray:
+        """Live share of the keys seen, mean over layers and key-value heads: ``[chunks]``."""
+        return self.live.mean((0, 2)) / self.seen
+
+    @property
+    def kept_per_layer(self) -> np.ndarray:
+        """The same at the end, for each layer: ``[layer]``."""
+        return self.live[:, -1].mean(-1) / self.seen[-1]
+
+
+def read(
+    model: Llama,
+    policy: Policies,
+    tokens: Sequence[int],
+    *,
+    capacity: int | None = None,
+    chunk: int = 1,
+    overflow: Overflow = "evict",
+    progress: Callable[[int], None] = lambda done: None,
+) -> Reading:
+    """Reads a text token by token through the caches and scores every prediction.
+
+    Args:
+      tokens: ids, at least two.
+      capacity: slots a key-value head; by default one for every token, so that nothing overflows.
+      chunk: tokens between evictions; 1 is the exact recurrence.
+      overflow: as in `generate.prefill`.
+      progress: called with the number of tokens read so far.
+
+    Raises:
+      CormError: for too few tokens, ids outside the vocabulary, a capacity that cannot hold a chunk, or a
+        model whose predictions are not numbers.
+    """
+    if len(tokens) < 2:
+        raise CormError(f"a text of {len(tokens)} tokens leaves nothing to predict: it takes at least 2")
+    blocks = Blocks.cut([tokens], model.config.vocab, chunk)
+    size = blocks.tokens.shape[-1]
+    targets = np.roll(blocks.tokens.reshape(-1), -1).reshape(-1, 1, size)
+    caches = model.make_caches(policy, batch=1, capacity=slots_for(policy, capacity, len(tokens), chunk))
+    # A block without tokens changes nothing, but it compiles: the clock starts after it.
+    _, _, caches = _score(model, policy, caches, blocks.tokens[:, 0], targets[0], np.zeros(1, np.int32), chunk=chunk)
+    jax.block_until_ready(caches)
+    started, scores, live = time.perf_counter(), [], []
+    for index, count in enumerate(blocks.count):
+        nll, live_in_block, caches = _score(
+            model, policy, caches, blocks.tokens[:, index], targets[index], count, chunk=chunk
+        )
+        chunks = -(-int(count[0]) // chunk)
+        scores.append(np.asarray(nll[0]))
+        live.append(np.asarray(live_in_block[:, 0, :chunks]))
+        check_overflow(caches, overflow)
+        progress(index * size + int(count[0]))
+    seconds = time.perf_counter() - started
+    nll = np.concatenate(scores)[: len(tokens) - 1]
+    if not np.isfinite(nll).all():
+        where = int(np.flatnonzero(~np.isfinite(nll))[0]) + 1
+        raise CormError(
+            f"the model's prediction of token {where} is not a number: are the weights sound in this dtype?"
+        )
+    live = np.concatenate(live, axis=1)
+    seen = np.minimum(chunk * np.arange(1, live.shape[1] + 1), len(tokens))
+    return Reading(nll, live, seen, cache.usage(caches), seconds)
+
+
+@partial(jax.jit, static_argnames="chunk", donate_argnames="caches")
+def _score(model, policy, caches, tokens, targets, count, *, chunk):
+    x, caches, live = model(policy, caches, tokens, count, chunk=chunk)
+    log_probability = jax.nn.log_softmax(model.logits(x))
+    return -jnp.take_along_axis(log_probability, targets[..., None], axis=-1)[..., 0], live, caches

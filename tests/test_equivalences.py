@@ -1,0 +1,112 @@
+"""The equivalences that make the cache simple (and one that lets a fused attention stand in)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from corm_jax import attention, cache
+from corm_jax.policies import Corm
+from corm_jax.types import CacheSpec, Observation, Slots
+from tests.heads import HEAD_DIM, TOKENS, drive, heads, live_sets, options, padded
+
+
+def columns(head, chunk=1):
+    return [padded(x, chunk)[:, None] for x in head]
+
+
+@given(head=heads(), options=options())
+def test_capacity_that_suffices_changes_nothing(head, options):
+    tokens = head[0].shape[0]
+    free, position, _ = drive(Corm(**options), *columns(head), tokens, capacity=TOKENS, chunk=1)
+    most = max(len(live_sets(p[0])) for p in np.asarray(position)) + 1  # one slot for the newcomer
+    capacity = next((size for size in (6, 9, 12, TOKENS) if size >= most), TOKENS)
+    capped, capped_position, last = drive(Corm(**options), *columns(head), tokens, capacity=capacity, chunk=1)
+    assert int(last.overflow[0]) == 0
+    assert [live_sets(p[0]) for p in position] == [live_sets(p[0]) for p in capped_position]
+    np.testing.assert_allclose(free, capped, atol=2e-6)
+
+
+@given(head=heads(), options=options(), seed=st.integers(0, 99))
+def test_the_order_of_slots_does_not_matter(head, options, seed):
+    """A cache whose slots were permuted, and whose empty ones hold NaN, goes on as before."""
+    policy, (q, k, v) = Corm(**options), columns(head)
+    *_, last = drive(policy, q, k, v, head[0].shape[0], capacity=9, chunk=1)
+    order = np.random.default_rng(seed).permutation(9)
+    empty = (last.position[0] < 0)[None, :, None]
+    other = last._replace(
+        k=jnp.where(empty, jnp.nan, last.k)[:, order],
+        v=jnp.where(empty, jnp.nan, last.v)[:, order],
+        position=last.position[:, order],
+        state=last.state[:, order],
+    )
+    step = jax.jit(attention.step)
+    for i in range(3):
+        one = slice(i, i + 1)
+        output, last = step(policy, last, q[one], k[one], v[one], jnp.int32(1))
+        other_output, other = step(policy, other, q[one], k[one], v[one], jnp.int32(1))
+        np.testing.assert_allclose(output, other_output, atol=2e-6)
+        assert live_sets(last.position[0]) == live_sets(other.position[0])
+        assert int(last.overflow[0]) == int(other.overflow[0])
+
+
+@given(seed=st.integers(0, 2**16), scale=st.floats(0.1, 4.0), window=st.integers(1, 30))
+def test_importance_is_one_comparison_with_the_logsumexp(seed, scale, window):
+    """alpha >= 1/t  <=>  logit >= logsumexp - ln t: an attention that returns its logsumexp is enough."""
+    rng = np.random.default_rng(seed)
+    q = jnp.asarray(scale * rng.normal(size=(TOKENS, 1, 3, HEAD_DIM)), jnp.float32)
+    k = jnp.asarray(rng.normal(size=(1, TOKENS, HEAD_DIM)), jnp.float32)
+    causal = jnp.tril(jnp.ones((TOKENS, TOKENS), bool))[:, None]
+    seen = jnp.arange(1, TOKENS + 1)
+    _, dense = attention.attend(q, k, k, causal, seen)
+    logits = jnp.where(causal, jnp.einsum("thgd,hud->gthu", q, k) * HEAD_DIM**-0.5, -jnp.inf)
+    logsumexp = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    t = dense.seen.astype(jnp.float32)
+    ratio = np.asarray(dense.probability * t)
+    assume((np.abs(ratio[:, 1:] - 1) > 1e-4).all())  # not so close to a tie that rounding decides
+    np.testing.assert_array_equal(logits >= logsumexp - jnp.log(t), ratio >= 1)
+
+    fused = Observation(jnp.exp(logits - logsumexp), jnp.ones_like(logsumexp), causal, dense.seen)
+    slots = Slots(jnp.arange(TOKENS)[None], jnp.int32(TOKENS))
+    policy = Corm(window=window, recent=1)
+    never = policy.init(CacheSpec(1, TOKENS, HEAD_DIM))
+    last = policy.observe(never, dense, slots)
+    assert (last > never).any()
+    np.testing.assert_array_equal(last, policy.observe(never, fused, slots))
+
+
+@given(head=heads(group=2))
+def test_a_grid_of_windows_is_one_vmap(head):
+    windows, recents = np.array([1, 3, 5, 40], np.int32), np.array([2, 1, 4, 4], np.int32)
+    run = jax.vmap(lambda w, r: drive(Corm(window=w, recent=r), *columns(head), head[0].shape[0], capacity=9, chunk=1))
+    outputs, position, _ = run(windows, recents)
+    for i in range(4):
+        policy = Corm(window=int(windows[i]), recent=int(recents[i]))
+        alone = drive(policy, *columns(head), head[0].shape[0], capacity=9, chunk=1)
+        np.testing.assert_array_equal(position[i], alone[1])
+        np.testing.assert_allclose(outputs[i], alone[0], atol=2e-6)
+
+
+@given(
+    rank=st.lists(st.integers(-3, 3), min_size=6, max_size=6),
+    live=st.lists(st.booleans(), min_size=6, max_size=6),
+)
+def test_who_goes_first(rank, live):
+    """One newcomer (reductions) and several (a sort) agree with sorting by (rank, position) in Python."""
+    position = np.where(live, np.random.default_rng(0).permutation(6), -1)
+    rank = np.where(live, rank, np.iinfo(np.int32).min).astype(np.int32)
+    order = sorted(range(6), key=lambda slot: (rank[slot], position[slot], slot))
+    for count in (1, 4):
+        got = cache.lowest(jnp.asarray(rank)[None], jnp.asarray(position, jnp.int32)[None], count)
+        assert np.asarray(got)[0].tolist() == order[:count]
+
+
+def test_keys_in_bfloat16_are_scored_in_float32():
+    """Weights come out float32, and 300 equal keys weigh exactly 1/300 each, which bfloat16 could not add up."""
+    q = jnp.ones((1, 1, 1, 8), jnp.bfloat16)
+    k = jnp.ones((1, 300, 8), jnp.bfloat16)
+    output, observation = attention.attend(q, k, k, jnp.ones((1, 1, 300), bool), jnp.array([300]))
+    assert observation.weights.dtype == jnp.float32
+    assert float(observation.total[0, 0, 0, 0]) == 300.0
+    assert output.dtype == jnp.bfloat16

@@ -1,0 +1,209 @@
+"""Prefill, decode and generation: ragged batches, one compile, one-shot prompts, errors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from corm_jax import CacheOverflowError, Corm, CormError, Full, generate, parse, prefill, stream, usage
+from corm_jax.generate import sample
+from tests.heads import live_sets
+from tests.models import tiny
+
+MODEL = tiny()
+prompts_of_length = st.lists(st.integers(1, 300), min_size=2, max_size=3).map(
+    lambda lengths: [np.random.default_rng(n).integers(0, 97, n).tolist() for n in lengths]
+)
+
+
+def read(policy, prompts, capacity=320, **options):
+    caches = MODEL.make_caches(policy, batch=len(prompts), capacity=capacity)
+    return prefill(MODEL, policy, caches, prompts, **options)
+
+
+def kept(caches, row):
+    return [[live_sets(head) for head in np.asarray(layer.position[row])] for layer in caches]
+
+
+@settings(max_examples=12)
+@given(prompts=prompts_of_length, chunk=st.sampled_from([1, 8]), window=st.integers(1, 40), capacity=st.just(48))
+def test_each_row_of_a_ragged_batch_is_as_if_alone(prompts, chunk, window, capacity):
+    policy = Corm(window=window, recent=4)
+    prompts = [*prompts, [5]][:3]
+    logits, caches = read(policy, prompts, capacity, chunk=chunk)
+    for row, prompt in enumerate(prompts):
+        alone, own = read(policy, [prompt], capacity, chunk=chunk)
+        np.testing.assert_allclose(logits[row], alone[0], atol=2e-5)
+        assert kept(caches, row) == kept(own, 0)
+        assert [layer.overflow[row].tolist() for layer in caches] == [layer.overflow[0].tolist() for layer in own]
+        assert int(caches[0].seen[row]) == len(prompt)
+
+
+def test_a_window_beyond_the_sequence_is_the_full_cache():
+    prompt = [np.random.default_rng(0).integers(0, 97, 300).tolist()]
+    full, _ = read(Full(), prompt)
+    for chunk in (1, 64):
+        corm, caches = read(Corm(window=2**31 - 1, recent=1), prompt, chunk=chunk)
+        np.testing.assert_allclose(corm, full, atol=2e-5)
+        assert (usage(caches).live == 300).all()
+
+
+@pytest.mark.parametrize("length", [40, 300])
+def test_one_shot_is_one_chunk_of_the_whole_prompt(length):
+    """Read in blocks with eviction put off, a prompt keeps what a single chunk of its length keeps."""
+    policy, prompt = Corm(window=9, recent=3), [np.random.default_rng(1).integers(0, 97, length).tolist()]
+    logits, caches = read(policy, prompt, oneshot=True)
+    whole_logits, whole = read(policy, prompt, chunk=length)
+    assert kept(caches, 0) == kept(whole, 0)
+    assert int(usage(caches).live.sum()) < length * 4
+    np.testing.assert_allclose(logits, whole_logits, atol=2e-5)
+    full, _ = read(Full(), prompt)
+    np.testing.assert_allclose(logits, full, atol=2e-5)  # nothing was missing while it read
+
+
+def test_one_compile_whatever_the_prompt():
+    compiled = []
+    listener = lambda name, _, **about: compiled.append(about) if "backend_compile" in name else None  # noqa: E731
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    model = tiny(seed=1, vocab=89)
+
+    def run(policy, length, **options):
+        del compiled[:]
+        prompt = np.random.default_rng(length).integers(0, 89, length).tolist()
+        generate(model, policy, [prompt], max_new_tokens=40, capacity=350, **options)
+        return [about["fun_name"] for about in compiled]
+
+    first = run(Corm(window=8, recent=4), 5)
+    assert first.count("jit(_prefill_block)") == 1
+    assert first.count("jit(decode)") == 1
+    assert run(Corm(window=50, recent=2), 300, temperature=0.7, top_p=0.5, end=[], seed=3) == []
+
+
+def test_decoding_goes_on_where_the_prompt_ended():
+    """Greedy tokens are those of reading prompt and continuation at once, and the caches hold the same keys."""
+    policy, prompt = Corm(window=6, recent=3), [1, 2, 3, 4, 5, 6, 7]
+    generated = generate(MODEL, policy, [prompt], max_new_tokens=21, capacity=64)
+    tokens = generated.tokens[0]
+    assert len(tokens) == 21
+    for cut in (0, 1, 20):
+        logits, _ = read(policy, [prompt + tokens[:cut]], 64)
+        assert int(logits[0].argmax()) == tokens[cut]
+    _, caches = read(policy, [prompt + tokens], 64)
+    assert kept(caches, 0) == kept(generated.caches, 0)
+
+
+def test_rows_stop_at_their_own_end():
+    prompts = [[3, 1, 4], [1, 5]]
+    free = generate(MODEL, Full(), prompts, max_new_tokens=20)
+    end = free.tokens[0][2]
+    stopped = generate(MODEL, Full(), prompts, max_new_tokens=20, end=[end])
+    for row in range(2):
+        expected = free.tokens[row]
+        expected = expected[: expected.index(end)] if end in expected else expected
+        assert stopped.tokens[row] == expected
+    assert int(stopped.caches[0].seen[0]) == len(prompts[0]) + len(stopped.tokens[0]) + 1  # the end itself was read
+    pieces = list(stream(MODEL, Full(), prompts[:1], max_new_tokens=20))
+    assert [len(piece.tokens[0]) for piece in pieces] == [16, 4]
+
+
+def test_sampling():
+    logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
+    draw = jax.vmap(lambda key, p: sample(logits, key, jnp.float32(1), p)[0], in_axes=(0, None))
+    keys = jax.random.split(jax.random.key(0), 2000)
+    share = np.bincount(draw(keys, jnp.float32(1.0)), minlength=4) / 2000
+    np.testing.assert_allclose(share, [0.5, 0.3, 0.15, 0.05], atol=0.04)
+    share = np.bincount(draw(keys, jnp.float32(0.6)), minlength=4) / 2000
+    np.testing.assert_allclose(share, [0.625, 0.375, 0, 0], atol=0.04)
+    assert set(np.asarray(draw(keys, jnp.float32(0.1)))) == {0}
+    assert int(sample(logits, keys[0], jnp.float32(0), jnp.float32(1))[0]) == 0
+
+
+def test_a_policy_for_each_layer():
+    policies = (Full(), Corm(window=4, recent=2))
+    _, caches = read(policies, [list(range(30))])
+    live = np.asarray(usage(caches).live)
+    assert (live[0] == 30).all()
+    assert (live[1] < 30).all()
+    with pytest.raises(CormError, match="3 policies for 2 layers"):
+        MODEL.make_caches((Full(),) * 3, batch=1, capacity=8)
+
+
+def test_usage_counts_bytes():
+    _, caches = read(Corm(window=4, recent=2), [list(range(30)), [1, 2]], capacity=40)
+    used = usage(caches)
+    per_key = 2 * 8 * 4  # k and v, head_dim 8, float32
+    assert used.bytes_live == int(used.live.sum()) * per_key
+    assert used.bytes_full == 2 * 2 * 32 * per_key  # layers, heads, 30 + 2 tokens
+    slots = 2 * 2 * 2 * 40  # layers, rows, heads, capacity
+    assert used.bytes_allocated == slots * (per_key + 4 + 4) + 2 * 2 * (4 + 2 * 4)  # position, last; seen, overflow
+    assert used.seen.tolist() == [30, 2]
+
+
+def test_bfloat16_models_have_bfloat16_caches():
+    model = tiny(dtype=jnp.bfloat16)
+    with jax.numpy_dtype_promotion("standard"):  # Flax's RMSNorm mixes in its float32 statistics
+        generated = generate(model, Corm(window=4, recent=2), [[1, 2, 3]], max_new_tokens=4)
+    assert generated.caches[0].k.dtype == jnp.bfloat16
+    assert len(generated.tokens[0]) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompts": [[1, 97]]}, "token id 97 is outside the vocabulary of 97"),
+        ({"prompts": [[1], [-1]]}, "token id -1 is outside the vocabulary"),
+        ({"prompts": [[1], []]}, "a prompt is empty"),
+        ({"prompts": []}, "a prompt is empty"),
+        ({"chunk": 0}, "chunk must be at least 1, not 0"),
+        ({"capacity": 4}, r"capacity 4 cannot hold what the policy never gives up \(5 keys\)"),
+        ({"capacity": 8, "chunk": 16}, r"capacity 8 cannot hold a chunk \(16 keys\)"),
+        ({"capacity": 8, "oneshot": True}, r"capacity 8 cannot hold a one-shot prompt \(9 keys\)"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, not 0"),
+        ({"temperature": -1.0}, "temperature must be >= 0"),
+        ({"top_p": 0.0}, r"top_p in \(0, 1\]"),
+        ({"overflow": "ignore"}, "overflow must be 'evict' or 'error', not 'ignore'"),
+    ],
+)
+def test_bad_input(options, message):
+    options = {"prompts": [list(range(9))], "max_new_tokens": 3, **options}
+    with pytest.raises(CormError, match=message):
+        generate(MODEL, Corm(window=9, recent=5), options.pop("prompts"), **options)
+
+
+def test_overflow_is_counted_or_an_error():
+    policy, prompt = Corm(window=100, recent=2), [list(range(30))]
+    _, caches = read(policy, prompt, capacity=10)
+    assert (usage(caches).overflow == 20).all()
+    with pytest.raises(CacheOverflowError, match="layer 0 ran out of its 10 slots"):
+        read(policy, prompt, capacity=10, overflow="error")
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("lru", "unknown policy 'lru' in 'lru': choose from full, corm"),
+        ("corm:size=3", "unknown option 'size=3' in 'corm:size=3': corm has window=..., recent=..."),
+        ("corm:window", "unknown option 'window'"),
+        ("full:window=3", "unknown option 'window=3' in 'full:window=3': full has none"),
+        ("corm:window=3,window=4", "option 'window' is given twice"),
+        ("corm:window=x", "window must be a whole number, not 'x'"),
+        ("corm:window=0", "window must be a whole number from 1 to 2147483647, not 0"),
+        ("corm:recent=-1", "recent must be a whole number from 1"),
+        ("corm:window=3000000000", "window must be a whole number from 1"),
+        ("corm:group=max", "group must be any or mean, not 'max'"),
+        ("corm:eager=2", "eager must be true or false, not '2'"),
+    ],
+)
+def test_bad_specs(spec, message):
+    with pytest.raises(CormError) as caught:
+        parse(spec)
+    assert message in str(caught.value)
+
+
+def test_good_specs():
+    assert parse("full") == Full()
+    assert parse(" corm: window=3, eager=true,threshold=live ") == Corm(window=3, eager=True, threshold="live")
+    with pytest.raises(CormError, match="window must be a whole number"):
+        Corm(window=2.5)
