@@ -6,8 +6,9 @@
 
 from corm_jax.attention import attend, step
 from corm_jax.cache import make, usage
+from corm_jax.checkpoint import load
 from corm_jax.errors import CacheOverflowError, CheckpointError, CormError
-from corm_jax.generate import Generation, decode, generate, prefill, stream
+from corm_jax.generation import Generation, decode, generate, prefill, stream
 from corm_jax.model import Config, Llama
 from corm_jax.policies import POLICIES, Corm, Full, parse
 from corm_jax.types import Caches, CacheSpec, LayerCache, Observation, Policy, Slots, Usage
@@ -32,6 +33,7 @@ __all__ = [
     "attend",
     "decode",
     "generate",
+    "load",
     "make",
     "parse",
     "prefill",

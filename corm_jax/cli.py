@@ -157,7 +157,7 @@ def generate(
 ):
     """Continue a prompt through an evicting cache; the last line says how full the cache is."""
     from corm_jax.cache import usage
-    from corm_jax.generate import stream
+    from corm_jax.generation import stream
     from corm_jax.policies import parse
 
     policy = parse(spec)
@@ -240,11 +240,16 @@ def _load(model: str, dtype: str):
         raise CormError(f"{error.name} is not installed: pip install 'corm-jax[cli]'") from None
 
 
+def reference_text() -> str:
+    """Python's own language reference, the text that every Python ships."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[topic] for topic in sorted(topics))
+
+
 def _text(path: Path | None) -> tuple[str, str]:
     if path is None:
-        from pydoc_data.topics import topics
-
-        return "\n\n".join(topics[topic] for topic in sorted(topics)), f"pydoc_data.topics {platform.python_version()}"
+        return reference_text(), f"pydoc_data.topics {platform.python_version()}"
     text = _read_text(path)
     if not text:
         raise CormError(f"the text {str(path)!r} is empty")

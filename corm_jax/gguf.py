@@ -40,7 +40,9 @@ def open_gguf(path: Path, name: str) -> Source:
     """
     from gguf import GGUFReader
 
-    if path.open("rb").read(4) != b"GGUF":
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
         raise CheckpointError(f"{path} is not a GGUF file: it does not begin with 'GGUF'")
     try:
         reader = GGUFReader(path)

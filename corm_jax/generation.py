@@ -86,7 +86,7 @@ def prefill(
       prompts: token ids, one list a row.
       chunk: tokens between evictions. 1 is the exact recurrence; more is faster and remembers a little longer.
       oneshot: attend over the whole prompt first and evict once at its end, from the last w queries.
-      overflow: what happens when no slot is free: the policy's lowest rank goes (and is counted), or `CacheOverflowError`.
+      overflow: what happens when no slot is free: the policy's lowest rank goes, counted; or `CacheOverflowError`.
 
     Returns:
       Logits of each row's next token, and the caches.
@@ -254,7 +254,9 @@ def slots_for(policy: Policies, capacity: int | None, tokens: int, chunk: int) -
     check_slots(capacity, chunk, "a chunk")
     for one in [policy] if isinstance(policy, Policy) else policy:
         if concrete(one.protected):
-            check_slots(capacity, int(np.max(one.protected)), "what the policy never gives up")
+            check_slots(
+                capacity, int(np.max(one.protected)), "the keys that the policy never gives up, such as its recent ones"
+            )
     return capacity
 
 

@@ -1,0 +1,62 @@
+"""SmolLM2's real weights here and in Hugging Face transformers (torch, CPU): the same text, the same NLL.
+
+    pip install -e ".[test]"; python benchmarks/parity_transformers.py [--text FILE] [--tokens 256]
+
+transformers reads the same GGUF file with its own code, tokenizer and chat template included. Exits with 1 if the mean
+NLL differs by more than 1e-4, the tokens or the chat prompts differ, or a greedy continuation differs. Tokens are
+compared on the text without its digits: transformers overlooks the file's field ``tokenizer.ggml.pre``, by which
+SmolLM2 splits off every digit before anything else.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from corm_jax import Full, checkpoint, generate, smollm2
+from corm_jax.cli import reference_text
+from corm_jax.perplexity import read
+
+
+@click.command()
+@click.option("--text", type=click.Path(path_type=Path, exists=True))
+@click.option("--tokens", default=256)
+def main(text, tokens):
+    words = text.read_text(encoding="utf-8") if text else reference_text()
+    model, tokenizer = checkpoint.load()
+    ids = tokenizer.encode(words)[:tokens]
+
+    path = smollm2.model_file()
+    their_tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    wordy = re.sub(r"\d", "", words)
+    same_tokens = their_tokenizer(wordy)["input_ids"] == tokenizer.encode(wordy)
+    with torch.no_grad():
+        logits = theirs(torch.tensor([ids])).logits[0]
+        answer = theirs.generate(
+            torch.tensor([ids[:32]]), max_new_tokens=32, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+    nll = torch.nn.functional.cross_entropy(logits[:-1].double(), torch.tensor(ids[1:]), reduction="none").numpy()
+    reading = read(model, Full(), ids)
+    same_answer = answer[0, 32:].tolist() == generate(model, Full(), [ids[:32]], max_new_tokens=32).tokens[0]
+    question = "Name three rivers."
+    chat = their_tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
+    )
+    same_chat = chat == tokenizer.chat(question)
+
+    difference = abs(float(reading.nll.mean(dtype=np.float64)) - nll.mean())
+    print(f"tokens of the whole text, {len(tokenizer.encode(wordy)):,}:      {'equal' if same_tokens else 'DIFFER'}")
+    print(f"mean NLL over {tokens - 1} predictions: ours {reading.nll.mean():.6f}, transformers {nll.mean():.6f}")
+    print(f"  difference of means {difference:.2e}, largest of a token {np.abs(reading.nll - nll).max():.2e}")
+    print(f"32 greedy tokens:                       {'equal' if same_answer else 'DIFFER'}")
+    print(f"chat prompt:                            {'equal' if same_chat else 'DIFFERS'}")
+    sys.exit(not (difference <= 1e-4 and same_tokens and same_answer and same_chat))
+
+
+if __name__ == "__main__":
+    main()

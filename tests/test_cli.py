@@ -1,0 +1,152 @@
+"""The command line, in one process, on a tiny model that the tests make."""
+
+import json
+
+import pytest
+
+from corm_jax import cli
+from tests.test_checkpoint import TEXT, byte_level_tokenizer
+from tests.test_model import hugging_face
+
+KEYS = "policy nll ppl delta_nll kept_final kept_mean kv_bytes_full kv_bytes_live kv_bytes_allocated overflow seconds"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    hugging_face(path, vocab_size=400)
+    byte_level_tokenizer().save(str(path / "tokenizer.json"))
+    return str(path)
+
+
+@pytest.fixture
+def corm(monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["corm", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        out, err = capsys.readouterr()
+        return stopped.value.code or 0, out, err
+
+    return run
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT * 5, encoding="utf-8")
+    return path
+
+
+def test_compare(corm, model, text, tmp_path):
+    report, plot = tmp_path / "report.json", tmp_path / "plot.png"
+    code, out, _ = corm(
+        *("compare", "--model", model, "--text", text, "--tokens", 100, "--json", report, "--plot", plot),
+        *("--policy", "full", "--policy", "corm:window=8,recent=4"),
+    )
+    assert code == 0
+    assert "corm:window=8,recent=4" in out
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    result = json.loads(report.read_text())
+    assert {"model", "text", "tokens", "dtype", "device", "rows"} <= result.keys()
+    full, evicting = result["rows"]
+    assert set(full) == {*KEYS.split(), "kept_per_layer"}
+    per_layer = 2 * 2 * 8 * 4 * 100  # k and v, 2 heads of 8 float32 numbers, 100 tokens
+    assert full["kv_bytes_full"] == full["kv_bytes_live"] == 3 * per_layer
+    assert full["kept_final"] == full["kept_mean"] == 1
+    assert full["delta_nll"] == 0
+    assert evicting["kv_bytes_live"] == round(evicting["kept_final"] * full["kv_bytes_full"])
+    assert 0 < evicting["kept_final"] < 1
+    assert len(evicting["kept_per_layer"]) == 3
+    assert sum(evicting["kept_per_layer"]) / 3 == pytest.approx(evicting["kept_final"])
+
+
+def test_compare_reads_python_s_own_reference_by_default(corm, model):
+    code, out, _ = corm("compare", "--model", model, "--tokens", 40, "--policy", "full", "--chunk", 8)
+    assert code == 0
+    assert "pydoc_data.topics" in out
+
+
+def test_overflow_is_shown(corm, model, text):
+    arguments = ("compare", "--model", model, "--text", text, "--tokens", 100, "--policy", "full", "--capacity", 60)
+    code, out, _ = corm(*arguments)
+    assert code == 0
+    assert f" {40 * 3 * 2} " in out
+    code, _, err = corm(*arguments, "--overflow", "error")
+    assert (code, "ran out of its 60 slots" in err) == (2, True)
+
+
+def test_generate(corm, model, tmp_path):
+    (tmp_path / "prompt").write_text("It was the")
+    common = ("generate", "--model", model, "--max-new-tokens", 20, "--policy", "corm:window=4,recent=2")
+    code, out, _ = corm(*common, "--prompt", "It was the")
+    assert code == 0
+    assert "[cache: " in out.splitlines()[-1]
+    assert corm(*common, "--prompt-file", tmp_path / "prompt")[1] == out
+    assert corm(*common, "--prompt", "It was the", "--chat")[1] != out
+    assert corm(*common, "--prompt", "It was the", "--oneshot", "--temperature", 1, "--top-p", 0.9, "--seed", 2)[0] == 0
+
+
+def test_policies_are_listed(corm):
+    _, out, _ = corm("policies")
+    for word in ("full", "corm", "window", "recent", "position | live", "any | mean", "256"):
+        assert word in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compare", "--policy", "corm:window=0"], "window must be a whole number from 1"),
+        (["compare", "--policy", "h3o"], "unknown policy 'h3o'"),
+        (["compare", "--text", "{empty}"], "is empty"),
+        (["compare", "--text", "{none}"], "cannot read"),
+        (["compare", "--text", "{binary}"], "is not UTF-8 text"),
+        (["compare", "--text", "{text}", "--tokens", "99999"], "tokens, 99999 were asked for"),
+        (["compare", "--text", "{text}", "--tokens", "1"], "it takes at least 2"),
+        (
+            ["compare", "--tokens", "50", "--capacity", "20"],
+            "cannot hold the keys that the policy never gives up, such as its recent ones (256 keys)",
+        ),
+        (["compare", "--tokens", "50", "--chunk", "0"], "chunk must be at least 1, not 0"),
+        (["compare", "--tokens", "50", "--capacity", "0"], "capacity 0 cannot hold"),
+        (["compare", "--json", "{none}/report.json"], "there is no directory"),
+        (["compare", "--plot", "{directory}"], "it is a directory"),
+        (["compare", "--dtype", "float16"], "'float16' is not one of 'float32', 'bfloat16'"),
+        (["compare", "--depth", "3"], "No such option"),
+        (["generate"], "give a prompt"),
+        (["generate", "--prompt", "a", "--prompt-file", "b"], "give a prompt"),
+        (["generate", "--prompt", ""], "the prompt is empty"),
+        (["generate", "--prompt", "a", "--temperature", "-1"], "temperature must be >= 0"),
+        (["generate", "--prompt", "a", "--model", "nothing"], "unknown model 'nothing'"),
+        (["fly"], "No such command 'fly'"),
+    ],
+)
+def test_mistakes_end_in_one_line(corm, model, text, tmp_path, arguments, message):
+    (tmp_path / "empty").touch()
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\xd8")
+    places = {name: tmp_path / name for name in ("empty", "none", "binary")}
+    arguments = [part.format(text=text, directory=tmp_path, **places) for part in arguments]
+    if "--model" not in arguments and len(arguments) > 1:
+        arguments += ["--model", model]
+    code, _, err = corm(*arguments)
+    assert code == 2
+    lines = [line for line in err.splitlines() if line.startswith("corm: ")]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert "Traceback" not in err
+
+
+def test_an_output_is_replaced_only_by_a_whole_one(corm, model, text, tmp_path, monkeypatch):
+    report = tmp_path / "report.json"
+    report.write_text("before")
+    arguments = ("compare", "--model", model, "--text", text, "--tokens", 50, "--policy", "full", "--json", report)
+    monkeypatch.setattr(cli, "_print_table", lambda result: (_ for _ in ()).throw(KeyboardInterrupt))
+    code, _, err = corm(*arguments)
+    assert (code, "interrupted" in err) == (130, True)
+    assert report.read_text() == "before"
+    monkeypatch.undo()
+    monkeypatch.setattr("sys.argv", ["corm", *map(str, arguments)])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert json.loads(report.read_text())["tokens"] == 50
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["report.json", "text.txt"]
