@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from corm_jax import cache as cache_lib
+from corm_jax.errors import CormError
 from corm_jax.types import LayerCache, Observation, Policy
 
 
@@ -103,6 +104,8 @@ def read(
     live keys after each chunk.
     """
     tokens = q.shape[0]
+    if chunk < 1 or tokens % chunk:
+        raise CormError(f"chunk {chunk} does not divide a block of {tokens} tokens: pad the block, and say so in count")
     starts = jnp.arange(0, tokens, chunk)
 
     def body(cache, xs):

@@ -15,14 +15,14 @@ from corm_jax.errors import CormError
 from corm_jax.types import EMPTY, Caches, CacheSpec, LayerCache, Policy, Slots, Usage
 
 
-def make(policy: Policy, spec: CacheSpec, batch: int) -> LayerCache:
-    """An empty cache for one layer, each leaf with a leading ``batch`` axis.
+def make_cache(policy: Policy, spec: CacheSpec, batch: int | None = None) -> LayerCache:
+    """An empty cache for one layer: of one sequence, or of a batch, each leaf then with a leading ``batch`` axis.
 
     >>> from corm_jax.policies import Full
-    >>> make(Full(), CacheSpec(kv_heads=2, capacity=8, head_dim=4), batch=3).k.shape
+    >>> make_cache(Full(), CacheSpec(kv_heads=2, capacity=8, head_dim=4), batch=3).k.shape
     (3, 2, 8, 4)
     """
-    if spec.capacity < 1 or batch < 1:
+    if spec.capacity < 1 or (batch is not None and batch < 1):
         raise CormError(f"capacity and batch must be at least 1, not {spec.capacity} and {batch}")
     cache = LayerCache(
         k=jnp.zeros((*spec.slots, spec.head_dim), spec.dtype),
@@ -32,7 +32,7 @@ def make(policy: Policy, spec: CacheSpec, batch: int) -> LayerCache:
         seen=jnp.zeros((), jnp.int32),
         overflow=jnp.zeros(spec.kv_heads, jnp.int32),
     )
-    return jax.tree.map(lambda x: jnp.tile(x, (batch, *(1,) * x.ndim)), cache)
+    return cache if batch is None else jax.tree.map(lambda x: jnp.tile(x, (batch, *(1,) * x.ndim)), cache)
 
 
 def slots(cache: LayerCache) -> Slots:

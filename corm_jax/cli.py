@@ -1,9 +1,9 @@
 """The command line: ``corm compare``, ``corm generate``, ``corm policies``."""
 
+import contextlib
 import dataclasses
 import json
 import platform
-import resource
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -95,6 +95,7 @@ def compare(model, dtype, capacity, chunk, overflow, text, tokens, specs, json_f
     ids = tokenizer.encode(words)
     if len(ids) < tokens:
         raise CormError(f"the text {name!r} has {len(ids)} tokens, {tokens} were asked for: give more text or --tokens")
+    _note_context(network, tokens)
     result = {
         "model": model,
         "text": name,
@@ -167,11 +168,13 @@ def generate(
     if not words:
         raise CormError("the prompt is empty")
     network, tokenizer = _load(model, dtype)
+    ids = tokenizer.encode(tokenizer.chat(words) if chat else words)
+    _note_context(network, len(ids) + max_new_tokens)
     pieces = tokenizer.stream()
     for new in stream(
         network,
         policy,
-        [tokenizer.encode(tokenizer.chat(words) if chat else words)],
+        [ids],
         max_new_tokens=max_new_tokens,
         capacity=capacity,
         chunk=chunk,
@@ -247,6 +250,14 @@ def reference_text() -> str:
     return "\n\n".join(topics[topic] for topic in sorted(topics))
 
 
+def _note_context(network: Any, tokens: int) -> None:
+    if tokens > network.config.context:
+        print(
+            f"corm: note: {tokens:,} tokens go beyond the {network.config.context:,} that the model was trained on",
+            file=sys.stderr,
+        )
+
+
 def _text(path: Path | None) -> tuple[str, str]:
     if path is None:
         return reference_text(), f"pydoc_data.topics {platform.python_version()}"
@@ -284,9 +295,19 @@ def _device() -> str:
     return f"{device.platform}: {device.device_kind}"
 
 
-def _peak_memory() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def _peak_memory() -> dict[str, int]:
+    """Peak bytes: of the process, where the system says, and of the accelerator, where there is one."""
+    import jax
+
+    peaks = {}
+    with contextlib.suppress(ModuleNotFoundError):  # not on Windows
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peaks["process"] = peak if sys.platform == "darwin" else peak * 1024
+    if statistics := jax.devices()[0].memory_stats():
+        peaks["device"] = statistics["peak_bytes_in_use"]
+    return peaks
 
 
 def _row(spec: str, reading: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -340,10 +361,11 @@ def _print_table(result: dict[str, Any]) -> None:
             str(row["overflow"]),
             f"{row['seconds']:.1f}",
         )
+    peaks = ", ".join(f"{peak / 2**30:.2f} GiB ({where})" for where, peak in result["peak_memory_bytes"].items())
     console = _console()
     console.print(table)
     console.print(
         f"NLL: nats a token over {result['tokens'] - 1:,} predictions; Δ against the first row. kept: live / seen, "
         f"mean over layers and heads, at the end and over time. {result['dtype']}, chunks of {result['chunk']}, "
-        f"{result['device']}, peak memory {result['peak_memory_bytes'] / 2**30:.2f} GiB."
+        f"{result['device']}, peak memory {peaks}."
     )

@@ -126,7 +126,7 @@ class Llama(nnx.Module):
     def make_caches(self, policy: Policy | Sequence[Policy], *, batch: int, capacity: int) -> Caches:
         """Empty caches, one a layer, of ``capacity`` slots a key-value head."""
         spec = CacheSpec(self.config.kv_heads, capacity, self.config.head_dim, self.dtype)
-        return tuple(cache.make(one, spec, batch) for one in cache.per_layer(policy, self.config.layers))
+        return tuple(cache.make_cache(one, spec, batch) for one in cache.per_layer(policy, self.config.layers))
 
     def __call__(
         self,

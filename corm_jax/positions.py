@@ -83,7 +83,7 @@ def rotate(
     has the dtype of ``x``.
 
     >>> x = jnp.ones((2, 4))
-    >>> print(rotate(x, jnp.array([0, 1]), Rope().frequencies(4)).round(2))
+    >>> print(np.asarray(rotate(x, jnp.array([0, 1]), Rope().frequencies(4))).round(2))
     [[ 1.    1.    1.    1.  ]
      [-0.3   0.99  1.38  1.01]]
     """

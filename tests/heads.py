@@ -53,8 +53,7 @@ def chunks_of(tokens, size):
 @partial(jax.jit, static_argnames=("capacity", "chunk"))
 def drive(policy, q, k, v, count, *, capacity, chunk):
     """Reads ``[TOKENS, kv_heads, ...]`` chunk by chunk: outputs, positions after each chunk, final cache."""
-    one = cache.make(policy, CacheSpec(k.shape[1], capacity, k.shape[2]), batch=1)
-    one = jax.tree.map(lambda leaf: leaf[0], one)
+    one = cache.make_cache(policy, CacheSpec(k.shape[1], capacity, k.shape[2]))
 
     def body(carried, xs):
         q, k, v, start = xs

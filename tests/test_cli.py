@@ -34,7 +34,7 @@ def corm(monkeypatch, capsys):
 @pytest.fixture
 def text(tmp_path):
     path = tmp_path / "text.txt"
-    path.write_text(TEXT * 5, encoding="utf-8")
+    path.write_text(TEXT * 9, encoding="utf-8")
     return path
 
 
@@ -74,6 +74,12 @@ def test_overflow_is_shown(corm, model, text):
     assert f" {40 * 3 * 2} " in out
     code, _, err = corm(*arguments, "--overflow", "error")
     assert (code, "ran out of its 60 slots" in err) == (2, True)
+
+
+def test_going_beyond_the_trained_context_is_noted(corm, model, text):
+    code, _, err = corm("compare", "--model", model, "--text", text, "--tokens", 280, "--policy", "full", "--chunk", 70)
+    assert code == 0
+    assert "280 tokens go beyond the 256 that the model was trained on" in err
 
 
 def test_generate(corm, model, tmp_path):

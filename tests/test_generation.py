@@ -189,6 +189,16 @@ def test_bad_input(options, message):
         generate(MODEL, Corm(window=9, recent=5), options.pop("prompts"), **options)
 
 
+def test_a_block_is_whole_chunks():
+    caches = MODEL.make_caches(Full(), batch=1, capacity=8)
+    with pytest.raises(CormError, match="chunk 2 does not divide a block of 3 tokens"):
+        MODEL(Full(), caches, jnp.array([[1, 2, 3]]), jnp.array([3]), chunk=2)
+    with pytest.raises(CormError, match="5 new keys do not fit into 4 slots"):
+        MODEL(Full(), MODEL.make_caches(Full(), batch=1, capacity=4), jnp.zeros((1, 5), int), jnp.array([5]), chunk=5)
+    with pytest.raises(CormError, match="capacity and batch must be at least 1, not 0 and 1"):
+        MODEL.make_caches(Full(), batch=1, capacity=0)
+
+
 def test_overflow_is_counted_or_an_error():
     policy, prompt = Corm(window=100, recent=2), [list(range(30))]
     _, caches = read(policy, prompt, capacity=10)
