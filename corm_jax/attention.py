@@ -76,6 +76,20 @@ def step(
         the live keys and, causally, the chunk.
       count: how many of them are real; the rest pads a ragged batch, and changes nothing.
       evict: false postpones eviction (the one-shot prompt: read it all, then evict once).
+
+    Returns:
+      The outputs, in the dtype of ``q``, and the cache.
+
+    Raises:
+      CormError: for more tokens than the cache has slots.
+
+    >>> from corm_jax import CacheSpec, Corm, make_cache
+    >>> policy = Corm(window=4, recent=2)
+    >>> cache = make_cache(policy, CacheSpec(kv_heads=1, capacity=4, head_dim=8))
+    >>> q, k = jnp.ones((3, 1, 2, 8)), jnp.ones((3, 1, 8))
+    >>> output, cache = step(policy, cache, q, k, k, count=jnp.int32(3))
+    >>> cache.position.tolist(), cache.state.tolist()      # all equal, so all important at t = 3
+    ([[0, 1, 2, -1]], [[3, 3, 3, -2147483648]])
     """
     position = cache.seen + jnp.arange(q.shape[0])
     real = jnp.arange(q.shape[0]) < count
