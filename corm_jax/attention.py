@@ -1,8 +1,8 @@
 """Attention over slots, and the loop that makes it evict.
 
 A layer's keys depend on the layers below, never on what this layer has evicted. So a model can project a whole block of
-tokens at once and leave only attention and eviction to the loop over chunks here: the exact recurrence (chunks of
-one) reads a text at nearly the speed of a plain prefill.
+tokens at once and leave only attention and eviction to the loop over chunks here: even the exact recurrence (chunks
+of one) passes over the weights once a block, not once a token.
 """
 
 import jax
@@ -125,7 +125,8 @@ def read(
     def body(cache, xs):
         q, k, v, start = xs
         output, cache = step(policy, cache, q, k, v, jnp.clip(count - start, 0, chunk), evict)
-        return cache, (output, cache_lib.slots(cache).live.sum(-1, dtype=jnp.int32))
+        slots = cache_lib.slots(cache)
+        return cache, (output, slots.total(slots.live))
 
     chunks = jax.tree.map(lambda x: x.reshape(tokens // chunk, chunk, *x.shape[1:]), (q, k, v))
     cache, (outputs, live) = jax.lax.scan(body, cache, (*chunks, starts), unroll=tokens == chunk)

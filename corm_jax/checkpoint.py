@@ -94,7 +94,9 @@ def open_directory(path: Path, name: str) -> Source:
         except SafetensorError as error:
             raise CheckpointError(f"{path / file} is damaged or not a safetensors file: {error}") from None
         tensors |= {key: lambda opened=opened, key=key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-    return Source(name, config, tensors, lambda: Tokenizer.from_directory(path, config))
+    generation = path / "generation_config.json"
+    end = (_read_json(generation) if generation.exists() else config).get("eos_token_id", config.get("eos_token_id"))
+    return Source(name, config, tensors, lambda: Tokenizer.from_file(path / "tokenizer.json", end))
 
 
 def config_from(source: dict[str, Any]) -> Config:
@@ -113,11 +115,12 @@ def config_from(source: dict[str, Any]) -> Config:
         if source.get(key, supported) != supported:
             raise CheckpointError(f"config.json has {key}={source[key]!r}: only {supported!r} is supported")
 
-    def positive(key: str, default: Any = None) -> Any:
+    def positive(key: str, default: Any = None, kind: type = int) -> Any:
         value = source.get(key)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0 or math.isinf(value):
-            raise CheckpointError(f"config.json needs a positive number for {key!r}, not {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int | kind) or not 0 < value < math.inf:
+            what = "whole number" if kind is int else "number"
+            raise CheckpointError(f"config.json needs a positive {what} for {key!r}, not {value!r}")
         return value
 
     heads, dim = positive("num_attention_heads"), positive("hidden_size")
@@ -129,7 +132,7 @@ def config_from(source: dict[str, Any]) -> Config:
         heads=heads,
         kv_heads=positive("num_key_value_heads", heads),
         head_dim=positive("head_dim", dim // heads),
-        norm_eps=positive("rms_norm_eps", 1e-6),
+        norm_eps=positive("rms_norm_eps", 1e-6, float),
         rope=Rope.from_config(source),
         tied=bool(source.get("tie_word_embeddings", False)),
         context=positive("max_position_embeddings", 2048),

@@ -5,10 +5,22 @@ import dataclasses
 import json
 import platform
 import sys
+from importlib.util import find_spec
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any, NoReturn
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from corm_jax import checkpoint, plots
+from corm_jax.cache import usage
 from corm_jax.errors import CormError
+from corm_jax.files import check_writable, whole_file
+from corm_jax.generation import slots_for, stream
+from corm_jax.perplexity import Reading, read
+from corm_jax.policies import POLICIES, parse
 
 try:
     import click
@@ -83,11 +95,11 @@ def compare(model, dtype, capacity, chunk, overflow, text, tokens, specs, json_f
     Every token is predicted from what the cache still holds (teacher forcing). A SPEC is a name from `corm policies`
     with options, as in corm:window=64,recent=32.
     """
-    from corm_jax import plots
-    from corm_jax.perplexity import read
-    from corm_jax.policies import parse
-
+    if tokens < 2:
+        raise CormError(f"--tokens must be at least 2, not {tokens}: the first predicts, the second is predicted")
     policies = {spec: parse(spec) for spec in specs or DEFAULT_POLICIES}
+    for policy in policies.values():
+        slots_for(policy, capacity, tokens, chunk)
     _check_output(json_file, plot=False)
     _check_output(plot_file, plot=True)
     words, name = _text(text)
@@ -106,23 +118,11 @@ def compare(model, dtype, capacity, chunk, overflow, text, tokens, specs, json_f
         "rows": [],
     }
     for spec, policy in policies.items():
-        with _progress() as progress:
-            task = progress.add_task(spec, total=tokens)
-            reading = read(
-                network,
-                policy,
-                ids[:tokens],
-                capacity=capacity,
-                chunk=chunk,
-                overflow=overflow,
-                progress=lambda done: progress.update(task, completed=done),  # noqa: B023 (called within the loop's turn)
-            )
+        reading = _read(spec, network, policy, ids[:tokens], capacity=capacity, chunk=chunk, overflow=overflow)
         result["rows"].append(_row(spec, reading, result["rows"]))
     result["peak_memory_bytes"] = _peak_memory()
     _print_table(result)
     if json_file:
-        from corm_jax.files import whole_file
-
         with whole_file(json_file) as temporary:
             temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     if plot_file:
@@ -157,10 +157,6 @@ def generate(
     seed,
 ):
     """Continue a prompt through an evicting cache; the last line says how full the cache is."""
-    from corm_jax.cache import usage
-    from corm_jax.generation import stream
-    from corm_jax.policies import parse
-
     policy = parse(spec)
     if (prompt is None) == (prompt_file is None):
         raise CormError("give a prompt, either with --prompt or with --prompt-file")
@@ -198,14 +194,12 @@ def generate(
 @corm.command()
 def policies():
     """List the policies with their options."""
-    from corm_jax.policies import POLICIES
-
     table = Table(box=None, pad_edge=False)
     for column in ("policy", "option", "default", "what it does"):
         table.add_column(column)
     for name, kind in POLICIES.items():
         table.add_row(name, "", "", str(kind.__doc__).splitlines()[0], style="bold")
-        for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        for field in dataclasses.fields(kind):
             choices = field.metadata.get("choices")
             value = " | ".join(choices) if choices else str(field.default).lower()
             table.add_row("", field.name, value, field.metadata["help"])
@@ -229,10 +223,6 @@ def _progress() -> Progress:
 
 
 def _load(model: str, dtype: str):
-    import jax.numpy as jnp
-
-    from corm_jax import checkpoint
-
     def bar(parameters):
         with _progress() as progress:
             yield from progress.track(parameters, description=f"loading {model}")
@@ -245,8 +235,6 @@ def _load(model: str, dtype: str):
 
 def reference_text() -> str:
     """Python's own language reference, the text that every Python ships."""
-    from pydoc_data.topics import topics
-
     return "\n\n".join(topics[topic] for topic in sorted(topics))
 
 
@@ -277,10 +265,6 @@ def _read_text(path: Path) -> str:
 
 
 def _check_output(path: Path | None, plot: bool) -> None:
-    from importlib.util import find_spec
-
-    from corm_jax.files import check_writable
-
     if path is None:
         return
     check_writable(path)
@@ -289,16 +273,12 @@ def _check_output(path: Path | None, plot: bool) -> None:
 
 
 def _device() -> str:
-    import jax
-
     device = jax.devices()[0]
     return f"{device.platform}: {device.device_kind}"
 
 
 def _peak_memory() -> dict[str, int]:
     """Peak bytes: of the process, where the system says, and of the accelerator, where there is one."""
-    import jax
-
     peaks = {}
     with contextlib.suppress(ModuleNotFoundError):  # not on Windows
         import resource
@@ -310,9 +290,13 @@ def _peak_memory() -> dict[str, int]:
     return peaks
 
 
-def _row(spec: str, reading: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    import numpy as np
+def _read(spec: str, *arguments, **options) -> Reading:
+    with _progress() as progress:
+        task = progress.add_task(spec, total=len(arguments[-1]))
+        return read(*arguments, **options, progress=lambda done: progress.update(task, completed=done))
 
+
+def _row(spec: str, reading: Reading, rows: list[dict[str, Any]]) -> dict[str, Any]:
     nll = float(reading.nll.mean(dtype=np.float64))
     return {
         "policy": spec,

@@ -97,6 +97,7 @@ def prefill(
     blocks = Blocks.cut(prompts, model.config.vocab, chunk)
     if oneshot:
         check_slots(min(one.position.shape[-1] for one in caches), int(blocks.count.sum(0).max()), "a one-shot prompt")
+    check_overflow(caches, overflow)
     logits = jnp.zeros((len(prompts), model.config.vocab), jnp.float32)
     for index, count in enumerate(blocks.count):
         logits, caches = _prefill_block(

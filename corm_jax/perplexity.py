@@ -73,6 +73,7 @@ def read(
     size = blocks.tokens.shape[-1]
     targets = np.roll(blocks.tokens.reshape(-1), -1).reshape(-1, 1, size)
     caches = model.make_caches(policy, batch=1, capacity=slots_for(policy, capacity, len(tokens), chunk))
+    check_overflow(caches, overflow)
     # A block without tokens changes nothing, but it compiles: the clock starts after it.
     _, _, caches = _score(model, policy, caches, blocks.tokens[:, 0], targets[0], np.zeros(1, np.int32), chunk=chunk)
     jax.block_until_ready(caches)

@@ -43,14 +43,18 @@ class Rope(NamedTuple):
         scaling = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
         kind = scaling.get("rope_type", scaling.get("type", "default"))
         theta = scaling.get("rope_theta", config.get("rope_theta", cls().theta))
+        if not isinstance(theta, int | float) or not theta > 0:
+            raise CheckpointError(f"rope_theta must be a positive number, not {theta!r}")
         if kind == "divisors":
             return cls(theta=float(theta), kind=kind, divisors=tuple(scaling["divisors"]))
         names = {"default": (), "linear": ("factor",), "llama3": _LLAMA3}
         if kind not in names:
             raise CheckpointError(f"rope type {kind!r} is not supported: only {', '.join(names)} are")
         for name in names[kind]:
-            if not isinstance(scaling.get(name), int | float):
-                raise CheckpointError(f"rope type {kind!r} needs a number for {name!r}, not {scaling.get(name)!r}")
+            if not isinstance(scaling.get(name), int | float) or not scaling[name] > 0:
+                raise CheckpointError(
+                    f"rope type {kind!r} needs a positive number for {name!r}, not {scaling.get(name)!r}"
+                )
         values = {name.replace(*_RENAMED): scaling[name] for name in names[kind]}
         return cls(theta=float(theta), kind=kind, **values)
 

@@ -1,6 +1,5 @@
 """Text to token ids and back, from ``tokenizer.json`` or from the vocabulary inside a GGUF file."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,21 +62,16 @@ class Tokenizer:
         raise CormError("no chat format is known for this tokenizer: write the prompt out, without --chat")
 
     @classmethod
-    def from_directory(cls, path: Path, config: dict[str, Any]) -> "Tokenizer":
-        """From ``tokenizer.json``; the ids that end a text from ``generation_config.json`` or ``config.json``."""
+    def from_file(cls, file: Path, end: list[int] | int | None) -> "Tokenizer":
+        """From a ``tokenizer.json``, and the ids that end a text as a checkpoint's configuration has them."""
         import tokenizers
 
-        file = path / "tokenizer.json"
         if not file.exists():
-            raise CheckpointError(f"{path} has no tokenizer.json: save the checkpoint with a fast tokenizer")
+            raise CheckpointError(f"{file.parent} has no {file.name}: save the checkpoint with a fast tokenizer")
         try:
             inner = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare Exception
             raise CheckpointError(f"{file} cannot be read: {error}") from None
-        generation = path / "generation_config.json"
-        if generation.exists():
-            config = {**config, **json.loads(generation.read_text(encoding="utf-8"))}
-        end = config.get("eos_token_id")
         return cls(inner, tuple(end) if isinstance(end, list) else () if end is None else (end,))
 
     @classmethod
@@ -93,14 +87,19 @@ class Tokenizer:
         kind, tokens = ggml.get("model"), ggml.get("tokens")
         if kind not in ("gpt2", "llama") or not tokens:
             raise CheckpointError(f"{path}: a tokenizer of kind {kind!r} is not supported: only 'gpt2' and 'llama' are")
-        inner = _byte_level(ggml, path) if kind == "gpt2" else _sentencepiece(ggml, path)
-        types = ggml.get("token_type", [])
-        inner.add_special_tokens([token for token, kind in zip(tokens, types, strict=False) if kind == CONTROL])
-        begin = ggml.get("bos_token_id")
-        if begin is not None and ggml.get("add_bos_token", kind == "llama" or ggml.get("pre") == "llama-bpe"):
-            inner.post_processor = processors.TemplateProcessing(
-                single=f"{tokens[begin]} $A", special_tokens=[(tokens[begin], begin)]
-            )
+        try:
+            inner = _byte_level(ggml, path) if kind == "gpt2" else _sentencepiece(ggml, path)
+            types = ggml.get("token_type", [])
+            inner.add_special_tokens([token for token, kind in zip(tokens, types, strict=False) if kind == CONTROL])
+            begin = ggml.get("bos_token_id")
+            if begin is not None and ggml.get("add_bos_token", kind == "llama" or ggml.get("pre") == "llama-bpe"):
+                inner.post_processor = processors.TemplateProcessing(
+                    single=f"{tokens[begin]} $A", special_tokens=[(tokens[begin], begin)]
+                )
+        except CheckpointError:
+            raise
+        except Exception as error:  # the library raises bare Exception
+            raise CheckpointError(f"{path}: the vocabulary is damaged: {error}") from None
         ends = (ggml.get("eos_token_id"), ggml.get("eot_token_id"))
         return cls(inner, tuple(dict.fromkeys(end for end in ends if end is not None)))
 

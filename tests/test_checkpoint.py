@@ -168,6 +168,8 @@ def test_sentencepiece_vocabulary_from_gguf(tmp_path, prefix):
     for text in (TEXT, "the best  time", " of man is", "unseen: Ünïcödé ℵ", "a"):
         assert tokenizer.encode(text) == [1, *trained.encode(text)]
         assert tokenizer.decode(tokenizer.encode(text)) == text
+    with pytest.raises(CheckpointError, match="the vocabulary is damaged"):
+        checkpoint.Tokenizer.from_gguf({**fields, "tokenizer.ggml.bos_token_id": 10**6}, tmp_path)
     with pytest.raises(CheckpointError, match="no tokenizer.ggml.scores"):
         checkpoint.Tokenizer.from_gguf({**fields, "tokenizer.ggml.scores": []}, tmp_path)
     with pytest.raises(CheckpointError, match="kind 'bert' is not supported"):
@@ -181,6 +183,10 @@ def test_tokenizer_of_a_directory(copy):
     (copy / "generation_config.json").write_text('{"eos_token_id": [2, 5]}')
     _, tokenizer = checkpoint.load(str(copy))
     assert tokenizer.end == (2, 5)
+    (copy / "generation_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="generation_config.json cannot be read as JSON"):
+        checkpoint.load(str(copy))
+    (copy / "generation_config.json").unlink()
     (copy / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError, match="tokenizer.json cannot be read"):
         checkpoint.load(str(copy))
@@ -207,9 +213,14 @@ def change_tensors(path, change):
         ({"attention_bias": True}, "attention_bias=True: only False is supported"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu': only 'silu' is supported"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "rope_parameters": None}, "rope type 'yarn'"),
-        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "'linear' needs a number for 'factor'"),
-        ({"num_hidden_layers": None}, "positive number for 'num_hidden_layers', not None"),
-        ({"hidden_size": -48}, "positive number for 'hidden_size', not -48"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}},
+            "'linear' needs a positive number for 'factor'",
+        ),
+        ({"num_hidden_layers": None}, "positive whole number for 'num_hidden_layers', not None"),
+        ({"hidden_size": -48}, "positive whole number for 'hidden_size', not -48"),
+        ({"hidden_size": 48.5}, "positive whole number for 'hidden_size', not 48.5"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": "x"}}, "rope_theta must be a positive number"),
         ({"num_key_value_heads": 4}, "heads must be a multiple of key-value heads"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"intermediate_size": 81}, r"'model.layers.0.mlp.down_proj.weight' has shape \(48, 80\), not \(48, 81\)"),

@@ -82,6 +82,12 @@ def test_going_beyond_the_trained_context_is_noted(corm, model, text):
     assert "280 tokens go beyond the 256 that the model was trained on" in err
 
 
+def test_a_policy_that_cannot_work_stops_all_before_any_is_read(corm, model, monkeypatch):
+    monkeypatch.setattr(cli, "read", lambda *_, **__: pytest.fail("a text was read"))
+    code, _, err = corm("compare", "--model", model, "--capacity", 20, "--policy", "full", "--policy", "corm")
+    assert (code, "cannot hold the keys that the policy never gives up" in err) == (2, True)
+
+
 def test_generate(corm, model, tmp_path):
     (tmp_path / "prompt").write_text("It was the")
     common = ("generate", "--model", model, "--max-new-tokens", 20, "--policy", "corm:window=4,recent=2")
@@ -108,11 +114,12 @@ def test_policies_are_listed(corm):
         (["compare", "--text", "{none}"], "cannot read"),
         (["compare", "--text", "{binary}"], "is not UTF-8 text"),
         (["compare", "--text", "{text}", "--tokens", "99999"], "tokens, 99999 were asked for"),
-        (["compare", "--text", "{text}", "--tokens", "1"], "it takes at least 2"),
+        (["compare", "--text", "{text}", "--tokens", "1"], "--tokens must be at least 2, not 1"),
         (
             ["compare", "--tokens", "50", "--capacity", "20"],
             "cannot hold the keys that the policy never gives up, such as its recent ones (256 keys)",
         ),
+        (["compare", "--text", "{text}", "--tokens", "-5"], "--tokens must be at least 2, not -5"),
         (["compare", "--tokens", "50", "--chunk", "0"], "chunk must be at least 1, not 0"),
         (["compare", "--tokens", "50", "--capacity", "0"], "capacity 0 cannot hold"),
         (["compare", "--json", "{none}/report.json"], "there is no directory"),

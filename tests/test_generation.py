@@ -67,7 +67,11 @@ def test_one_shot_is_one_chunk_of_the_whole_prompt(length):
 
 def test_one_compile_whatever_the_prompt():
     compiled = []
-    listener = lambda name, _, **about: compiled.append(about) if "backend_compile" in name else None  # noqa: E731
+
+    def listener(name, _, **about):
+        if "backend_compile" in name:
+            compiled.append(about)
+
     jax.monitoring.register_event_duration_secs_listener(listener)
     model = tiny(seed=1, vocab=89)
 

@@ -8,7 +8,7 @@ from corm_jax.policies.corm import Corm
 from corm_jax.policies.full import Full
 from corm_jax.types import Policy
 
-POLICIES: dict[str, type[Policy]] = {"full": Full, "corm": Corm}
+POLICIES: dict[str, type[Any]] = {"full": Full, "corm": Corm}
 
 
 def parse(spec: str) -> Policy:
@@ -23,7 +23,7 @@ def parse(spec: str) -> Policy:
     name, _, rest = spec.strip().partition(":")
     if name not in POLICIES:
         raise CormError(f"unknown policy {name!r} in {spec!r}: choose from {', '.join(POLICIES)}")
-    fields = {field.name: field for field in dataclasses.fields(POLICIES[name])}  # type: ignore[arg-type]
+    fields = {field.name: field for field in dataclasses.fields(POLICIES[name])}
     options: dict[str, Any] = {}
     for item in filter(None, rest.split(",")):
         key, equals, text = (part.strip() for part in item.partition("="))

@@ -62,7 +62,7 @@ class Corm:
     def observe(self, state: Int[Array, "*slots"], observation: Observation, slots: Slots) -> Int[Array, "*slots"]:
         n = observation.seen if self.threshold == "position" else slots.spread(slots.total(observation.visible))
         ratio = observation.weights * n.astype(jnp.float32) / observation.total  # alpha n
-        # The mean as a sum of slices: a reduction over the leading axis makes XLA on the CPU transpose, 3x the time.
+        # The mean as a sum of slices: a reduction over the leading axis makes XLA on the CPU transpose, which is slow.
         important = (ratio >= 1).any(0) if self.group == "any" else sum(ratio) / len(ratio) >= 1
         return jnp.maximum(state, jnp.where(important, observation.seen, NEVER).max(0))
 
