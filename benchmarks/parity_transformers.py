@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from corm_jax import Full, checkpoint, generate, smollm2
-from corm_jax.cli import reference_text
+from corm_jax.inputs import reference_text
 from corm_jax.perplexity import read
 
 

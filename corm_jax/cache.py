@@ -9,9 +9,11 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from corm_jax.errors import CormError
+from corm_jax.policies.options import concrete
 from corm_jax.types import EMPTY, Caches, CacheSpec, LayerCache, Policy, Slots, Usage
 
 
@@ -117,6 +119,25 @@ def per_layer(policy: Policy | Sequence[Policy], layers: int) -> tuple[Policy, .
     if len(policy) != layers:
         raise CormError(f"{len(policy)} policies for {layers} layers: give one for all, or one for each")
     return tuple(policy)
+
+
+def slots_for(policy: Policy | Sequence[Policy], capacity: int | None, tokens: int, chunk: int) -> int:
+    """The capacity to allocate: the one asked for, if it can work, or one slot for every token."""
+    if capacity is None:
+        return max(tokens, chunk)
+    check_slots(capacity, chunk, "a chunk")
+    for one in [policy] if isinstance(policy, Policy) else policy:
+        if concrete(one.protected):
+            check_slots(
+                capacity, int(np.max(one.protected)), "the keys that the policy never gives up, such as its recent ones"
+            )
+    return capacity
+
+
+def check_slots(capacity: int, need: int, what: str) -> None:
+    """Raises unless there are slots for ``need`` keys."""
+    if capacity < need:
+        raise CormError(f"capacity {capacity} cannot hold {what} ({need} keys): raise the capacity")
 
 
 def _least(x: Array) -> Array:

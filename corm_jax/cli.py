@@ -1,38 +1,28 @@
-"""The command line: ``corm compare``, ``corm generate``, ``corm policies``."""
+"""The command line: ``corm compare``, ``corm generate``, ``corm record``, ``corm policies``."""
 
 import contextlib
 import dataclasses
 import json
-import platform
+import os
+import shlex
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any, NoReturn
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from corm_jax import checkpoint, plots
-from corm_jax.cache import usage
+from corm_jax import console, inputs, plots, recording
+from corm_jax.cache import slots_for, usage
 from corm_jax.errors import CormError
 from corm_jax.files import check_writable, whole_file
-from corm_jax.generation import slots_for, stream
+from corm_jax.generation import stream
 from corm_jax.perplexity import Reading, read
 from corm_jax.policies import POLICIES, parse
 
 try:
     import click
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
     from rich.table import Table
 except ModuleNotFoundError as error:
     sys.exit(f"corm: {error.name} is not installed: pip install 'corm-jax[cli]'")
@@ -40,19 +30,12 @@ except ModuleNotFoundError as error:
 MIB = 2**20
 DEFAULT_POLICIES = ("full", "corm:window=256,recent=256", "corm:window=64,recent=64")
 DTYPES = ("float32", "bfloat16")
+STORED = ("float32", "float16", "bfloat16")
 
 
 def main() -> NoReturn:
-    """Runs the command line. What the user can put right ends in one line and exit code 2."""
-    try:
-        sys.exit(corm(standalone_mode=False))
-    except (CormError, click.ClickException) as error:
-        message = error.format_message() if isinstance(error, click.ClickException) else str(error)
-        print(f"corm: {' '.join(message.split())}", file=sys.stderr)
-        sys.exit(2)
-    except (click.Abort, KeyboardInterrupt):
-        print("corm: interrupted", file=sys.stderr)
-        sys.exit(130)
+    """Runs the command line."""
+    console.run(corm, "corm")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -60,32 +43,42 @@ def corm():
     """Read and generate text through evicting key-value caches."""
 
 
-def _model_options(command):
-    for option in reversed(
-        [
-            click.option("--model", default="smollm2-135m", show_default=True, help="name, directory, .gguf or hub id"),
-            click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True),
-            click.option("--capacity", type=int, help="slots a key-value head  [default: all that could be needed]"),
-            click.option(
-                "--chunk", type=int, default=1, show_default=True, help="tokens between evictions; 1 is exact"
-            ),
-            click.option(
-                "--overflow",
-                type=click.Choice(["evict", "error"]),
-                default="evict",
-                show_default=True,
-                help="without a free slot: the policy's lowest rank goes, or stop",
-            ),
-        ]
-    ):
-        command = option(command)
-    return command
+def _options(*options):
+    def decorate(command):
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+_model_options = _options(
+    click.option("--model", default="smollm2-135m", show_default=True, help="name, directory, .gguf or hub id"),
+    click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True),
+)
+_cache_options = _options(
+    click.option("--capacity", type=int, help="slots a key-value head  [default: all that could be needed]"),
+    click.option("--chunk", type=int, default=1, show_default=True, help="tokens between evictions; 1 is exact"),
+    click.option(
+        "--overflow",
+        type=click.Choice(["evict", "error"]),
+        default="evict",
+        show_default=True,
+        help="without a free slot: the policy's lowest rank goes, or stop",
+    ),
+)
+_text_options = _options(
+    click.option(
+        "--text", type=click.Path(path_type=Path), help="a UTF-8 file  [default: Python's language reference]"
+    ),
+    click.option("--tokens", type=int, default=2048, show_default=True, help="how many to read"),
+)
 
 
 @corm.command()
 @_model_options
-@click.option("--text", type=click.Path(path_type=Path), help="a UTF-8 file  [default: Python's language reference]")
-@click.option("--tokens", type=int, default=2048, show_default=True, help="how many to read")
+@_cache_options
+@_text_options
 @click.option("--policy", "specs", multiple=True, metavar="SPEC", help="name:key=value,...; repeat to compare")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="write the result here")
 @click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="draw it into this PNG file")
@@ -102,12 +95,9 @@ def compare(model, dtype, capacity, chunk, overflow, text, tokens, specs, json_f
         slots_for(policy, capacity, tokens, chunk)
     _check_output(json_file, plot=False)
     _check_output(plot_file, plot=True)
-    words, name = _text(text)
-    network, tokenizer = _load(model, dtype)
-    ids = tokenizer.encode(words)
-    if len(ids) < tokens:
-        raise CormError(f"the text {name!r} has {len(ids)} tokens, {tokens} were asked for: give more text or --tokens")
-    _note_context(network, tokens)
+    words, name = inputs.text_from(text)
+    network, tokenizer = inputs.load(model, dtype)
+    ids = inputs.encode(network, tokenizer, words, name, tokens)
     result = {
         "model": model,
         "text": name,
@@ -118,7 +108,7 @@ def compare(model, dtype, capacity, chunk, overflow, text, tokens, specs, json_f
         "rows": [],
     }
     for spec, policy in policies.items():
-        reading = _read(spec, network, policy, ids[:tokens], capacity=capacity, chunk=chunk, overflow=overflow)
+        reading = _read(spec, network, policy, ids, capacity=capacity, chunk=chunk, overflow=overflow)
         result["rows"].append(_row(spec, reading, result["rows"]))
     result["peak_memory_bytes"] = _peak_memory()
     _print_table(result)
@@ -131,6 +121,7 @@ def compare(model, dtype, capacity, chunk, overflow, text, tokens, specs, json_f
 
 @corm.command()
 @_model_options
+@_cache_options
 @click.option("--prompt", help="the prompt's text")
 @click.option("--prompt-file", type=click.Path(path_type=Path), help="a UTF-8 file that holds it")
 @click.option("--chat", is_flag=True, help="wrap it as a user's turn of a conversation")
@@ -160,12 +151,12 @@ def generate(
     policy = parse(spec)
     if (prompt is None) == (prompt_file is None):
         raise CormError("give a prompt, either with --prompt or with --prompt-file")
-    words = _read_text(prompt_file) if prompt is None else prompt
+    words = inputs.read_text(prompt_file) if prompt is None else prompt
     if not words:
         raise CormError("the prompt is empty")
-    network, tokenizer = _load(model, dtype)
+    network, tokenizer = inputs.load(model, dtype)
     ids = tokenizer.encode(tokenizer.chat(words) if chat else words)
-    _note_context(network, len(ids) + max_new_tokens)
+    inputs.note_context(network, len(ids) + max_new_tokens)
     pieces = tokenizer.stream()
     for new in stream(
         network,
@@ -192,6 +183,57 @@ def generate(
 
 
 @corm.command()
+@_model_options
+@_text_options
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="the directory to make")
+@click.option("--store", type=click.Choice(STORED), default="float32", show_default=True, help="round the values to it")
+def record(model, dtype, text, tokens, out, store):
+    """Record what every layer attends to with the full cache: a trace, to replay policies on.
+
+    A trace holds the queries, keys and values of each layer. If the recording is interrupted, the same command goes on
+    after the last layer that was complete.
+    """
+    from simulator.storage import Writer  # the one place where the two packages meet
+    from simulator.trace import Meta
+
+    if tokens < 1:
+        raise CormError(f"--tokens must be at least 1, not {tokens}")
+    if os.path.lexists(out):
+        raise CormError(f"{out} exists already: choose another name or delete it")
+    check_writable(out)
+    words, name = inputs.text_from(text)
+    network, tokenizer = inputs.load(model, dtype)
+    ids = inputs.encode(network, tokenizer, words, name, tokens)
+    config = network.config
+    meta = Meta(
+        kind="qkv",
+        layers=config.layers,
+        steps=tokens,
+        q_heads=config.heads,
+        kv_heads=config.kv_heads,
+        head_dim=config.head_dim,
+        scale=config.head_dim**-0.5,
+        model=model if dtype == DTYPES[0] else f"{model} ({dtype})",  # what differs must not go on from the other
+        dtype=store,
+        tokens=tuple(ids),
+        pieces=tuple(tokenizer.pieces(ids)),
+    )
+    with Writer(out, meta) as writer, console.progress_bar() as progress:
+        if writer.done:
+            print(f"corm: note: {writer.done} of {config.layers} layers are there already", file=sys.stderr)
+        task = progress.add_task(f"{config.layers} layers", total=config.layers * tokens)
+        state = writer.folder / "hidden.safetensors"
+        layers = recording.resume(
+            network, ids, state, writer.done, progress=lambda done: progress.update(task, completed=done)
+        )
+        for one in layers:
+            writer.write(q=one.q, k=one.k, v=one.v)
+    size = sum(file.stat().st_size for file in out.iterdir())
+    print(f"{out}: {config.layers} layers of {tokens:,} tokens, {size / MIB:.1f} MiB. To replay a policy on it:")
+    print(f"python -m simulator replay {shlex.quote(str(out))} --policy {DEFAULT_POLICIES[1]}")
+
+
+@corm.command()
 def policies():
     """List the policies with their options."""
     table = Table(box=None, pad_edge=False)
@@ -203,65 +245,7 @@ def policies():
             choices = field.metadata.get("choices")
             value = " | ".join(choices) if choices else str(field.default).lower()
             table.add_row("", field.name, value, field.metadata["help"])
-    _console().print(table)
-
-
-def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else 160)
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    )
-
-
-def _load(model: str, dtype: str):
-    def bar(parameters):
-        with _progress() as progress:
-            yield from progress.track(parameters, description=f"loading {model}")
-
-    try:
-        return checkpoint.load(model, jnp.dtype(dtype), bar)
-    except ModuleNotFoundError as error:
-        raise CormError(f"{error.name} is not installed: pip install 'corm-jax[cli]'") from None
-
-
-def reference_text() -> str:
-    """Python's own language reference, the text that every Python ships."""
-    return "\n\n".join(topics[topic] for topic in sorted(topics))
-
-
-def _note_context(network: Any, tokens: int) -> None:
-    if tokens > network.config.context:
-        print(
-            f"corm: note: {tokens:,} tokens go beyond the {network.config.context:,} that the model was trained on",
-            file=sys.stderr,
-        )
-
-
-def _text(path: Path | None) -> tuple[str, str]:
-    if path is None:
-        return reference_text(), f"pydoc_data.topics {platform.python_version()}"
-    text = _read_text(path)
-    if not text:
-        raise CormError(f"the text {str(path)!r} is empty")
-    return text, str(path)
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise CormError(f"cannot read {str(path)!r}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise CormError(f"{str(path)!r} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    console.output().print(table)
 
 
 def _check_output(path: Path | None, plot: bool) -> None:
@@ -291,7 +275,7 @@ def _peak_memory() -> dict[str, int]:
 
 
 def _read(spec: str, *arguments, **options) -> Reading:
-    with _progress() as progress:
+    with console.progress_bar() as progress:
         task = progress.add_task(spec, total=len(arguments[-1]))
         return read(*arguments, **options, progress=lambda done: progress.update(task, completed=done))
 
@@ -346,9 +330,9 @@ def _print_table(result: dict[str, Any]) -> None:
             f"{row['seconds']:.1f}",
         )
     peaks = ", ".join(f"{peak / 2**30:.2f} GiB ({where})" for where, peak in result["peak_memory_bytes"].items())
-    console = _console()
-    console.print(table)
-    console.print(
+    out = console.output()
+    out.print(table)
+    out.print(
         f"NLL: nats a token over {result['tokens'] - 1:,} predictions; Δ against the first row. kept: live / seen, "
         f"mean over layers and heads, at the end and over time. {result['dtype']}, chunks of {result['chunk']}, "
         f"{result['device']}, peak memory {peaks}."

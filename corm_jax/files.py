@@ -21,9 +21,12 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 def check_writable(path: Path) -> None:
     """Raises unless a file can be put at ``path``: asked before long work, not after."""
-    if path.is_dir():
-        raise CormError(f"cannot write {path}: it is a directory")
-    if not path.parent.is_dir():
-        raise CormError(f"cannot write {path}: there is no directory {path.parent}")
+    try:
+        if path.is_dir():
+            raise CormError(f"cannot write {path}: it is a directory")
+        if not path.parent.is_dir():
+            raise CormError(f"cannot write {path}: there is no directory {path.parent}")
+    except OSError as error:  # such as a name that is too long
+        raise CormError(f"cannot write {path}: {error.strerror}") from None
     if not os.access(path.parent, os.W_OK):
         raise CormError(f"cannot write {path}: no permission in {path.parent}")

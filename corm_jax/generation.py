@@ -16,7 +16,6 @@ from jaxtyping import Array, Bool, Float, Int
 from corm_jax import cache
 from corm_jax.errors import CacheOverflowError, CormError
 from corm_jax.model import Llama
-from corm_jax.policies.options import concrete
 from corm_jax.types import Caches, LayerCache, Policy
 
 BLOCK = 256
@@ -96,7 +95,9 @@ def prefill(
     """
     blocks = Blocks.cut(prompts, model.config.vocab, chunk)
     if oneshot:
-        check_slots(min(one.position.shape[-1] for one in caches), int(blocks.count.sum(0).max()), "a one-shot prompt")
+        cache.check_slots(
+            min(one.position.shape[-1] for one in caches), int(blocks.count.sum(0).max()), "a one-shot prompt"
+        )
     check_overflow(caches, overflow)
     logits = jnp.zeros((len(prompts), model.config.vocab), jnp.float32)
     for index, count in enumerate(blocks.count):
@@ -203,7 +204,7 @@ def stream(
     if not temperature >= 0 or not 0 < top_p <= 1:
         raise CormError(f"temperature must be >= 0 and top_p in (0, 1], not {temperature} and {top_p}")
     Blocks.cut(prompts, model.config.vocab, chunk)  # complain before anything is allocated
-    capacity = slots_for(policy, capacity, max(len(prompt) for prompt in prompts) + max_new_tokens, chunk)
+    capacity = cache.slots_for(policy, capacity, max(len(prompt) for prompt in prompts) + max_new_tokens, chunk)
     caches = model.make_caches(policy, batch=len(prompts), capacity=capacity)
     logits, caches = prefill(model, policy, caches, prompts, chunk=chunk, oneshot=oneshot, overflow=overflow)
     done = jnp.zeros(len(prompts), bool)
@@ -246,25 +247,6 @@ def generate(model: Llama, policy: Policies, prompts: Sequence[Sequence[int]], *
     pieces = list(stream(model, policy, prompts, **options))
     tokens = [[token for piece in pieces for token in piece.tokens[row]] for row in range(len(prompts))]
     return Generation(tokens, pieces[-1].caches)
-
-
-def slots_for(policy: Policies, capacity: int | None, tokens: int, chunk: int) -> int:
-    """The capacity to allocate: the one asked for, if it can work, or one slot for every token."""
-    if capacity is None:
-        return max(tokens, chunk)
-    check_slots(capacity, chunk, "a chunk")
-    for one in [policy] if isinstance(policy, Policy) else policy:
-        if concrete(one.protected):
-            check_slots(
-                capacity, int(np.max(one.protected)), "the keys that the policy never gives up, such as its recent ones"
-            )
-    return capacity
-
-
-def check_slots(capacity: int, need: int, what: str) -> None:
-    """Raises unless there are slots for ``need`` keys."""
-    if capacity < need:
-        raise CormError(f"capacity {capacity} cannot hold {what} ({need} keys): raise the capacity")
 
 
 def check_overflow(caches: Caches, overflow: Overflow) -> None:

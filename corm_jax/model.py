@@ -58,14 +58,25 @@ class Attention(nnx.Module):
         chunk: int,
     ) -> tuple[Float[Array, "batch tokens dim"], LayerCache, Int[Array, "batch chunks kv_heads"]]:
         batch, tokens, _ = x.shape
+        q, k, v = self.project(x, cache.seen[:, None] + jnp.arange(tokens)[None])
+        read = jax.vmap(partial(attention.read, chunk=chunk), in_axes=(None, 0, 0, 0, 0, 0, None))
+        output, cache, live = read(policy, cache, q, k, v, count, evict)
+        return self.out(output.reshape(batch, tokens, -1)), cache, live
+
+    def project(
+        self, x: Float[Array, "batch tokens dim"], position: Int[Array, "batch tokens"]
+    ) -> tuple[
+        Float[Array, "batch tokens kv_heads group head_dim"],
+        Float[Array, "batch tokens kv_heads head_dim"],
+        Float[Array, "batch tokens kv_heads head_dim"],
+    ]:
+        """Queries, keys and values of tokens that stand at ``position``; queries and keys are rotated."""
+        batch, tokens, _ = x.shape
         q = self.q(x).reshape(batch, tokens, self.kv_heads, -1, self.head_dim)
         k = self.k(x).reshape(batch, tokens, self.kv_heads, self.head_dim)
         v = self.v(x).reshape(batch, tokens, self.kv_heads, self.head_dim)
-        position = cache.seen[:, None] + jnp.arange(tokens)[None]
         rotate = jax.vmap(partial(positions.rotate, frequencies=self.rope.frequencies(self.head_dim)))
-        read = jax.vmap(partial(attention.read, chunk=chunk), in_axes=(None, 0, 0, 0, 0, 0, None))
-        output, cache, live = read(policy, cache, rotate(q, position), rotate(k, position), v, count, evict)
-        return self.out(output.reshape(batch, tokens, -1)), cache, live
+        return rotate(q, position), rotate(k, position), v
 
 
 class FeedForward(nnx.Module):

@@ -11,7 +11,7 @@ import numpy as np
 
 from corm_jax import cache
 from corm_jax.errors import CormError
-from corm_jax.generation import Blocks, Overflow, Policies, check_overflow, slots_for
+from corm_jax.generation import Blocks, Overflow, Policies, check_overflow
 from corm_jax.model import Llama
 from corm_jax.types import Usage
 
@@ -72,7 +72,7 @@ def read(
     blocks = Blocks.cut([tokens], model.config.vocab, chunk)
     size = blocks.tokens.shape[-1]
     targets = np.roll(blocks.tokens.reshape(-1), -1).reshape(-1, 1, size)
-    caches = model.make_caches(policy, batch=1, capacity=slots_for(policy, capacity, len(tokens), chunk))
+    caches = model.make_caches(policy, batch=1, capacity=cache.slots_for(policy, capacity, len(tokens), chunk))
     check_overflow(caches, overflow)
     # A block without tokens changes nothing, but it compiles: the clock starts after it.
     _, _, caches = _score(model, policy, caches, blocks.tokens[:, 0], targets[0], np.zeros(1, np.int32), chunk=chunk)

@@ -50,6 +50,13 @@ class Tokenizer:
         """The text of token ids, without special tokens."""
         return self.inner.decode(ids, skip_special_tokens=True)
 
+    def pieces(self, ids: list[int]) -> list[str]:
+        """The text of each token by itself, special tokens too; what is no whole character there becomes U+FFFD."""
+        # Behind another token, since decoders may strip the space that a text's first one begins with.
+        before = self.inner.encode("a", add_special_tokens=False).ids
+        texts = self.inner.decode_batch([before, *([*before, token] for token in ids)], skip_special_tokens=False)
+        return [text.removeprefix(texts[0]) for text in texts[1:]]
+
     def stream(self) -> "Stream":
         """Decodes ids one by one."""
         return Stream(self.inner)

@@ -132,6 +132,10 @@ def test_byte_level_vocabulary_from_gguf(tmp_path):
     assert tokenizer.chat("hi").endswith("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
     stream = tokenizer.stream()
     assert "".join(piece for token in tokenizer.encode(text) for piece in stream.push([token])) == TEXT
+    pieces = tokenizer.pieces(tokenizer.encode("<|im_start|>times — \U0001f600"))
+    assert pieces[0] == "<|im_start|>"
+    assert "".join(pieces[1:]).startswith("times")
+    assert tokenizer.pieces([]) == []
 
 
 @pytest.mark.parametrize("prefix", [True, False])
@@ -168,6 +172,9 @@ def test_sentencepiece_vocabulary_from_gguf(tmp_path, prefix):
     for text in (TEXT, "the best  time", " of man is", "unseen: Ünïcödé ℵ", "a"):
         assert tokenizer.encode(text) == [1, *trained.encode(text)]
         assert tokenizer.decode(tokenizer.encode(text)) == text
+    ids = tokenizer.encode("the best  time")
+    assert "".join(tokenizer.pieces(ids)) == "<s>" + " " * prefix + "the best  time"
+    assert tokenizer.pieces(tokenizer.encode("ℵ"))[-3:] == ["\N{REPLACEMENT CHARACTER}"] * 3
     with pytest.raises(CheckpointError, match="the vocabulary is damaged"):
         checkpoint.Tokenizer.from_gguf({**fields, "tokenizer.ggml.bos_token_id": 10**6}, tmp_path)
     with pytest.raises(CheckpointError, match="no tokenizer.ggml.scores"):

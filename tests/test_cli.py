@@ -2,9 +2,12 @@
 
 import json
 
+import jax
+import numpy as np
 import pytest
 
-from corm_jax import cli
+from corm_jax import cli, recording
+from simulator.trace import Trace
 from tests.test_checkpoint import TEXT, byte_level_tokenizer
 from tests.test_model import hugging_face
 
@@ -99,6 +102,56 @@ def test_generate(corm, model, tmp_path):
     assert corm(*common, "--prompt", "It was the", "--oneshot", "--temperature", 1, "--top-p", 0.9, "--seed", 2)[0] == 0
 
 
+def test_record(corm, model, text, tmp_path):
+    out = tmp_path / "its trace"
+    common = ("record", "--model", model, "--text", text, "--tokens", 70)
+    code, printed, _ = corm(*common, "--out", out)
+    assert code == 0
+    trace = Trace.open(out)
+    assert trace.meta.shapes == {"q": (70, 6, 8), "k": (70, 2, 8), "v": (70, 2, 8)}
+    assert (trace.meta.layers, trace.meta.model, trace.meta.dtype) == (3, model, "float32")
+    tokenizer = byte_level_tokenizer()
+    assert list(trace.meta.tokens) == tokenizer.encode(text.read_text()).ids[:70]
+    assert "".join(trace.meta.pieces).startswith("It was the best of times, it was the worst of times. 'It's na")
+    first, second = printed.splitlines()
+    size = sum(file.stat().st_size for file in out.iterdir()) / 2**20
+    assert first == f"{out}: 3 layers of 70 tokens, {size:.1f} MiB. To replay a policy on it:"
+    assert second == f"python -m simulator replay '{out}' --policy corm:window=256,recent=256"
+    assert corm(*common, "--out", tmp_path / "half", "--store", "float16")[0] == 0
+    half = Trace.open(tmp_path / "half")
+    np.testing.assert_allclose(half.layer(2).q, trace.layer(2).q, rtol=1e-3, atol=1e-6)
+    with jax.numpy_dtype_promotion("standard"):  # Flax's norms rely on it
+        assert corm(*common, "--out", tmp_path / "brain", "--dtype", "bfloat16")[0] == 0
+    brain = Trace.open(tmp_path / "brain")
+    assert brain.meta.model == f"{model} (bfloat16)"
+    assert 0 < np.abs(brain.layer(0).k - trace.layer(0).k).max() < 0.1
+
+
+def test_an_interrupted_recording_goes_on(corm, model, text, tmp_path, monkeypatch):
+    common = ("record", "--model", model, "--text", text, "--tokens", 30, "--out")
+    assert corm(*common, tmp_path / "whole")[0] == 0
+    layer, calls = recording._layer, []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return layer(*arguments)
+
+    monkeypatch.setattr(recording, "_layer", interrupted)
+    code, _, err = corm(*common, tmp_path / "cut")
+    assert (code, "interrupted" in err, (tmp_path / "cut").exists()) == (130, True, False)
+    code, _, err = corm(*common, tmp_path / "cut")
+    assert (code, "2 of 3 layers are there already" in err, len(calls)) == (0, True, 4)
+    whole, cut = ({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("whole", "cut"))
+    assert cut == whole
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cut", "text.txt", "whole"]
+    calls.clear()
+    assert corm(*common, tmp_path / "other")[0] == 130
+    assert "layers are there" not in corm(*common, tmp_path / "other", "--store", "bfloat16")[2]
+    assert Trace.open(tmp_path / "other").meta.dtype == "bfloat16"
+
+
 def test_policies_are_listed(corm):
     _, out, _ = corm("policies")
     for word in ("full", "corm", "window", "recent", "position | live", "any | mean", "256"):
@@ -131,6 +184,16 @@ def test_policies_are_listed(corm):
         (["generate", "--prompt", ""], "the prompt is empty"),
         (["generate", "--prompt", "a", "--temperature", "-1"], "temperature must be >= 0"),
         (["generate", "--prompt", "a", "--model", "nothing"], "unknown model 'nothing'"),
+        (["record"], "Missing option '--out'"),
+        (["record", "--out", "{none}", "--tokens", "0"], "--tokens must be at least 1, not 0"),
+        (["record", "--out", "{none}", "--text", "{text}", "--tokens", "99999"], "tokens, 99999 were asked for"),
+        (["record", "--out", "{none}", "--text", "{empty}"], "is empty"),
+        (["record", "--out", "{none}", "--store", "int8"], "'int8' is not one of 'float32', 'float16', 'bfloat16'"),
+        (["record", "--out", "{none}", "--model", "nothing"], "unknown model 'nothing'"),
+        (["record", "--out", "{directory}", "--model", "nothing"], "exists already"),
+        (["record", "--out", "{empty}", "--model", "nothing"], "exists already"),
+        (["record", "--out", "{none}/trace", "--model", "nothing"], "there is no directory"),
+        (["record", "--out", "{long}", "--model", "nothing"], "File name too long"),
         (["fly"], "No such command 'fly'"),
     ],
 )
@@ -138,6 +201,7 @@ def test_mistakes_end_in_one_line(corm, model, text, tmp_path, arguments, messag
     (tmp_path / "empty").touch()
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\xd8")
     places = {name: tmp_path / name for name in ("empty", "none", "binary")}
+    places["long"] = tmp_path / ("x" * 300)
     arguments = [part.format(text=text, directory=tmp_path, **places) for part in arguments]
     if "--model" not in arguments and len(arguments) > 1:
         arguments += ["--model", model]

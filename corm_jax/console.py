@@ -1,0 +1,51 @@
+"""What command lines share: tables, progress bars, and errors in one line."""
+
+import sys
+from typing import NoReturn
+
+from corm_jax.errors import CormError
+
+try:
+    import click
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+except ModuleNotFoundError as error:
+    sys.exit(f"corm: {error.name} is not installed: pip install 'corm-jax[cli]'")
+
+
+def run(command: click.Group, name: str) -> NoReturn:
+    """Runs a command line. What the user can put right ends in one line that starts with ``name``, and exit code 2."""
+    try:
+        sys.exit(command(standalone_mode=False))
+    except (CormError, click.ClickException) as error:
+        message = error.format_message() if isinstance(error, click.ClickException) else str(error)
+        print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        print(f"{name}: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def output() -> Console:
+    """Where tables are printed: wide, unless a terminal says otherwise."""
+    return Console(width=None if sys.stdout.isatty() else 160)
+
+
+def progress_bar() -> Progress:
+    """A bar on standard error that goes when it is done."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )

@@ -1,0 +1,148 @@
+"""What every layer attends to while the model reads a text with the full cache.
+
+The text goes through one layer after the other, not one token after the other. So memory holds the hidden states of the
+text and a single layer's queries, keys, values and cache, however many layers there are.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from corm_jax.cache import make_cache
+from corm_jax.errors import CormError
+from corm_jax.files import whole_file
+from corm_jax.generation import Blocks
+from corm_jax.model import Llama
+from corm_jax.policies import Full
+from corm_jax.types import CacheSpec
+
+
+class Recorded(NamedTuple):
+    """One layer's share of the reading. All float32, whatever the model's dtype.
+
+    Attributes:
+      layer: which, from 0.
+      q: ``[tokens, q_heads, head_dim]``, rotated. Query heads ``h * group`` to ``h * group + group - 1`` share
+        key-value head ``h``.
+      k, v: ``[tokens, kv_heads, head_dim]``, the keys rotated.
+      x: ``[tokens, dim]``, the hidden states that leave the layer.
+    """
+
+    layer: int
+    q: Float[np.ndarray, "tokens q_heads head_dim"]
+    k: Float[np.ndarray, "tokens kv_heads head_dim"]
+    v: Float[np.ndarray, "tokens kv_heads head_dim"]
+    x: Float[np.ndarray, "tokens dim"]
+
+
+def record(
+    model: Llama,
+    tokens: Sequence[int],
+    *,
+    x: Float[np.ndarray, "tokens dim"] | None = None,
+    first: int = 0,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Iterator[Recorded]:
+    """Reads a text layer by layer with the full cache, and yields what each layer attends to.
+
+    Args:
+      tokens: ids, at least one.
+      x: the hidden states that enter layer ``first``, as an earlier recording yielded them; by default the embedded
+        tokens, which enter layer 0.
+      first: the layer to begin with.
+      progress: called with the tokens read so far, summed over layers: ``layers * len(tokens)`` at the end.
+
+    Raises:
+      CormError: for no tokens, ids outside the vocabulary, or ``x`` of another shape.
+
+    >>> from corm_jax import Config
+    >>> from flax import nnx
+    >>> config = Config(vocab=100, dim=32, hidden=64, layers=2, heads=4, kv_heads=2, head_dim=8)
+    >>> [(one.layer, one.q.shape, one.k.shape) for one in record(Llama(config, rngs=nnx.Rngs(0)), [3, 1, 4, 1, 5])]
+    [(0, (5, 4, 8), (5, 2, 8)), (1, (5, 4, 8), (5, 2, 8))]
+    """
+    config, length = model.config, len(tokens)
+    blocks = Blocks.cut([tokens], config.vocab, chunk=1)
+    number, block = blocks.tokens.shape[1:]
+    if x is None and first == 0:
+        x = np.asarray(model.embed(blocks.tokens[0]), np.float32).reshape(number * block, -1)[:length]
+    if x is None or x.shape != (length, config.dim):
+        shape = None if x is None else x.shape
+        raise CormError(f"x, which enters layer {first}, must have the shape {(length, config.dim)}, not {shape}")
+    spec = CacheSpec(config.kv_heads, number * block, config.head_dim, model.dtype)
+    padded = np.zeros((number, 1, block, config.dim), np.float32)
+    padded.reshape(-1, config.dim)[:length] = x
+    progress(first * length)
+    for index in range(first, config.layers):
+        cache, parts = make_cache(Full(), spec, batch=1), []
+        for at, count in enumerate(blocks.count):
+            entering = jnp.asarray(padded[at], model.dtype)
+            leaving, cache, *qkv = _layer(model.layers[index], cache, entering, count)
+            padded[at] = leaving
+            parts.append([np.asarray(one[0], np.float32) for one in qkv])
+            progress(index * length + at * block + int(count[0]))
+        q, k, v = (np.concatenate(one)[:length] for one in zip(*parts, strict=True))
+        yield Recorded(index, q.reshape(length, config.heads, -1), k, v, padded.reshape(-1, config.dim)[:length].copy())
+
+
+def resume(
+    model: Llama,
+    tokens: Sequence[int],
+    state: Path,
+    done: int,
+    *,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Iterator[Recorded]:
+    """`record` from layer ``done`` on, for a caller who stores each layer before asking for the next.
+
+    The hidden states go to the file ``state`` as soon as a layer is stored. They may be those of an earlier layer after
+    a kill, or missing: then layers that are stored already are read once more, and not yielded.
+
+    Raises:
+      CormError: as `record`; if ``state`` cannot be written.
+    """
+    first, x = _load(state, (len(tokens), model.config.dim), done)
+    if done == model.config.layers:
+        return
+    for one in record(model, tokens, x=x, first=first, progress=progress):
+        if one.layer >= done:
+            yield one
+        _save(state, one.layer + 1, one.x)
+
+
+@partial(jax.jit, donate_argnames="cache")
+def _layer(layer, cache, x, count):
+    position = cache.seen[:, None] + jnp.arange(x.shape[1])[None]
+    qkv = layer.attention.project(layer.attention_norm(x), position)  # once more, for the compiler to merge
+    x, cache, _ = layer(x, cache, Full(), count, jnp.asarray(False), x.shape[1])
+    return x, cache, *qkv
+
+
+def _save(state: Path, layers: int, x: np.ndarray) -> None:
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    try:
+        with whole_file(state) as temporary:
+            save_file({"layers": np.array(layers), "x": x}, temporary)
+    except (OSError, SafetensorError) as error:
+        raise CormError(f"cannot write {state}: {error}") from None
+
+
+def _load(state: Path, shape: tuple[int, int], most: int) -> tuple[int, np.ndarray | None]:
+    """How many layers are behind the hidden states in ``state``, and these; 0 and None if they are of no use."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        found = load_file(state)
+        layers, x = int(found["layers"]), found["x"]
+    except (OSError, SafetensorError, KeyError, TypeError):
+        return 0, None
+    return (layers, x) if 0 < layers <= most and x.shape == shape and x.dtype == np.float32 else (0, None)

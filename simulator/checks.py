@@ -1,0 +1,350 @@
+"""The checks of the conformance suite, each under a name. `simulator.testing` runs them.
+
+A check gets a `Subject` and draws the histories that it tries it on. It raises an `InvariantError` that says which
+invariant broke, and where; some invariants are those of `simulator.invariants`, others compare two ways to read the
+same history, and bear the name of the check.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import assume
+from hypothesis import strategies as st
+
+from corm_jax.policies import Corm
+from corm_jax.types import LayerCache, Slots
+from simulator import invariants
+from simulator.invariants import InvariantError
+from simulator.replay import replay
+from simulator.strategies import CHUNK, GARBAGE, KV_HEADS, TOKENS, Case, cases
+from simulator.subject import Subject
+
+CLOSE = 1e-4
+"""Comparisons nearer than this to a tie, and no exact tie, are left to rounding."""
+
+CHECKS: list[Callable[[Subject, st.DataObject], None]] = []
+"""All checks, the most basic ones first."""
+
+ONCE: list[Callable[[Subject, st.DataObject], None]] = []
+"""Those that no second history makes any stronger."""
+
+
+def _check(function):
+    CHECKS.append(function)
+    return function
+
+
+def _check_once(function):
+    ONCE.append(function)
+    return _check(function)
+
+
+@_check_once
+def shapes(subject: Subject, data: st.DataObject) -> None:
+    """State keeps its shapes and dtypes and ends in the slot axes; `retain` and `rank` give one value for each slot."""
+    case, before = data.draw(cases()), subject.cache(subject.few)
+    policy, slots = subject.policy, before.position.shape
+    arguments = (jnp.asarray(x[:CHUNK]) for x in (case.q, case.k, case.v))
+    after = jax.eval_shape(subject.implementation.step, policy, before, *arguments, jnp.int32(CHUNK))[1]
+    if _avals(before) != _avals(after):
+        raise InvariantError("shapes", f"a step turns the cache from {_avals(before)} into {_avals(after)}")
+    for leaf in jax.tree.leaves(before.state):
+        if leaf.shape[-2:] != slots:
+            raise InvariantError("shapes", f"a state of shape {leaf.shape} does not end in the slots {slots}")
+    view = Slots(before.position, before.seen)
+    for name in ("retain", "rank"):
+        value = jax.eval_shape(getattr(policy, name), before.state, view)
+        if value.shape != slots or (value.dtype == bool) != (name == "retain"):
+            raise InvariantError("shapes", f"{name} gives {_avals(value)}, not one value for each of the slots {slots}")
+
+
+@_check
+def keys_in_their_slots(subject: Subject, data: st.DataObject) -> None:
+    """A slot that says position p holds the key and the value of token p, and no other slot of its head does."""
+    case = data.draw(cases())
+    for capacity in (None, subject.few):
+        cache = subject.read(case, capacity).cache
+        position = np.asarray(cache.position)
+        for head, slot in np.argwhere(position >= 0):
+            key = int(position[head, slot])
+            where = {"layer": 0, "head": int(head), "clock": case.tokens, "key": key}
+            if (position[head] == key).sum() > 1:
+                raise InvariantError("keys_in_their_slots", "is in two slots", **where)
+            for name, values in (("k", case.k), ("v", case.v)):
+                if not np.array_equal(getattr(cache, name)[head, slot], values[key, head]):
+                    raise InvariantError("keys_in_their_slots", f"slot {slot} holds another {name}", **where)
+
+
+@_check
+def histories(subject: Subject, data: st.DataObject) -> None:
+    """No key before its time, none returns, the newest stay, never more than there are slots."""
+    case = data.draw(cases())
+    for capacity in (None, subject.few):
+        kept = subject.read(case, capacity).kept
+        invariants.no_key_before_its_time(kept, case.clock)
+        invariants.none_returns(kept, case.clock)
+        invariants.newest_live(kept, getattr(subject.policy, "recent", 0), case.clock)
+        invariants.within_capacity(kept, capacity or TOKENS + CHUNK, case.clock)
+
+
+@_check
+def corm_rule(subject: Subject, data: st.DataObject) -> None:
+    """CORM: nothing early, nobody but long-term minor keys goes, and all of them do. For `Corm` only."""
+    policy, case = subject.policy, data.draw(cases())
+    if not isinstance(policy, Corm):
+        return
+    kept = subject.read(case).kept
+    n = case.tokens
+    attended = _attended(kept[0], case)[..., :n, :n]
+    choices = {"scale": TOKENS**-0.5, "group": policy.group, "threshold": policy.threshold}
+    judge = partial(invariants.importance, case.q[:n], case.k[:n], attended, **choices)
+    shown, clock = kept[..., :n], case.clock
+    if not policy.eager:
+        invariants.none_early(shown, policy.window, clock)
+        invariants.minor_goes(shown, judge(slack=CLOSE)[None], policy.window, policy.recent, clock)
+    invariants.only_minor_goes(shown, judge(slack=-CLOSE)[None], policy.window, clock)
+
+
+@_check
+def specification(subject: Subject, data: st.DataObject) -> None:
+    """The same keys survive as in the specification, if there is one, with the same outputs and overflow."""
+    if subject.reference is None:
+        return
+    case = data.draw(cases())
+    chunks = [int(count) for count in case.counts if count]
+    for capacity in (None, subject.few):
+        history = subject.read(case, capacity)
+        outputs = np.concatenate([out[:count] for out, count in zip(history.outputs, case.counts, strict=True)])
+        for head in range(KV_HEADS):
+            q, k, v = (x[: case.tokens, head] for x in (case.q, case.k, case.v))
+            expected = subject.specified(q, k, v, head, chunks=chunks, capacity=capacity)
+            assume(expected.margin > CLOSE)
+            kept = np.zeros((1, 1, len(chunks), TOKENS + CHUNK), bool)
+            for row, keys in zip(kept[0, 0], expected.kept, strict=True):
+                row[list(keys)] = True
+            steps = case.counts > 0
+            invariants.same_decisions(
+                "specification", history.kept[:, head : head + 1, steps], kept, f"in the specification (head {head})",
+                case.clock[steps],
+            )  # fmt: skip
+            _same_number("specification", "overflow", int(history.overflow[-1, head]), expected.overflow)
+            _close("specification", outputs[:, head], expected.outputs, "the specification's")
+
+
+@_check
+def overflow_is_counted(subject: Subject, data: st.DataObject) -> None:
+    """While eviction is postponed, each key that is missing went for want of a slot, and was counted."""
+    case = data.draw(cases())
+    for capacity in (None, subject.few):
+        history = subject.read(case, capacity, evict=False)
+        live = history.kept[0].sum(-1)
+        for head, step_ in np.argwhere(case.clock - live != np.asarray(history.overflow).T):
+            missing, counted = int(case.clock[step_] - live[head, step_]), int(history.overflow[step_, head])
+            raise InvariantError(
+                "overflow_is_counted", f"{missing} keys are missing, {counted} were counted",
+                layer=0, head=int(head), clock=int(case.clock[step_]),
+            )  # fmt: skip
+
+
+@_check
+def enough_is_enough(subject: Subject, data: st.DataObject) -> None:
+    """A capacity that suffices changes nothing, though slots are reused."""
+    case = data.draw(cases())
+    free = subject.read(case)
+    live = free.kept[0].sum(-1).max(0)
+    if (np.concatenate([[0], live[:-1]]) + case.counts).max() > subject.few:
+        return
+    capped = subject.read(case, subject.few)
+    invariants.same_decisions("enough_is_enough", capped.kept, free.kept, "with more slots", case.clock)
+    _close("enough_is_enough", capped.outputs, free.outputs, "with more slots")
+    _same_number("enough_is_enough", "overflow", int(capped.overflow.sum()), 0)
+
+
+@_check
+def padding(subject: Subject, data: st.DataObject) -> None:
+    """What pads a chunk changes nothing, and neither do steps without tokens."""
+    case = data.draw(cases())
+    order = np.argsort(case.counts == 0, kind="stable")  # empty steps last
+    other = Case(case.logits, case.counts[order])
+    one = subject.read(case, subject.few)
+    for name, x in (("zeros", 0.0), ("large numbers", 1e6)):
+        q, k, v = (
+            np.where(np.arange(TOKENS + CHUNK) < case.tokens, y.T, x).T.astype(np.float32)
+            for y in (case.q, case.k, case.v)
+        )
+        two = subject.go_on(subject.cache(subject.few), q, k, v, other.counts)
+        steps, what = other.counts > 0, f"when {name} pad it"
+        kept = one.kept[:, :, order[steps]]
+        invariants.same_decisions("padding", kept, two.kept[:, :, steps], what, other.clock[steps])
+        _close("padding", np.asarray(one.outputs)[order], two.outputs, what)
+
+
+@_check
+def batch_rows(subject: Subject, data: st.DataObject) -> None:
+    """Rows of a batch know nothing of each other: together as alone, and whatever their order."""
+    pair = data.draw(cases()), data.draw(cases())
+    for rows in (pair, pair[::-1]):
+        together = subject.read_batch(rows, subject.few)
+        for row, case in enumerate(rows):
+            alone, part = subject.read(case, subject.few), jax.tree.map(lambda x, row=row: x[row], together)
+            what = f"alone (row {row})"
+            invariants.same_decisions("batch_rows", part.kept, alone.kept, what, case.clock)
+            _close("batch_rows", part.outputs, alone.outputs, what)
+
+
+@_check
+def head_order(subject: Subject, data: st.DataObject) -> None:
+    """Exchanging key-value heads exchanges their histories; the order of query heads in a group means nothing."""
+    case = data.draw(cases())
+    one = subject.read(case, subject.few)
+    other = subject._replace(policy=jax.tree.map(lambda x: x[..., ::-1] if np.ndim(x) else x, subject.policy))
+    q, k, v = (x[:, ::-1] for x in (case.q[:, :, ::-1], case.k, case.v))
+    two = other.go_on(other.cache(subject.few), q, k, v, case.counts)
+    invariants.same_decisions("head_order", one.kept, two.kept[:, ::-1], "in another order of heads", case.clock)
+    _close("head_order", one.outputs, two.outputs[:, :, ::-1, ::-1], "in another order of heads")
+
+
+@_check
+def slot_order(subject: Subject, data: st.DataObject) -> None:
+    """In which slot a key lies means nothing: after a shuffle all goes on as before."""
+    _goes_on("slot_order", subject, data, _shuffled, "before the slots were shuffled")
+
+
+@_check
+def empty_slots(subject: Subject, data: st.DataObject) -> None:
+    """What an empty slot holds means nothing, be it NaN or another key's state."""
+    _goes_on("empty_slots", subject, data, _littered, "before the empty slots were littered")
+
+
+@_check
+def jit_eager_vmap(subject: Subject, data: st.DataObject) -> None:
+    """One step gives the same compiled, uncompiled and vectorized."""
+    case = data.draw(cases(counts=[1] * TOKENS))
+    cache = subject.read(Case(case.logits, np.where(np.arange(TOKENS) < 10, 1, 0)), subject.few).cache
+    arguments = cache, *(jnp.asarray(x[10:11]) for x in (case.q, case.k, case.v)), jnp.int32(1)
+    step, policy = subject.implementation.step, subject.policy
+    compiled = _step(policy, *arguments, step=step)
+    both = _step_twice(policy, *jax.tree.map(lambda x: jnp.stack([x, x]), arguments), step=step)
+    for name, (output, after) in (
+        ("eager", step(policy, *arguments)),
+        ("vmap", jax.tree.map(lambda x: x[1], both)),
+    ):
+        if not np.array_equal(after.position, compiled[1].position):
+            raise InvariantError("jit_eager_vmap", f"{name} keeps {after.position}, jit {compiled[1].position}")
+        _close("jit_eager_vmap", output, compiled[0], "with jit")
+
+
+@_check_once
+def one_compile(subject: Subject, data: st.DataObject) -> None:
+    """Other numbers, positions and counts need no other program: nothing depends on a value while tracing."""
+    case, traced = data.draw(cases(counts=[1] * TOKENS)), []
+
+    @jax.jit
+    def run(policy, cache, *arguments):
+        traced.append(True)
+        return subject.implementation.step(policy, cache, *arguments)
+
+    policy, cache = jax.tree.map(jnp.asarray, subject.policy), subject.cache(subject.few)
+    for start, count in ((0, 2), (2, 3), (5, 0)):
+        q, k, v = (jnp.asarray(x[start : start + CHUNK]) for x in (case.q, case.k, case.v))
+        _, cache = run(policy, cache, q, k, v, jnp.int32(count))
+    if len(traced) > 1:
+        raise InvariantError("one_compile", f"three steps of one shape took {len(traced)} compilations")
+
+
+@_check
+def replays_alike(subject: Subject, data: st.DataObject) -> None:
+    """The cache and `simulator.replay`, which has no slots, come to the same decisions and the same overflow."""
+    case = data.draw(cases(counts=[1] * TOKENS))
+    for capacity in (None, subject.few):
+        history = subject.read(case, capacity)
+        other = replay(case.trace(), subject.policy, capacity=capacity, errors=False)
+        kept = history.kept[..., :TOKENS]
+        invariants.same_decisions("replays_alike", kept, other.history(), "in the replay", case.clock)
+        for head in range(KV_HEADS):
+            _same_number("replays_alike", "overflow", int(history.overflow[-1, head]), int(other.overflow[0, head]))
+
+
+@_check
+def monotone(subject: Subject, data: st.DataObject) -> None:
+    """CORM: with attention as recorded, a larger w or r keeps all that a smaller one does. For `Corm` only."""
+    policy, case = subject.policy, data.draw(cases(counts=[1] * TOKENS))
+    if not isinstance(policy, Corm) or policy.eager or policy.threshold == "live":
+        return  # eager: a larger window may be filled later; live: the threshold depends on what is kept
+    more = data.draw(st.integers(0, 3)), data.draw(st.integers(0, 3))
+    larger = dataclasses.replace(policy, window=policy.window + more[0], recent=policy.recent + more[1])
+    kept = [replay(case.trace(), each, fidelity="recorded", errors=False).history() for each in (policy, larger)]
+    invariants.subset(kept[0], kept[1], f"with w and r larger by {more}")
+
+
+@partial(jax.jit, static_argnames="step")
+def _step(policy, cache, *arguments, step):
+    return step(policy, cache, *arguments)
+
+
+@partial(jax.jit, static_argnames="step")
+def _step_twice(policy, *arguments, step):
+    return jax.vmap(partial(step, policy))(*arguments)
+
+
+def _goes_on(name, subject, data, change, what) -> None:
+    case = data.draw(cases(counts=[1] * TOKENS))
+    half, seed = TOKENS // 2, data.draw(st.integers(0, 99))
+    cache = subject.read(Case(case.logits, np.where(np.arange(TOKENS) < half, 1, 0)), subject.few).cache
+    rest = [
+        np.concatenate([x[half:TOKENS], np.full_like(x[: half + CHUNK], GARBAGE)]) for x in (case.q, case.k, case.v)
+    ]
+    counts = np.where(np.arange(TOKENS) < half, 1, 0).astype(np.int32)
+    one, two = (subject.go_on(start, *rest, counts) for start in (cache, change(cache, np.random.default_rng(seed))))
+    clock = half + counts.cumsum()
+    invariants.same_decisions(name, two.kept, one.kept, what, clock)
+    _close(name, two.outputs, one.outputs, what)
+    _same_number(name, "overflow", int(two.overflow[-1].sum()), int(one.overflow[-1].sum()))
+
+
+def _shuffled(cache: LayerCache, rng) -> LayerCache:
+    order = rng.permutation(cache.position.shape[-1])
+    return cache._replace(
+        k=cache.k[:, order], v=cache.v[:, order], position=cache.position[:, order],
+        state=jax.tree.map(lambda x: x[..., order], cache.state),
+    )  # fmt: skip
+
+
+def _littered(cache: LayerCache, rng) -> LayerCache:
+    empty = cache.position < 0
+
+    def litter(leaf):
+        if leaf.dtype == bool:
+            return leaf ^ empty
+        return jnp.where(empty, jnp.asarray(rng.integers(0, 2 * TOKENS), leaf.dtype), leaf)
+
+    k, v = (jnp.where(empty[..., None], jnp.nan, x) for x in (cache.k, cache.v))
+    return cache._replace(k=k, v=v, state=jax.tree.map(litter, cache.state))
+
+
+def _attended(kept: np.ndarray, case: Case) -> np.ndarray:
+    """Which keys each query of an uncapped history attended to: ``[kv_heads, queries, keys]``."""
+    before = np.concatenate([np.zeros_like(kept[:, :1]), kept[:, :-1]], axis=1)
+    query, key = np.arange(case.tokens)[:, None], np.arange(kept.shape[-1])
+    of_step = np.searchsorted(case.clock, query[:, 0], side="right")
+    start = (case.clock - case.counts)[of_step][:, None]
+    return before[:, of_step] | ((key >= start) & (key <= query))
+
+
+def _avals(tree) -> list[str]:
+    return [f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(tree)]
+
+
+def _close(name: str, output, expected, what: str) -> None:
+    difference = np.abs(np.asarray(output, np.float64) - np.asarray(expected, np.float64))
+    if not (difference <= 1e-4).all():
+        raise InvariantError(name, f"an attention output differs by {np.nanmax(difference):.3g} from {what}")
+
+
+def _same_number(name: str, of: str, value: int, expected: int) -> None:
+    if value != expected:
+        raise InvariantError(name, f"{of} is {value}, not {expected}")

@@ -1,0 +1,171 @@
+"""What must hold of every eviction history, each claim under a name.
+
+A history is ``kept``, bool ``[layers, kv_heads, steps, keys]``: whether key i (from 0) is live after each step, which
+is what `simulator.replay` returns and what `simulator.testing` reads out of a cache. ``clock``, int ``[steps]``, is the
+number of tokens seen after each step: 1, 2, 3, ... unless given, and the ends of the chunks where there are chunks.
+
+A claim that fails raises `InvariantError`, which says in which layer and head, after which clock, and for which key.
+
+>>> kept = np.tril(np.ones((4, 4), bool))[None, None]       # the full cache
+>>> newest_live(kept, recent=2)
+>>> kept[0, 0, 3, 2] = False                                # key 2 goes after the last step
+>>> newest_live(kept, recent=2)
+Traceback (most recent call last):
+    ...
+simulator.invariants.InvariantError: newest_live: layer 0, head 0, clock 4, key 2: is gone, but among the newest 2
+"""
+
+import numpy as np
+
+
+class InvariantError(AssertionError):
+    """An invariant does not hold.
+
+    Attributes:
+      invariant: its name.
+      layer, head, clock, key: where; None where the claim is not about one.
+    """
+
+    def __init__(self, invariant: str, what: str, **where: int):
+        place = ", ".join(f"{name} {value}" for name, value in where.items())
+        super().__init__(f"{invariant}: {place}{': ' if place else ''}{what}")
+        self.invariant = invariant
+        self.layer, self.head, self.clock, self.key = (where.get(name) for name in ("layer", "head", "clock", "key"))
+
+
+def no_key_before_its_time(kept: np.ndarray, clock: np.ndarray | None = None) -> None:
+    """No key is live before it was read."""
+    key, clock = _axes(kept, clock)
+    _refuse("no_key_before_its_time", kept & (key >= clock), clock, "is live, but not read yet")
+
+
+def none_returns(kept: np.ndarray, clock: np.ndarray | None = None) -> None:
+    """A key that went is never seen again."""
+    key, clock = _axes(kept, clock)
+    gone = np.logical_or.accumulate(~kept & (key < clock), axis=-2)
+    _refuse("none_returns", kept & gone, clock, "is live again after it was evicted")
+
+
+def newest_live(kept: np.ndarray, recent, clock: np.ndarray | None = None) -> None:
+    """The newest ``recent`` keys (a number, or ``[kv_heads]``) are live."""
+    key, clock = _axes(kept, clock)
+    newest = (key < clock) & (key >= clock - _per_head(recent))
+    _refuse("newest_live", ~kept & newest, clock, f"is gone, but among the newest {recent}")
+
+
+def none_early(kept: np.ndarray, window, clock: np.ndarray | None = None) -> None:
+    """Nothing is evicted before ``window`` queries (a number, or ``[kv_heads]``) were seen."""
+    key, clock = _axes(kept, clock)
+    bad = ~kept & (key < clock) & (clock < _per_head(window))
+    _refuse("none_early", bad, clock, f"is gone before {window} queries were seen")
+
+
+def within_capacity(kept: np.ndarray, capacity: int, clock: np.ndarray | None = None) -> None:
+    """No head ever holds more than ``capacity`` keys."""
+    _, clock = _axes(kept, clock)
+    live = kept.sum(-1)
+    if (live > capacity).any():
+        layer, head, step = _first(live > capacity)
+        raise InvariantError(
+            "within_capacity",
+            f"{live[layer, head, step]} keys are live in {capacity} slots",
+            layer=layer, head=head, clock=int(clock[step, 0]),
+        )  # fmt: skip
+
+
+def only_minor_goes(
+    kept: np.ndarray, important: np.ndarray, window, clock: np.ndarray | None = None, name: str = "only_minor_goes"
+) -> None:
+    """CORM: a key that one of the last ``window`` queries found important does not go.
+
+    Args:
+      important: bool ``[layers, kv_heads, queries, keys]``, as `importance` says.
+    """
+    key, clock = _axes(kept, clock)
+    bad = _goes(kept, key, clock) & _asked(important, clock, window)
+    _refuse(name, bad, clock, f"goes, but one of the last {window} queries found it important")
+
+
+def minor_goes(
+    kept: np.ndarray, important: np.ndarray, window, recent, clock: np.ndarray | None = None, name: str = "minor_goes"
+) -> None:
+    """CORM: from clock ``window`` on, a key that none of the last ``window`` queries found important is gone.
+
+    The newest ``recent`` are exempt. Arguments as for `only_minor_goes`.
+    """
+    key, clock = _axes(kept, clock)
+    old = (key < clock - _per_head(recent)) & (clock >= _per_head(window))
+    bad = kept & old & ~_asked(important, clock, window)
+    _refuse(name, bad, clock, f"stays, but none of the last {window} queries found it important")
+
+
+def subset(kept: np.ndarray, of: np.ndarray, what: str, clock: np.ndarray | None = None) -> None:
+    """Every key that is kept here is kept there as well: with a larger window, say, or more recent ones."""
+    _, clock = _axes(kept, clock)
+    _refuse("monotone", kept & ~of, clock, f"is kept, but not {what}")
+
+
+def same_decisions(name: str, kept: np.ndarray, other: np.ndarray, what: str, clock: np.ndarray | None = None) -> None:
+    """Two histories are equal, key for key; ``name`` and ``what`` say why they should be."""
+    _, clock = _axes(kept, clock)
+    _refuse(name, kept & ~other, clock, f"is live, but not {what}")
+    _refuse(name, ~kept & other, clock, f"is gone, but not {what}")
+
+
+def importance(
+    q: np.ndarray, k: np.ndarray, attended: np.ndarray, *, scale: float, group: str, threshold: str, slack: float = 0.0
+) -> np.ndarray:
+    """Which keys each query found important, from scratch in float64: bool ``[kv_heads, queries, keys]``.
+
+    Args:
+      q: ``[queries, kv_heads, group, head_dim]``; k: ``[keys, kv_heads, head_dim]``.
+      attended: bool ``[kv_heads, queries, keys]``, which keys the query could attend to.
+      group, threshold: as in `corm_jax.Corm`.
+      slack: alpha may miss the threshold by this share of it; negative to ask for as much more. Exact ties (equal
+        logits throughout) count in either case.
+    """
+    logits = scale * np.einsum("qhgd,khd->ghqk", q, k, dtype=np.float64)
+    logits = np.where(attended, logits, -np.inf)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    alpha = weights / weights.sum(-1, keepdims=True)
+    clock = np.arange(1, len(q) + 1)[:, None]
+    n = clock if threshold == "position" else attended.sum(-1, keepdims=True)
+    ratio = alpha * n if group == "any" else (alpha * n).mean(0, keepdims=True)
+    return ((ratio >= 1 - slack) | (np.abs(ratio - 1) < 1e-12)).any(0) & attended
+
+
+def _goes(kept, key, clock):
+    before = np.concatenate([np.zeros_like(kept[..., :1, :]), kept[..., :-1, :]], axis=-2)
+    start = np.concatenate([[0], clock[:-1, 0]])[:, None]
+    return (before | ((key >= start) & (key < clock))) & ~kept
+
+
+def _asked(important, clock, window):
+    """Bool ``[layers, kv_heads, steps, keys]``: whether one of the last ``window`` queries found the key important."""
+    counts = np.concatenate([np.zeros_like(important[..., :1, :], int), important.cumsum(-2)], axis=-2)
+    layers, heads = np.ogrid[: important.shape[0], : important.shape[1]]
+    ends = clock[:, 0]
+    starts = np.maximum(ends - np.broadcast_to(np.asarray(window)[..., None], (heads.size, 1)), 0)
+    return counts[..., ends, :] > counts[layers[..., None], heads[..., None], starts[None]]
+
+
+def _axes(kept: np.ndarray, clock: np.ndarray | None):
+    clock = np.arange(1, kept.shape[-2] + 1) if clock is None else np.asarray(clock)
+    return np.arange(kept.shape[-1]), clock[:, None]
+
+
+def _per_head(number):
+    number = np.asarray(number)
+    return number[:, None, None] if number.ndim else number
+
+
+def _first(bad: np.ndarray) -> tuple[int, ...]:
+    """The index of the first True, in the order of steps (axis 2) before layers and heads."""
+    where = np.argwhere(bad)
+    return tuple(int(index) for index in min(where.tolist(), key=lambda index: (index[2], *index)))
+
+
+def _refuse(name: str, bad: np.ndarray, clock: np.ndarray, what: str) -> None:
+    if bad.any():
+        layer, head, step, key = _first(bad)
+        raise InvariantError(name, what, layer=layer, head=head, clock=int(clock[step, 0]), key=key)

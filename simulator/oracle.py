@@ -1,0 +1,180 @@
+"""Bounds: the most attention that a policy could have kept with as many keys.
+
+The mass of a query is the share of the full cache's attention that falls on the keys that it can still attend to, the
+mean over the query heads of a group, which share them. With ``n[t]`` keys for query t, its own always among them:
+
+- `most`: the n[t] heaviest keys of each query. Keys may come back, so no policy can do better.
+- `greedy`: without return; who goes is who will draw the least attention from all later queries. It knows the future
+  but does not plan, so that the best policy without return does at least as well.
+- `exact`: the optimum without return, by linear programming, for traces of up to a few hundred steps.
+
+So  policy <= exact <= most  and  greedy <= exact,  at the same ``n``, summed over the steps.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from corm_jax.errors import CormError
+from simulator.replay import Replay
+from simulator.trace import Rows, Trace
+
+EXACT_STEPS = 300
+"""The most steps of a head that `exact` takes: its linear programme has steps^2 / 2 variables."""
+
+
+class Bounds(NamedTuple):
+    """Mass by step, float32 ``[layers, kv_heads, steps]``, at the number of keys that a replay could attend to.
+
+    Attributes:
+      policy: what the replayed policy kept.
+      most: the upper bound of every policy.
+      greedy: what a clairvoyant without return keeps at least.
+    """
+
+    policy: np.ndarray
+    most: np.ndarray
+    greedy: np.ndarray
+
+    @property
+    def regret(self) -> np.ndarray:
+        """``most - policy``: the mass lost beyond what so few keys had to lose."""
+        return self.most - self.policy
+
+
+def bounds(trace: Trace, replay: Replay, progress: Callable[[int], None] = lambda done: None) -> Bounds:
+    """Both bounds for a replay of this trace, layer by layer.
+
+    >>> from corm_jax import Corm
+    >>> from simulator.replay import replay
+    >>> from simulator.synthetic import heavy_hitters
+    >>> trace = heavy_hitters(layers=1, steps=128)
+    >>> found = bounds(trace, replay(trace, Corm(window=16, recent=8)))
+    >>> means = found.policy.mean(), found.greedy.mean(), found.most.mean()
+    >>> bool(means[0] < means[1] < means[2])
+    True
+
+    Raises:
+      CormError: if the replay is of another trace.
+    """
+    meta, n = trace.meta, replay.attended
+    if n.shape != (meta.layers, meta.kv_heads, meta.steps):
+        raise CormError(f"a replay of {n.shape} does not belong to a trace of {meta.layers, meta.kv_heads, meta.steps}")
+    upper, lower = np.empty(n.shape, np.float32), np.empty(n.shape, np.float32)
+    for layer in range(meta.layers):
+        for head, alpha in enumerate(attention(trace, layer)):
+            upper[layer, head] = most(alpha, n[layer, head])
+            lower[layer, head] = greedy(alpha, n[layer, head])
+        progress(layer + 1)
+    mass = replay.mass.reshape(meta.layers, meta.kv_heads, -1, meta.steps).mean(2)
+    return Bounds(mass, upper, lower)
+
+
+def attention(trace: Trace, layer: int) -> Iterator[np.ndarray]:
+    """The full cache's attention, head by head, the mean over each group: float32 ``[steps, keys]``."""
+    data, group = trace.layer(layer), trace.meta.group
+    for head in range(trace.meta.kv_heads):
+        queries = slice(head * group, (head + 1) * group)
+        if isinstance(data, Rows):
+            yield data.probs[queries].mean(0)
+        else:
+            yield np.asarray(_attention(data.q[:, queries], data.k[:, head], np.float32(trace.meta.scale or 1)))
+
+
+@jax.jit
+def _attention(q, k, scale):
+    steps, group, _ = q.shape
+    causal = jnp.tril(jnp.ones((steps, steps), bool))
+
+    def add(total, rows):  # one query head at a time, to bound the memory
+        logits = scale * jnp.einsum("qd,kd->qk", rows, k, precision="highest")
+        return total + jax.nn.softmax(jnp.where(causal, logits, -jnp.inf)), None
+
+    return jax.lax.scan(add, jnp.zeros((steps, steps)), q.swapaxes(0, 1))[0] / group
+
+
+def most(alpha: np.ndarray, n: np.ndarray) -> np.ndarray:
+    """The mass of the ``n[t]`` heaviest keys of each query, its own among them.
+
+    Args:
+      alpha: float32 ``[steps, keys]``, rows that sum to 1.
+      n: int32 ``[steps]``, at least 1.
+
+    Returns:
+      float32 ``[steps]``.
+    """
+    others = np.array(alpha)
+    np.fill_diagonal(others, 0)
+    others.sort(-1)
+    others[np.arange(len(n))[::-1] >= n[:, None] - 1] = 0  # sorted upwards: the last n - 1 stay
+    return np.diagonal(alpha) + others.sum(-1)
+
+
+def greedy(alpha: np.ndarray, n: np.ndarray) -> np.ndarray:
+    """The mass of a clairvoyant who takes no key back: who draws the least attention from now on goes.
+
+    Arguments and result as for `most`.
+    """
+    mass = np.empty(len(n), np.float32)
+    future = alpha.sum(0, dtype=np.float64)
+    live = np.zeros(len(n), bool)
+    for t, row in enumerate(alpha):
+        held = np.flatnonzero(live)
+        if (excess := len(held) + 1 - n[t]) > 0:
+            live[held[np.argpartition(future[held], excess - 1)[:excess]]] = False
+        live[t] = True
+        mass[t] = row[live].sum()
+        future -= row
+    return mass
+
+
+def exact(alpha: np.ndarray, n: np.ndarray) -> float:
+    """The largest sum over the steps of the mass that any policy without return keeps with ``n[t]`` keys.
+
+    With x[t, i] whether key i is there for query t, a linear programme:
+
+        maximise  sum alpha[t, i] x[t, i]   with   x[t, i] <= x[t - 1, i],   sum_i x[t, i] <= n[t],   x[t, t] = 1
+
+    It is the flow of n slots through the keys that they hold in turn, so that its optimum is reached at whole numbers.
+    Arguments as for `most`.
+
+    >>> alpha = np.array([[1, 0, 0], [0.5, 0.5, 0], [0.2, 0.7, 0.1]])
+    >>> round(exact(alpha, np.array([1, 1, 2])), 3)         # with one key, query 2 had to let key 1 go
+    2.3
+
+    Raises:
+      CormError: for more steps than `EXACT_STEPS`.
+    """
+    from scipy.optimize import linprog  # comes with jax
+    from scipy.sparse import coo_array, vstack
+
+    steps = len(n)
+    if steps > EXACT_STEPS:
+        raise CormError(f"the exact optimum of {steps} steps is out of reach: give at most {EXACT_STEPS}")
+    t, i = np.tril_indices(steps, -1)
+    itself = float(np.trace(alpha))
+    if not len(t):
+        return itself
+    index = np.full((steps, steps), -1)
+    index[t, i] = np.arange(len(t))
+    (stays,) = np.nonzero(i < t - 1)  # x[t, i] - x[t - 1, i] <= 0
+    rows = np.arange(len(stays))
+    returns = coo_array(
+        (
+            np.repeat([1.0, -1.0], len(stays)),
+            (np.tile(rows, 2), np.concatenate([stays, index[t[stays] - 1, i[stays]]])),
+        ),
+        shape=(len(stays), len(t)),
+    )
+    sizes = coo_array((np.ones(len(t)), (t - 1, np.arange(len(t)))), shape=(steps - 1, len(t)))
+    solution = linprog(
+        -alpha[t, i],
+        A_ub=vstack([returns, sizes], format="csr"),
+        b_ub=np.concatenate([np.zeros(len(stays)), n[1:] - 1]),
+        bounds=(0, 1),
+        method="highs",
+    )
+    return itself - float(solution.fun)

@@ -1,0 +1,254 @@
+"""Replay: any policy over a recorded trace, and what its evictions cost.
+
+A trace holds what a model attended to with a full cache. Replaying goes through it token by token (or chunk by chunk)
+with the same policy objects as the model's own cache, under `jax.lax.scan`, one layer at a time. There are no slots to
+manage: key i has slot i, and a key that goes only gets a date. So this is also an independent account of what
+`corm_jax.cache` should do.
+
+Three fidelities, from the cheapest to the truth:
+
+- ``recorded``: attention as recorded; evicted keys drop out, the others keep their probabilities.
+- ``renormalized``: softmax over the survivors, recomputed from q and k. Exact for the layer as such; what evictions
+  change in the queries of later layers is left out.
+- ``live``: the model itself with the policy in its cache (`corm_jax.perplexity`), which is no replay.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import product
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from corm_jax.cache import per_layer, slots_for
+from corm_jax.errors import CormError
+from corm_jax.types import Policy
+from simulator.recurrence import FOREVER, read
+from simulator.trace import QKV, Rows, Trace
+
+FIDELITIES = ("renormalized", "recorded")
+
+BLOCK = 64
+"""Queries whose logits are computed at once, rounded up to a multiple of the chunk. Does not change results."""
+
+
+class Replay(NamedTuple):
+    """What a policy did with a trace. A sweep has the axes of its grid in front.
+
+    ``until`` and ``lost`` say it all; the properties are other views of them. Clocks count from 1.
+
+    Attributes:
+      until: int32 ``[layers, kv_heads, keys]``, the clock of the last query that could attend to the key; `FOREVER` if
+        it is live at the end.
+      lost: bool ``[layers, kv_heads, keys]``, whether the key went for want of a slot.
+      mass: float32 ``[layers, q_heads, steps]``, the share of the full cache's attention that fell on keys still there.
+      error: float32 ``[layers, q_heads, steps]``, ``|o - o_full| / |o_full|`` of the attention outputs, or None where
+        the trace has no values or nobody asked.
+      needed: int32 ``[layers, kv_heads, keys]``, the clock of the last query that, with the full cache, found the key
+        important (alpha >= 1/t for a query head of its group); 0 for never.
+      kept: bool ``[layers, kv_heads, steps, keys]``, which keys are live after each step, if ``keep_history``.
+    """
+
+    until: np.ndarray
+    lost: np.ndarray
+    mass: np.ndarray
+    error: np.ndarray | None
+    needed: np.ndarray
+    kept: np.ndarray | None = None
+
+    @property
+    def steps(self) -> int:
+        """Tokens in the trace."""
+        return self.until.shape[-1]
+
+    @property
+    def gone(self) -> np.ndarray:
+        """int32, as ``until``: the clock after whose step the key is first missing."""
+        return np.where(self.until == FOREVER, FOREVER, self.until + self.lost)
+
+    @property
+    def live(self) -> np.ndarray:
+        """int32 ``[layers, kv_heads, steps]``, live keys after each step."""
+        return np.arange(1, self.steps + 1, dtype=np.int32) - _cumulative(self.gone)
+
+    @property
+    def attended(self) -> np.ndarray:
+        """int32 ``[layers, kv_heads, steps]``, keys that the query of each step could attend to, its own included."""
+        return np.arange(1, self.steps + 1, dtype=np.int32) - _cumulative(np.minimum(self.until, FOREVER - 1) + 1)
+
+    @property
+    def lifetime(self) -> np.ndarray:
+        """int32, as ``until``: how many queries could attend to the key."""
+        return np.minimum(self.until, self.steps) - np.arange(self.steps, dtype=np.int32)
+
+    @property
+    def regretted(self) -> np.ndarray:
+        """bool, as ``until``: evicted, and a later query would have found the key important."""
+        return self.needed > self.until
+
+    @property
+    def overflow(self) -> np.ndarray:
+        """int32 ``[layers, kv_heads]``, keys that went for want of a slot."""
+        return self.lost.sum(-1, dtype=np.int32)
+
+    def history(self) -> np.ndarray:
+        """Bool ``[layers, kv_heads, steps, keys]``: whether key i is live after each step (see `kept`)."""
+        clock = np.arange(1, self.steps + 1, dtype=np.int32)[:, None]
+        arrived = np.arange(self.steps, dtype=np.int32) < clock
+        return arrived & (clock < self.gone[..., None, :])
+
+
+def replay(
+    trace: Trace,
+    policy: Policy | Sequence[Policy],
+    *,
+    fidelity: str = "renormalized",
+    capacity: int | None = None,
+    chunk: int = 1,
+    errors: bool = True,
+    keep_history: bool = False,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Replay:
+    """Replays a policy over a trace.
+
+    Args:
+      trace: what to replay.
+      policy: one for all layers, or one for each.
+      fidelity: ``"renormalized"`` or ``"recorded"``, see above.
+      capacity: slots a key-value head; without one, nothing overflows.
+      chunk: tokens between evictions; 1 is the exact recurrence.
+      errors: measure the outputs' errors too, where the trace holds values. Costs about as much again.
+      keep_history: fill in ``kept``: layers x kv_heads x steps^2 bytes.
+      progress: called with the number of layers done.
+
+    Raises:
+      CormError: for an unknown fidelity, or a capacity or chunk that cannot work.
+      TraceError: when a layer of the trace cannot be read.
+
+    >>> import numpy as np
+    >>> from corm_jax import Corm
+    >>> rng = np.random.default_rng(0)
+    >>> q, k, v = (rng.normal(size=(1, 8, heads, 4)) for heads in (2, 1, 1))      # one layer, 8 steps
+    >>> result = replay(Trace.from_qkv(q, k, v), Corm(window=3, recent=2))
+    >>> result.live[0, 0]
+    array([1, 2, 3, 4, 5, 6, 6, 7], dtype=int32)
+    >>> int(result.regretted.sum())
+    1
+    """
+    policies = per_layer(policy, trace.meta.layers)
+    result = _run(trace, policies, _compiled, fidelity, capacity, chunk, errors, progress)
+    return result._replace(kept=result.history()) if keep_history else result
+
+
+def sweep(
+    trace: Trace,
+    policy_factory: Callable[..., Policy],
+    grid: Mapping[str, Sequence[Any]],
+    *,
+    fidelity: str = "renormalized",
+    capacity: int | None = None,
+    chunk: int = 1,
+    errors: bool = False,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Replay:
+    """Replays a whole grid of hyperparameters at once: one `jax.vmap` over the policies.
+
+    Args:
+      policy_factory: makes a policy from one value of each hyperparameter, given by name.
+      grid: for each hyperparameter its values. Those that are static in the policy cannot be swept together.
+
+    Other arguments as for `replay`. In the result each array has the axes of the grid in front, in its order.
+
+    >>> from corm_jax import Corm
+    >>> from simulator.synthetic import noise
+    >>> grid = {"window": [2, 4, 8], "recent": [1, 2]}
+    >>> sweep(noise(layers=1, steps=16), Corm, grid).live[..., -1].shape        # [window, recent, layers, kv_heads]
+    (3, 2, 1, 2)
+    """
+    if not grid or not all(len(values) for values in grid.values()):
+        raise CormError(f"the grid {dict(grid)!r} is empty: give at least one value for each name")
+    points = [policy_factory(**dict(zip(grid, point, strict=True))) for point in product(*grid.values())]
+    structures = {jax.tree.structure(point) for point in points}
+    if len(structures) > 1:
+        raise CormError(
+            f"the grid over {', '.join(grid)} varies a choice that is static in the policy: sweep each value by itself"
+        )
+    for point in points:
+        slots_for(point, capacity, trace.meta.steps, chunk)
+    policy = jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *points)
+    policies = (policy,) * trace.meta.layers
+    result = _run(trace, policies, _compiled_grid, fidelity, capacity, chunk, errors, progress)
+    shape = tuple(len(values) for values in grid.values())
+
+    def arrange(x):  # [layers, points, ...] -> [*grid, layers, ...]
+        x = np.moveaxis(x, 1, 0)
+        return x.reshape(*shape, *x.shape[1:])
+
+    return jax.tree.map(arrange, result)
+
+
+def _run(trace, policies, compiled, fidelity, capacity, chunk, errors, progress) -> Replay:
+    meta = trace.meta
+    if fidelity not in FIDELITIES:
+        raise CormError(
+            f"fidelity must be {' or '.join(map(repr, FIDELITIES))}, not {fidelity!r} (live is the model itself)"
+        )
+    if chunk < 1:
+        raise CormError(f"chunk must be at least 1, not {chunk}")
+    slots_for(policies, capacity, meta.steps, chunk)
+    block = -(-BLOCK // chunk) * chunk
+    padding = -meta.steps % block
+    layers = []
+    for index, policy in enumerate(policies):
+        layer = _padded(trace.layer(index), meta.kv_heads, padding)
+        layers.append(
+            compiled(
+                policy,
+                layer,
+                jnp.float32(meta.scale or 1),
+                jnp.int32(meta.steps),
+                None if capacity is None else jnp.int32(capacity),
+                chunk=chunk,
+                block=block,
+                fidelity=fidelity,
+                errors=errors and isinstance(layer, QKV),
+            )
+        )
+        jax.block_until_ready(layers[-1])
+        progress(index + 1)
+    until, lost, needed, mass, error = jax.tree.map(lambda *x: np.stack(x), *layers)
+
+    def by_step(x):  # [..., steps, kv_heads, group] -> [..., q_heads, steps]
+        return np.moveaxis(x.reshape(*x.shape[:-2], -1), -2, -1)[..., : meta.steps]
+
+    until, lost, needed = (x[..., : meta.steps] for x in (until, lost, needed))
+    return Replay(until, lost, by_step(mass), None if error is None else by_step(error), needed)
+
+
+def _padded(layer: QKV | Rows, kv_heads: int, padding: int) -> QKV | Rows:
+    """Splits query heads into ``kv_heads group``, and pads the steps: ``q [steps, kv_heads, group, head_dim]``."""
+    if isinstance(layer, Rows):
+        rows = layer.probs.reshape(kv_heads, -1, *layer.probs.shape[1:])
+        return Rows(np.pad(rows, ((0, 0), (0, 0), (0, padding), (0, padding))))
+    q = layer.q.reshape(layer.q.shape[0], kv_heads, -1, layer.q.shape[-1])
+    return QKV(*(np.pad(x, ((0, padding), *((0, 0),) * (x.ndim - 1))) for x in (q, layer.k, layer.v)))
+
+
+_STATIC = ("chunk", "block", "fidelity", "errors")
+_compiled = jax.jit(read, static_argnames=_STATIC)
+
+
+@partial(jax.jit, static_argnames=_STATIC)
+def _compiled_grid(policies, layer, scale, steps, capacity, **static):
+    one = partial(read, **static)
+    return jax.vmap(one, in_axes=(0, None, None, None, None))(policies, layer, scale, steps, capacity)
+
+
+def _cumulative(clock: np.ndarray) -> np.ndarray:
+    """How many entries of the last axis are at most 1, 2, ..., n."""
+    steps = clock.shape[-1]
+    rows = clock.reshape(-1, steps)
+    counts = np.stack([np.bincount(row[row <= steps], minlength=steps + 1)[1:] for row in rows])
+    return counts.cumsum(-1, dtype=np.int32).reshape(clock.shape)

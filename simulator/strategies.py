@@ -1,0 +1,169 @@
+"""Hypothesis strategies for what evicts and what is evicted; failures shrink to cases that can be read.
+
+A case says what each query looks at: a logit of 0 for every key but a few. Keys are unit vectors, one for every
+position, so that a query is just its row of logits and the attention output is just the attention.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+
+from simulator.trace import Trace
+
+TOKENS = 16
+"""Every case is padded to this many tokens, so that one compile serves all."""
+
+CHUNK = 3
+"""The most tokens that a case reads in one step."""
+
+KV_HEADS = GROUP = 2
+GARBAGE = 7.0
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A history of one layer of one sequence: what its queries look at, and in which pieces it is read.
+
+    Attributes:
+      logits: float32 ``[kv_heads, group, queries, keys]``, of all `TOKENS`.
+      counts: int32 ``[steps]``, tokens read in each step, 0 to `CHUNK`; their sum is the length of the sequence.
+    """
+
+    logits: np.ndarray
+    counts: np.ndarray
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens are read."""
+        return int(self.counts.sum())
+
+    @property
+    def clock(self) -> np.ndarray:
+        """Int ``[steps]``, tokens seen after each step."""
+        return self.counts.cumsum()
+
+    @property
+    def q(self) -> np.ndarray:
+        """Float32 ``[tokens, kv_heads, group, head_dim]``, padded with garbage by `CHUNK`; ``head_dim`` is `TOKENS`."""
+        heads = 2.0 ** np.arange(KV_HEADS)[:, None, None, None]
+        q = (self.logits * TOKENS**0.5 / heads).transpose(2, 0, 1, 3)
+        return self._padded(q)
+
+    @property
+    def k(self) -> np.ndarray:
+        """Float32 ``[tokens, kv_heads, head_dim]``, likewise: key i of head h is ``2^h`` at i."""
+        return self._padded(np.eye(TOKENS)[:, None] * 2.0 ** np.arange(KV_HEADS)[:, None])
+
+    @property
+    def v(self) -> np.ndarray:
+        """Float32 ``[tokens, kv_heads, head_dim]``, likewise: value i of head h is ``h + 1`` at i."""
+        return self._padded(np.eye(TOKENS)[:, None] * (1.0 + np.arange(KV_HEADS)[:, None]))
+
+    def _padded(self, x: np.ndarray) -> np.ndarray:
+        padded = np.full((TOKENS + CHUNK, *x.shape[1:]), GARBAGE, np.float32)
+        padded[: self.tokens] = x[: self.tokens]
+        return padded
+
+    def trace(self) -> Trace:
+        """The same as a trace of one layer."""
+        q, k, v = (x[: self.tokens][None] for x in (self.q, self.k, self.v))
+        return Trace.from_qkv(q.reshape(1, self.tokens, -1, TOKENS), k, v)
+
+    def _repr_pretty_(self, printer, cycle) -> None:  # how Hypothesis prints
+        printer.text(repr(self))
+
+    def __repr__(self) -> str:
+        selfish = bool((self.logits[..., range(TOKENS), range(TOKENS)] == 6).all())
+        looks = ["every query looks at its own key (logit 6)"] * selfish + [
+            f"head {h}.{g}: query {t} looks at key {i} (logit {self.logits[h, g, t, i]:g})"
+            for h, g, t, i in np.argwhere(self.logits)
+            if i < t + (not selfish) and t < self.tokens
+        ]
+        return (
+            f"Case(reads {[int(n) for n in self.counts if n]} tokens; " + "; ".join(looks or ["all look alike"]) + ")"
+        )
+
+
+@st.composite
+def cases(draw: st.DrawFn, *, counts: Sequence[int] | None = None) -> Case:
+    """Cases, simple ones first: few looks, then many at random.
+
+    Args:
+      counts: the pieces in which all cases are read; drawn if not given.
+    """
+    shape = (KV_HEADS, GROUP, TOKENS, TOKENS)
+    logits = np.zeros(shape, np.float32)
+    if draw(st.booleans()):
+        rng = np.random.default_rng(draw(st.integers(0, 2**16)))
+        share, most = draw(st.sampled_from([0.1, 0.3, 1.0])), draw(st.integers(1, 6))
+        logits = (rng.integers(1, most, shape, endpoint=True) * (rng.random(shape) < share)).astype(np.float32)
+    else:
+        if draw(st.booleans()):  # else all keys that nobody looks at are important to all
+            logits += 6 * np.eye(TOKENS, dtype=np.float32)
+        place = st.tuples(*(st.integers(0, size - 1) for size in shape))
+        for where, level in draw(st.lists(st.tuples(place, st.integers(1, 6)), max_size=40)):
+            logits[where] = level
+    return Case(logits, np.asarray(draw(_counts()) if counts is None else counts, np.int32))
+
+
+@st.composite
+def _counts(draw: st.DrawFn) -> list[int]:
+    if draw(st.booleans()):
+        counts = draw(st.lists(st.integers(0, CHUNK), min_size=TOKENS, max_size=TOKENS))
+    else:
+        counts = [1] * draw(st.integers(1, TOKENS))
+    total, fitting = 0, []
+    for count in counts:
+        fitting.append(min(count, TOKENS - total))
+        total += fitting[-1]
+    if not total:
+        fitting[0] = 1
+    return fitting + [0] * (TOKENS - len(fitting))
+
+
+def traces(*, kind: str = "qkv", max_layers: int = 2) -> st.SearchStrategy[Trace]:
+    """Traces of either kind, of up to ``max_layers`` layers and `TOKENS` steps.
+
+    >>> traces(kind="attention").example().meta.kind        # doctest: +SKIP
+    'attention'
+    """
+
+    def build(layers: list[Case]) -> Trace:
+        tokens = min(case.tokens for case in layers)
+        if kind == "qkv":
+            q, k, v = (np.stack([getattr(case, name)[:tokens] for case in layers]) for name in "qkv")
+            return Trace.from_qkv(q.reshape(len(layers), tokens, -1, TOKENS), k, v)
+        logits = np.stack([case.logits[..., :tokens, :tokens] for case in layers])
+        rows = np.tril(np.exp(logits))
+        rows /= rows.sum(-1, keepdims=True)
+        return Trace.from_attention(rows.reshape(len(layers), -1, tokens, tokens), kv_heads=KV_HEADS)
+
+    return st.lists(cases(), min_size=1, max_size=max_layers).map(build)
+
+
+def hyperparameters(kind: type, **given: Any) -> st.SearchStrategy[dict[str, Any]]:
+    """Values for the fields of a policy's dataclass, small enough that something happens in `TOKENS` tokens.
+
+    Whole numbers run from 1, choices are those of `corm_jax.policies.options.choice`, truth values both; a field of
+    another kind keeps its default. What is ``given`` is used instead: a value, or a strategy.
+
+    >>> from corm_jax import Corm
+    >>> sorted(hyperparameters(Corm, recent=2).example())       # doctest: +SKIP
+    ['eager', 'group', 'recent', 'threshold', 'window']
+    """
+
+    def values(field: dataclasses.Field) -> st.SearchStrategy:
+        if field.name in given:
+            value = given[field.name]
+            return value if isinstance(value, st.SearchStrategy) else st.just(value)
+        if choices := field.metadata.get("choices"):
+            return st.sampled_from(choices)
+        if isinstance(field.default, bool):
+            return st.booleans()
+        return st.integers(1, 5) if isinstance(field.default, int) else st.just(field.default)
+
+    return st.fixed_dictionaries({field.name: values(field) for field in dataclasses.fields(kind)})

@@ -1,0 +1,105 @@
+"""A policy in a cache, as the conformance suite drives it: short histories of one layer, read piece by piece."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from corm_jax.attention import step
+from corm_jax.cache import make_cache
+from corm_jax.types import CacheSpec, LayerCache
+from simulator.reference import Reading
+from simulator.specification import Reference, fields_of
+from simulator.strategies import CHUNK, KV_HEADS, TOKENS, Case
+
+
+class Implementation(NamedTuple):
+    """A cache to be tested: `corm_jax.make_cache` and `corm_jax.step`, or functions that do the same."""
+
+    make_cache: Callable = make_cache
+    step: Callable = step
+
+
+class History(NamedTuple):
+    """What a cache held after each step.
+
+    Attributes:
+      position: int32 ``[steps, kv_heads, capacity]``.
+      overflow: int32 ``[steps, kv_heads]``.
+      outputs: float32 ``[steps, CHUNK, kv_heads, group, head_dim]``, zero for tokens that were not there.
+      cache: the final one.
+    """
+
+    position: jax.Array
+    overflow: jax.Array
+    outputs: jax.Array
+    cache: LayerCache
+
+    @property
+    def kept(self) -> np.ndarray:
+        """Bool ``[1, kv_heads, steps, keys]``, see `simulator.invariants`."""
+        held = np.asarray(self.position)[..., None] == np.arange(TOKENS + CHUNK)
+        return held.any(-2).transpose(1, 0, 2)[None]
+
+
+class Subject(NamedTuple):
+    """What a check looks at: a policy in a cache, and what it should do, if anyone says."""
+
+    policy: Any
+    implementation: Implementation
+    reference: Reference | None
+
+    @property
+    def few(self) -> int:
+        """A capacity for half of the tokens, or for what the policy never gives up."""
+        return max(TOKENS // 2, int(np.max(self.policy.protected)) + CHUNK)
+
+    def cache(self, capacity: int | None = None, **batch: int) -> LayerCache:
+        """An empty cache; without a capacity, one in which nothing overflows."""
+        return self.implementation.make_cache(self.policy, spec(capacity), **batch)
+
+    def read(self, case: Case, capacity: int | None = None, evict: bool = True) -> History:
+        """Reads a case from its beginning to its end."""
+        return self.go_on(self.cache(capacity), case.q, case.k, case.v, case.counts, evict)
+
+    def go_on(self, cache: LayerCache, q, k, v, counts, evict: bool = True) -> History:
+        """Reads ``counts [steps]`` tokens in turn into a cache that may hold some already."""
+        return _read(self.policy, cache, q, k, v, counts, evict, step=self.implementation.step)
+
+    def read_batch(self, cases: tuple[Case, ...], capacity: int) -> History:
+        """Several cases at once: every array of the history has a leading ``batch`` axis."""
+        q, k, v, counts = (np.stack([getattr(case, name) for case in cases]) for name in ("q", "k", "v", "counts"))
+        cache = self.cache(capacity, batch=len(cases))
+        return _read_batch(self.policy, cache, q, k, v, counts, step=self.implementation.step)
+
+    def specified(self, q, k, v, head: int, **how) -> Reading:
+        """What the specification says of one head."""
+        if self.reference is None:
+            raise ValueError("there is no specification to ask")
+        return self.reference(q, k, v, **how, **fields_of(self.policy, head))
+
+
+def spec(capacity: int | None) -> CacheSpec:
+    """The shape of a cache for cases."""
+    return CacheSpec(KV_HEADS, capacity or TOKENS + CHUNK, TOKENS)
+
+
+@partial(jax.jit, static_argnames="step")
+def _read(policy, cache, q, k, v, counts, evict, *, step) -> History:
+    def body(carry, count):
+        cache, start = carry
+        pieces = (jax.lax.dynamic_slice_in_dim(x, start, CHUNK) for x in (q, k, v))
+        output, cache = step(policy, cache, *pieces, count, evict)
+        real = (jnp.arange(CHUNK) < count)[:, None, None, None]
+        return (cache, start + count), (cache.position, cache.overflow, jnp.where(real, output, 0))
+
+    (cache, _), (position, overflow, outputs) = jax.lax.scan(body, (cache, jnp.int32(0)), jnp.asarray(counts))
+    return History(position, overflow, outputs, cache)
+
+
+@partial(jax.jit, static_argnames="step")
+def _read_batch(policy, cache, q, k, v, counts, *, step) -> History:
+    return jax.vmap(lambda *row: _read(policy, *row, True, step=step))(cache, q, k, v, counts)

@@ -1,0 +1,97 @@
+"""The conformance suite: what every eviction policy, and every cache, has to satisfy.
+
+    from simulator.testing import parametrize_checks
+
+    @parametrize_checks(MyPolicy(budget=5))
+    def test_my_policy(check):
+        check()
+
+Each check (see `simulator.checks`) has a name and draws histories with Hypothesis. What fails raises an
+`InvariantError` that says which invariant broke, in which head, at which clock, for which key, after shrinking to a
+history that can be read. Policies are tried on sequences of `strategies.TOKENS` tokens: give them numbers small enough
+for something to happen.
+"""
+
+from functools import partial
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from corm_jax.types import Policy
+from simulator.checks import CHECKS, ONCE
+from simulator.invariants import InvariantError
+from simulator.specification import SPECIFICATIONS, Reference
+from simulator.subject import Implementation, Subject
+
+CORM_JAX = Implementation()
+"""The cache of `corm_jax`."""
+
+
+def check_policy(
+    policy: Policy | st.SearchStrategy,
+    reference: Reference | None = None,
+    *,
+    implementation: Implementation = CORM_JAX,
+    examples: int = 30,
+    only: str | None = None,
+) -> None:
+    """Runs every check on a policy.
+
+    Args:
+      policy: the policy, or a Hypothesis strategy of policies.
+      reference: its specification in NumPy, see `Reference`. The policies of `corm_jax` have theirs.
+      implementation: the cache to try it in.
+      examples: histories for each check.
+      only: the name of one check to run.
+
+    Raises:
+      InvariantError: if one fails.
+      ValueError: if there is no check of that name.
+
+    >>> from corm_jax import Full
+    >>> check_policy(Full(), examples=3, only="slot_order")
+    """
+    checks = [check for check in CHECKS if only in (None, check.__name__)]
+    if not checks:
+        raise ValueError(f"no check is called {only!r}: there are {', '.join(check.__name__ for check in CHECKS)}")
+    for check in checks:
+        _run(check, policy, reference, implementation, examples)
+
+
+def parametrize_checks(
+    *policies: Policy | st.SearchStrategy, reference: Reference | None = None, **options: Any
+) -> pytest.MarkDecorator:
+    """Parametrizes a test by policy and check: it gets ``check``, to be called. Arguments as for `check_policy`."""
+    return pytest.mark.parametrize(
+        "check",
+        [
+            pytest.param(
+                partial(check_policy, policy, reference, only=check.__name__, **options),
+                id=f"{'' if isinstance(policy, st.SearchStrategy) else type(policy).__name__}{index}-{check.__name__}",
+            )
+            for index, policy in enumerate(policies)
+            for check in CHECKS
+        ],
+    )
+
+
+def _run(check, policy, reference, implementation, examples: int) -> None:
+    @settings(
+        max_examples=1 if check in ONCE else examples,
+        phases=[Phase.generate] if check in ONCE else [Phase.explicit, Phase.generate, Phase.shrink],
+        deadline=None,
+        derandomize=True,
+        database=None,
+        report_multiple_bugs=False,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+    @given(policy=policy if isinstance(policy, st.SearchStrategy) else st.just(policy), data=st.data())
+    def run(policy, data):
+        check(Subject(policy, implementation, reference or SPECIFICATIONS.get(type(policy))), data)
+
+    run()
+
+
+__all__ = ["CHECKS", "Implementation", "InvariantError", "check_policy", "parametrize_checks"]

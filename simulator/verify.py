@@ -1,0 +1,177 @@
+"""Proof on a real trace: the replay, the cache and the specification in NumPy decide alike, and the invariants hold."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from corm_jax.attention import step
+from corm_jax.cache import make_cache
+from corm_jax.errors import CormError
+from corm_jax.policies import Corm
+from corm_jax.types import CacheSpec, Policy
+from simulator import invariants
+from simulator.invariants import InvariantError
+from simulator.replay import Replay, replay
+from simulator.specification import SPECIFICATIONS, fields_of
+from simulator.trace import QKV, Trace, TraceError
+
+CLOSE = 2e-5
+"""How far float32 may move alpha n from where float64 has it. A head with a comparison as near as this to a tie may
+decide either way; if it differs from the specification, that is reported and not held against the policy."""
+
+
+class Finding(NamedTuple):
+    """One claim, whether it holds on the trace, and what was seen."""
+
+    name: str
+    held: bool
+    detail: str
+
+
+def verify(
+    trace: Trace,
+    policy: Policy,
+    *,
+    chunk: int = 1,
+    capacity: int | None = None,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[Finding]:
+    """Replays a policy over a ``qkv`` trace and checks what came out, layer by layer.
+
+    - ``specification``: after every chunk each head keeps the same keys as the policy's specification in NumPy loops.
+    - ``cache``: so does `corm_jax.step`, the cache that models use, fed with the same queries, keys and values.
+    - the invariants of `simulator.invariants` that apply to the policy.
+
+    The specification takes seconds for a head of 512 steps, and grows with the square: cut the trace.
+
+    >>> from simulator.synthetic import sinks
+    >>> [(finding.name, finding.held) for finding in verify(sinks(layers=1, steps=32), Corm(window=4, recent=2))]
+    [('specification', True), ('cache', True), ('none_returns', True), ('newest_live', True), ('none_early', True),
+     ('only_minor_goes', True), ('minor_goes', True), ('monotone', True)]
+
+    Raises:
+      TraceError: for an ``attention`` trace, whose queries and keys nobody knows.
+      CormError: as `replay`; for a policy without a specification.
+    """
+    if trace.meta.kind != "qkv":
+        raise TraceError("an attention trace holds no queries and keys: the cache and the specification need them")
+    if type(policy) not in SPECIFICATIONS:
+        raise CormError(f"{type(policy).__name__} has no specification in simulator.reference")
+    result = replay(trace, policy, chunk=chunk, capacity=capacity, errors=False)
+    ends = np.minimum(np.arange(chunk, trace.meta.steps + chunk, chunk), trace.meta.steps)
+    kept = result.history()[:, :, ends - 1]
+    findings = [
+        _specification(trace, policy, result, kept, ends, chunk, capacity, progress),
+        _cache(trace, policy, result, kept, ends, chunk, capacity),
+    ]
+    for name, claim in _claims(trace, policy, result, kept, ends, chunk, capacity):
+        try:
+            claim()
+            findings.append(Finding(name, True, f"{kept.shape[0]} layers, {kept.shape[1]} heads, {len(ends)} steps"))
+        except InvariantError as error:
+            findings.append(Finding(name, False, str(error)))
+    return findings
+
+
+def _heads(trace: Trace) -> Iterator[tuple[int, int, QKV]]:
+    for index in range(trace.meta.layers):
+        layer: Any = trace.layer(index)
+        for head in range(trace.meta.kv_heads):
+            queries = slice(head * trace.meta.group, (head + 1) * trace.meta.group)
+            yield index, head, QKV(layer.q[:, queries], layer.k[:, head], layer.v[:, head])
+
+
+def _specification(trace, policy, result: Replay, kept, ends, chunk, capacity, progress) -> Finding:
+    chunks, unsure, margins = np.diff(ends, prepend=0).tolist(), 0, []
+    factor = trace.meta.scale * trace.meta.head_dim**0.5  # the specification divides by the root itself
+    for index, head, (q, k, v) in _heads(trace):
+        arrays = (factor * q.astype(np.float64), k.astype(np.float64), v.astype(np.float64))
+        expected = SPECIFICATIONS[type(policy)](*arrays, chunks=chunks, capacity=capacity, **fields_of(policy, head))
+        margins.append(expected.margin)
+        differs = [i for i, keys in enumerate(expected.kept) if keys != set(np.flatnonzero(kept[index, head, i]))]
+        if differs and expected.margin < CLOSE:
+            unsure += 1
+        elif differs or expected.overflow != result.overflow[index, head]:
+            where = f"layer {index}, head {head}, clock {ends[differs[0]] if differs else ends[-1]}"
+            return Finding("specification", False, f"{where}: other keys, or another overflow, than in NumPy")
+        progress(index + 1)
+    seen = f"{len(margins)} heads x {len(ends)} steps: the same keys; nearest miss of a threshold {min(margins):.1e}"
+    return Finding("specification", True, seen + (f"; {unsure} heads differ by rounding" if unsure else ""))
+
+
+def _cache(trace, policy, result: Replay, kept, ends, chunk, capacity) -> Finding:
+    steps, kv_heads = trace.meta.steps, trace.meta.kv_heads
+    for index in range(trace.meta.layers):
+        layer = trace.layer(index)
+        q = layer.q * np.float32(trace.meta.scale * trace.meta.head_dim**0.5)
+        q = q.reshape(steps, kv_heads, -1, trace.meta.head_dim)
+        padding = [(0, -steps % chunk)]
+        q, k, v = (np.pad(x, padding + [(0, 0)] * (x.ndim - 1)) for x in (q, layer.k, layer.v))
+        position, overflow = _positions(policy, q, k, v, steps, capacity=capacity or steps + chunk, chunk=chunk)
+        cached = np.zeros(kept[index].shape, bool)
+        for head in range(kv_heads):
+            step_, slot = np.nonzero(position[:, head] >= 0)
+            cached[head, step_, position[step_, head, slot]] = True
+        differs = np.argwhere(cached != kept[index])
+        if len(differs) or (overflow != result.overflow[index]).any():
+            head, at, key = differs[0] if len(differs) else (0, -1, None)
+            detail = (
+                f"layer {index}, head {head}, clock {ends[at]}: the cache disagrees about key {key}, or the overflow"
+            )
+            return Finding("cache", False, detail)
+    return Finding("cache", True, f"{trace.meta.layers * kv_heads} heads x {len(ends)} steps: the same keys")
+
+
+@partial(jax.jit, static_argnames=("capacity", "chunk"))
+def _positions(policy, q, k, v, steps, *, capacity, chunk):
+    cut = jax.tree.map(lambda x: x.reshape(-1, chunk, *x.shape[1:]), (q, k, v))
+
+    def body(cache, xs):
+        q, k, v, start = xs
+        _, cache = step(policy, cache, q, k, v, jnp.clip(steps - start, 0, chunk))
+        return cache, cache.position
+
+    cache = make_cache(policy, CacheSpec(k.shape[1], capacity, k.shape[2]))
+    cache, position = jax.lax.scan(body, cache, (*cut, jnp.arange(0, len(q), chunk)))
+    return position, cache.overflow
+
+
+def _claims(trace, policy: Any, result: Replay, kept, ends, chunk, capacity):
+    yield "none_returns", lambda: invariants.none_returns(kept, ends)
+    if capacity is not None:
+        yield "within_capacity", lambda: invariants.within_capacity(kept, capacity, ends)
+    if not isinstance(policy, Corm):
+        return
+    yield "newest_live", lambda: invariants.newest_live(kept, policy.recent, ends)
+    if capacity is None:
+        if not policy.eager:
+            yield "none_early", lambda: invariants.none_early(kept, policy.window, ends)
+        loose, strict = (_importance(trace, policy, result, slack) for slack in (CLOSE, -CLOSE))
+        yield "only_minor_goes", lambda: invariants.only_minor_goes(kept, strict, policy.window, ends)
+        if not policy.eager:
+            yield "minor_goes", lambda: invariants.minor_goes(kept, loose, policy.window, policy.recent, ends)
+    if not policy.eager and policy.threshold == "position" and capacity is None:
+        yield "monotone", lambda: _monotone(trace, policy, ends, chunk)
+
+
+def _importance(trace, policy, result: Replay, slack: float) -> np.ndarray:
+    clock = np.arange(1, trace.meta.steps + 1)[:, None]
+    layers = []
+    for index in range(trace.meta.layers):
+        layer = trace.layer(index)
+        attended = (np.arange(trace.meta.steps) < clock) & (result.until[index][:, None] >= clock)
+        q = layer.q.reshape(trace.meta.steps, trace.meta.kv_heads, -1, trace.meta.head_dim)
+        choices = {"scale": trace.meta.scale, "group": policy.group, "threshold": policy.threshold}
+        layers.append(invariants.importance(q, layer.k, attended, slack=slack, **choices))
+    return np.stack(layers)
+
+
+def _monotone(trace, policy, ends, chunk) -> None:
+    larger = type(policy)(window=2 * policy.window, recent=2 * policy.recent, group=policy.group)
+    kept = [replay(trace, each, fidelity="recorded", chunk=chunk, errors=False).history() for each in (policy, larger)]
+    small, large = (one[:, :, ends - 1] for one in kept)
+    invariants.subset(small, large, "with w and r twice as large", ends)

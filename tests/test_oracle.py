@@ -1,0 +1,103 @@
+"""The bounds hold each other: greedy <= exact <= most, exact by brute force and by linear programming."""
+
+from functools import cache
+from itertools import combinations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from corm_jax import Corm, CormError, Full
+from simulator import oracle, synthetic
+from simulator.replay import replay
+from simulator.trace import Trace
+
+
+@st.composite
+def heads(draw, most_steps):
+    """Attention rows of a head, and a number of keys for each query, as some policy may have had them."""
+    steps = draw(st.integers(1, most_steps))
+    rng = np.random.default_rng(draw(st.integers(0, 2**16)))
+    alpha = np.tril(rng.integers(0, 5, (steps, steps)) + 1e-3)
+    n = [1]
+    for _ in range(steps - 1):
+        n.append(draw(st.integers(1, n[-1] + 1)))
+    return (alpha / alpha.sum(-1, keepdims=True)).astype(np.float32), np.array(n)
+
+
+def brute_force(alpha, n):
+    """Tries every set of survivors at every step."""
+
+    @cache
+    def best(t, held):
+        if t == len(n):
+            return 0.0
+        options = (
+            frozenset(kept) | {t}
+            for size in range(min(len(held), n[t] - 1) + 1)
+            for kept in combinations(sorted(held), size)
+        )
+        return max(float(alpha[t, sorted(held)].sum(dtype=np.float64)) + best(t + 1, held) for held in options)
+
+    return best(0, frozenset())
+
+
+@given(head=heads(7))
+def test_the_linear_programme_finds_the_optimum(head):
+    assert oracle.exact(*head) == pytest.approx(brute_force(*head), abs=1e-5)
+
+
+@given(head=heads(24))
+def test_the_optimum_is_between_the_bounds(head):
+    alpha, n = head
+    exact = oracle.exact(alpha, n)
+    assert oracle.greedy(alpha, n).sum() <= exact + 1e-4
+    assert exact <= oracle.most(alpha, n).sum() + 1e-4
+
+
+@pytest.mark.parametrize("pattern", synthetic.PATTERNS)
+@pytest.mark.parametrize("kind", ["qkv", "attention"])
+def test_no_policy_beats_them(pattern, kind):
+    trace = synthetic.PATTERNS[pattern](layers=2, steps=120, group=2)
+    if kind == "attention":
+        rows = [np.stack(list(oracle.attention(trace, layer))) for layer in range(2)]
+        trace = Trace.from_attention(np.stack(rows))
+    for capacity in (None, 24):
+        result = replay(trace, Corm(window=12, recent=4), capacity=capacity)
+        found = oracle.bounds(trace, result)
+        assert (found.policy <= found.most + 1e-4).all()
+        assert (found.regret >= -1e-4).all()
+        assert (found.greedy <= found.most + 1e-4).all()
+        alpha = next(oracle.attention(trace, 0))
+        exact = oracle.exact(alpha, result.attended[0, 0])
+        assert found.policy[0, 0].sum() <= exact + 1e-3
+        assert found.greedy[0, 0].sum() <= exact + 1e-3
+        assert exact <= found.most[0, 0].sum() + 1e-3
+
+
+def test_all_keys_are_all_the_mass():
+    trace = synthetic.noise(layers=1, steps=50)
+    found = oracle.bounds(trace, replay(trace, Full()))
+    for mass in found:
+        np.testing.assert_allclose(mass, 1, atol=1e-5)
+
+
+def test_by_hand():
+    """Two keys each; query 2 wants key 0, query 3 key 1, query 4 key 0 again."""
+    alpha = np.array(
+        [[1, 0, 0, 0, 0], [0, 1, 0, 0, 0], [0.8, 0, 0.2, 0, 0], [0, 0.6, 0, 0.4, 0], [0.9, 0, 0, 0, 0.1]], np.float32
+    )
+    n = np.array([1, 2, 2, 2, 2])
+    np.testing.assert_allclose(oracle.most(alpha, n), [1, 1, 1, 1, 1], atol=1e-6)
+    # Key 0 (1.7 to come) stays, key 1 (0.6 to come) goes when token 2 arrives; then 2 and 3 make room in turn.
+    np.testing.assert_allclose(oracle.greedy(alpha, n), [1, 1, 1, 0.4, 1], atol=1e-6)
+    assert oracle.exact(alpha, n) == pytest.approx(4.4)
+
+
+def test_what_cannot_work_is_said():
+    trace = synthetic.noise(layers=1, steps=20)
+    with pytest.raises(CormError, match="does not belong to a trace"):
+        oracle.bounds(trace.part(steps=10), replay(trace, Full()))
+    with pytest.raises(CormError, match="at most 300"):
+        oracle.exact(np.eye(301, dtype=np.float32), np.ones(301, int))

@@ -1,0 +1,181 @@
+"""Replay against the specification, against the cache that it has never met, and against hand-worked numbers."""
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from corm_jax import Corm, CormError, Full
+from simulator import reference
+from simulator.replay import FOREVER, replay, sweep
+from simulator.trace import Trace
+from tests.heads import chunks_of, drive, heads, live_sets, options, padded
+from tests.test_nine_tokens import KEPT, head, words
+
+CLOSE = 1e-4
+
+
+def trace_of(*columns):
+    """A trace of one layer from heads ``(q [tokens, group, head_dim], k, v [tokens, head_dim])``."""
+    q, k, v = (np.stack([column[i] for column in columns], axis=1) for i in range(3))
+    return Trace.from_qkv(q.reshape(1, len(q), -1, q.shape[-1]), k[None], v[None])
+
+
+def kept_sets(history):
+    return [set(np.flatnonzero(row)) for row in history]
+
+
+@settings(max_examples=150)
+@given(head=heads(), options=options(), chunk=st.sampled_from([1, 2, 5]), capacity=st.sampled_from([None, 9, 6]))
+def test_same_keys_survive_as_in_the_specification(head, options, chunk, capacity):
+    tokens = head[0].shape[0]
+    chunks = chunks_of(tokens, chunk)
+    expected = reference.corm_last(*head, **options, chunks=chunks, capacity=capacity)
+    assume(expected.margin > CLOSE)
+    result = replay(trace_of(head), Corm(**options), chunk=chunk, capacity=capacity, keep_history=True)
+    ends = np.cumsum(chunks) - 1
+    assert kept_sets(result.kept[0, 0][ends]) == expected.kept
+    assert result.overflow[0, 0] == expected.overflow
+    full = reference.full(*head).outputs
+    norm = np.linalg.norm(full, axis=-1)
+    error = np.linalg.norm(expected.outputs - full, axis=-1) / np.where(norm == 0, 1, norm)
+    np.testing.assert_allclose(result.error[0], error.T, atol=1e-4 * max(1.0, error.max()))
+
+
+@given(pair=st.tuples(heads(group=2), heads(group=2)), options=options(), chunk=st.sampled_from([1, 5]))
+def test_the_cache_and_the_replay_agree(pair, options, chunk):
+    """Two accounts of the same mechanics: slots that are reused, and keys that only get a date."""
+    tokens = min(head[0].shape[0] for head in pair)
+    pair = [tuple(x[:tokens] for x in head) for head in pair]
+    policy = Corm(**options)
+    q, k, v = (np.stack([padded(head[i], chunk) for head in pair], axis=1) for i in range(3))
+    _, position, last = drive(policy, q, k, v, tokens, capacity=9, chunk=chunk)
+    result = replay(trace_of(*pair), policy, capacity=9, chunk=chunk, keep_history=True)
+    for h in range(2):
+        ends = np.cumsum(chunks_of(tokens, chunk)) - 1
+        cached = [live_sets(p[h]) for p in np.asarray(position)[: len(ends)]]
+        assert kept_sets(result.kept[0, h][ends]) == cached
+    np.testing.assert_array_equal(result.overflow[0], last.overflow)
+
+
+@given(head=heads(), options=options(), chunk=st.sampled_from([1, 3]), capacity=st.sampled_from([None, 7]))
+def test_every_number_follows_from_the_history(head, options, chunk, capacity):
+    """Counts, mass, lifetimes and regrets, recomputed from the kept sets in NumPy."""
+    q, k, _ = head
+    tokens = len(q)
+    result = replay(trace_of(head), Corm(**options), chunk=chunk, capacity=capacity, keep_history=True)
+    kept, until = result.kept[0, 0], result.until[0, 0]
+    np.testing.assert_array_equal(result.live[0, 0], kept.sum(-1))
+    np.testing.assert_array_equal(kept[-1], until == FOREVER)
+    logits = np.einsum("tgd,id->gti", q, k, dtype=np.float64) / 2
+    logits[:, np.triu(np.ones((tokens, tokens), bool), 1)] = -np.inf
+    alpha = np.exp(logits - logits.max(-1, keepdims=True))
+    alpha /= alpha.sum(-1, keepdims=True)
+    clock = np.arange(1, tokens + 1)
+    attended = (np.arange(tokens) < clock[:, None]) & (until >= clock[:, None])
+    np.testing.assert_array_equal(result.attended[0, 0], attended.sum(-1))
+    np.testing.assert_array_equal(result.lifetime[0, 0], attended.sum(0))
+    np.testing.assert_allclose(result.mass[0], (alpha * attended).sum(-1), atol=1e-5)
+    ratio = alpha * clock[:, None]
+    assume((np.abs(ratio - 1) > CLOSE)[(np.abs(ratio - 1) > 1e-12)].all())
+    important = (ratio >= 1 - 1e-12).any(0)
+    needed = (important * clock[:, None]).max(0)
+    np.testing.assert_array_equal(result.needed[0, 0], needed)
+    np.testing.assert_array_equal(result.regretted[0, 0], needed > until)
+
+
+@given(head=heads(group=2), options=options(), fidelity=st.sampled_from(["renormalized", "recorded"]))
+def test_attention_rows_replay_as_the_keys_they_came_from(head, options, fidelity):
+    q, k, _ = head
+    tokens = len(q)
+    logits = np.einsum("tgd,id->gti", q, k, dtype=np.float64) / 2
+    logits[:, np.triu(np.ones((tokens, tokens), bool), 1)] = -np.inf
+    alpha = np.exp(logits - logits.max(-1, keepdims=True))
+    alpha /= alpha.sum(-1, keepdims=True)
+    assume(reference.corm_last(*head, **options).margin > CLOSE)
+    ratio = alpha * np.arange(1, tokens + 1)[:, None]
+    assume((np.abs(ratio - 1) > CLOSE).all() or options["window"] > tokens)  # rows do not say which ties are exact
+    rows = replay(Trace.from_attention(alpha[None], kv_heads=1), Corm(**options), fidelity=fidelity)
+    keys = replay(trace_of(head), Corm(**options), fidelity=fidelity)
+    np.testing.assert_array_equal(rows.until, keys.until)
+    np.testing.assert_allclose(rows.mass, keys.mass, atol=1e-5)
+    assert rows.error is None
+
+
+@given(head=heads(group=2))
+def test_a_sweep_is_each_replay(head):
+    grid = {"window": [1, 3, 5, 40], "recent": [1, 4]}
+    grids = sweep(trace_of(head), Corm, grid, capacity=9, errors=True)
+    for a, window in enumerate(grid["window"]):
+        for b, recent in enumerate(grid["recent"]):
+            alone = replay(trace_of(head), Corm(window=window, recent=recent), capacity=9)
+            np.testing.assert_array_equal(grids.until[a, b], alone.until)
+            np.testing.assert_array_equal(grids.lost[a, b], alone.lost)
+            np.testing.assert_allclose(grids.mass[a, b], alone.mass, atol=1e-6)
+            np.testing.assert_allclose(grids.error[a, b], alone.error, atol=1e-5)
+
+
+def test_blocks_and_segments_change_nothing(monkeypatch):
+    rng = np.random.default_rng(0)
+    trace = Trace.from_qkv(*(rng.normal(size=(2, 150, heads, 4)) for heads in (4, 2, 2)))
+    policies = [Corm(window=20, recent=5), Full()]
+    one = replay(trace, policies, capacity=60, chunk=3)
+    monkeypatch.setattr("simulator.replay.BLOCK", 16)
+    monkeypatch.setattr("simulator.recurrence.SEGMENTS", 3)
+    other = replay(trace, policies, capacity=60, chunk=3)
+    for name, x, y in zip(one._fields, one, other, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5, err_msg=name) if x is not None else None
+    assert one.overflow[1].tolist() == [90, 90]  # the full cache of 150 in 60 slots
+    assert (one.overflow[0] > 0).all()
+
+
+def test_a_full_cache_loses_nothing():
+    rng = np.random.default_rng(0)
+    result = replay(Trace.from_qkv(*(rng.normal(size=(1, 70, heads, 4)) for heads in (2, 1, 1))), Full())
+    np.testing.assert_allclose(result.mass, 1, atol=1e-6)
+    np.testing.assert_allclose(result.error, 0, atol=1e-6)
+    assert not result.regretted.any()
+    np.testing.assert_array_equal(result.live[0, 0], np.arange(1, 71))
+
+
+def test_the_nine_tokens_replay():
+    result = replay(trace_of(head()), Corm(window=4, recent=2), keep_history=True)
+    assert [words(kept) for kept in kept_sets(result.kept[0, 0])] == KEPT
+    # Query 8 asked for The, cat and it, a third each; cat had gone after query 7.
+    np.testing.assert_allclose(result.mass[0, 0, 7], 2 / 3, atol=1e-6)
+    assert np.flatnonzero(result.regretted[0, 0]).tolist() == [1]
+    assert result.lifetime[0, 0].tolist() == [9, 6, 6, 6, 3, 4, 3, 2, 1]
+
+
+def test_the_logit_scale_of_the_trace_counts():
+    rng = np.random.default_rng(1)
+    q, k, v = (rng.normal(size=(1, 40, heads, 4)) for heads in (2, 1, 1))
+    policy = Corm(window=5, recent=2)
+    twice, same = (replay(Trace.from_qkv(f * q, k, v, scale=s), policy) for f, s in ((2, 0.25), (1, 0.5)))
+    np.testing.assert_array_equal(twice.until, same.until)
+    assert (replay(Trace.from_qkv(q, k, v, scale=2.0), policy).until != same.until).any()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"fidelity": "live"}, "fidelity must be 'renormalized' or 'recorded', not 'live'"),
+        ({"chunk": 0}, "chunk must be at least 1, not 0"),
+        ({"capacity": 3}, "capacity 3 cannot hold the keys that the policy never gives up"),
+        ({"capacity": 4, "chunk": 5}, r"capacity 4 cannot hold a chunk \(5 keys\)"),
+    ],
+)
+def test_what_cannot_work_is_said(arguments, message):
+    trace = Trace.from_qkv(*(np.ones((1, 8, 1, 2)) for _ in range(3)))
+    with pytest.raises(CormError, match=message):
+        replay(trace, Corm(window=4, recent=4), **arguments)
+
+
+def test_a_grid_must_be_one_program():
+    trace = Trace.from_qkv(*(np.ones((1, 8, 1, 2)) for _ in range(3)))
+    with pytest.raises(CormError, match="sweep each value by itself"):
+        sweep(trace, Corm, {"group": ["any", "mean"]})
+    with pytest.raises(CormError, match="is empty"):
+        sweep(trace, Corm, {"window": []})
+    with pytest.raises(CormError, match="2 policies for 1 layers"):
+        replay(trace, [Full(), Full()])

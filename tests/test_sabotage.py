@@ -1,0 +1,344 @@
+"""The suite itself is tested: deliberately broken policies and caches, each caught by the invariant that it breaks."""
+
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from corm_jax import Corm, attention, cache, make_cache
+from corm_jax.policies.corm import NEVER
+from corm_jax.types import EMPTY, CacheSpec
+from simulator import reference
+from simulator.invariants import InvariantError
+from simulator.testing import CHECKS, Implementation, check_policy
+
+
+def broken(cls):
+    return jax.tree_util.register_dataclass(dataclass(frozen=True, kw_only=True)(cls))
+
+
+@broken
+class OneRecentTooFew(Corm):
+    def retain(self, state, slots):
+        return Corm.retain(replace(self, recent=self.recent - 1), state, slots)
+
+
+@broken
+class StrictlyMore(Corm):
+    def observe(self, state, observation, slots):
+        n = observation.seen.astype(jnp.float32)
+        important = (observation.weights * n / observation.total > 1).any(0)
+        return jnp.maximum(state, jnp.where(important, observation.seen, NEVER).max(0))
+
+
+@broken
+class EvictsOneStepEarly(Corm):
+    def retain(self, state, slots):
+        minor = (state <= slots.seen - self.window + 1) & (slots.seen >= self.window)
+        return slots.live & (~minor | slots.newest(self.recent))
+
+
+@broken
+class EvictsOneStepLate(Corm):
+    def retain(self, state, slots):
+        minor = (state < slots.seen - self.window) & (slots.seen >= self.window)
+        return slots.live & (~minor | slots.newest(self.recent))
+
+
+@broken
+class Impatient(Corm):
+    def retain(self, state, slots):
+        return Corm.retain(replace(self, eager=True), state, slots)
+
+
+@broken
+class CountsTheLiveAsTheClock(Corm):
+    def observe(self, state, observation, slots):
+        live = slots.total(slots.live)[:, None]
+        return Corm.observe(
+            self, state, observation._replace(seen=jnp.broadcast_to(live, observation.visible.shape)), slots
+        )
+
+
+@broken
+class OneClockForTheChunk(Corm):
+    def observe(self, state, observation, slots):
+        return Corm.observe(
+            self, state, observation._replace(seen=jnp.broadcast_to(slots.seen, observation.seen.shape)), slots
+        )
+
+
+@broken
+class AllForAny(Corm):
+    def observe(self, state, observation, slots):
+        n = observation.seen.astype(jnp.float32)
+        important = (observation.weights * n / observation.total >= 1).all(0)
+        return jnp.maximum(state, jnp.where(important, observation.seen, NEVER).max(0))
+
+
+@broken
+class OnlyTheFirstQueryHead(Corm):
+    def observe(self, state, observation, slots):
+        first = observation._replace(weights=observation.weights[:1], total=observation.total[:1])
+        return Corm.observe(self, state, first, slots)
+
+
+@broken
+class HeadsVoteTogether(Corm):
+    def observe(self, state, observation, slots):
+        state = Corm.observe(self, state, observation, slots)
+        return jnp.broadcast_to(state.max(0), state.shape)
+
+
+@broken
+class ForgetsWhatWasAskedBefore(Corm):
+    def observe(self, state, observation, slots):
+        return Corm.observe(self, jnp.full_like(state, NEVER), observation, slots)
+
+
+@broken
+class NewestBySlot(Corm):
+    def retain(self, state, slots):
+        index = jax.lax.broadcasted_iota(jnp.int32, slots.position.shape, 1)
+        minor = (state <= slots.seen - self.window) & (slots.seen >= self.window)
+        return slots.live & (~minor | (index >= slots.seen - self.recent))
+
+
+@broken
+class RankForgetsTheNewest(Corm):
+    def rank(self, state, slots):
+        return state
+
+
+@broken
+class NewestGoesFirstOfEquals(Corm):
+    def rank(self, state, slots):
+        return jnp.where(slots.newest(self.recent), NEVER * 0 + 2**30, jnp.maximum(state, -1) * 64 - slots.position)
+
+
+@broken
+class HalfAsWideWhenEven(Corm):
+    def retain(self, state, slots):
+        window = jnp.where(self.window % 2 == 0, self.window // 2, self.window)
+        return Corm.retain(replace(self, window=window), state, slots)
+
+
+@broken
+class StateTurnsIntoFloats(Corm):
+    def observe(self, state, observation, slots):
+        return Corm.observe(self, state, observation, slots).astype(jnp.float32)
+
+    def retain(self, state, slots):
+        return Corm.retain(self, state.astype(jnp.int32), slots)
+
+
+@broken
+class OwnClock(Corm):
+    """Keeps time by counting its calls instead of looking at the clock it is given."""
+
+    def init(self, spec):
+        return jnp.full(spec.slots, NEVER, jnp.int32), jnp.zeros(spec.slots, jnp.int32)
+
+    def observe(self, state, observation, slots):
+        last, calls = state
+        return Corm.observe(
+            self, last, observation._replace(seen=calls.max() + 1 + 0 * observation.seen), slots
+        ), calls + 1
+
+    def retain(self, state, slots):
+        return Corm.retain(self, state[0], slots)
+
+    def rank(self, state, slots):
+        return Corm.rank(self, state[0], slots)
+
+
+def step_of(
+    insert=cache.insert, evict=cache.evict, attend=attention.attend, mask=None, evict_first=False, always=False
+):
+    """`corm_jax.step` out of parts that may be broken."""
+
+    def step(policy, one, q, k, v, count, evict_now=True):
+        position = one.seen + jnp.arange(q.shape[0])
+        real = jnp.arange(q.shape[0]) < count
+        one = insert(policy, one, k, v, count)
+        held = one.position[None]
+        visible = (held >= 0) & (held <= position[:, None, None]) & real[:, None, None]
+        visible = visible if mask is None else mask(held, real)
+        allowed = (count > 0) & (jnp.asarray(evict_now) | always)
+        if evict_first:
+            one = evict(policy, one, allowed)
+            visible &= (one.position >= 0)[None]
+        output, observation = attend(q, one.k, one.v, visible, position + 1)
+        one = one._replace(state=policy.observe(one.state, observation, cache.slots(one)))
+        return output, one if evict_first else evict(policy, one, allowed)
+
+    return step
+
+
+def position_is_the_slot(policy, one, k, v, count):
+    after = cache.insert(policy, one, k, v, count)
+    index = jax.lax.broadcasted_iota(jnp.int32, after.position.shape, 1)
+    return after._replace(position=jnp.where(after.position >= 0, index, EMPTY))
+
+
+def state_is_not_reset(policy, one, k, v, count):
+    after = cache.insert(policy, one, k, v, count)
+    return after._replace(state=one.state)
+
+
+def slots_in_turn(policy, one, k, v, count):
+    """The slot is the position modulo the capacity, whether it is free or not."""
+    capacity = one.position.shape[1]
+    new = jnp.where(jnp.arange(k.shape[0]) < count, (one.seen + jnp.arange(k.shape[0])) % capacity, capacity)
+    fresh = policy.init(CacheSpec(k.shape[1], capacity, k.shape[2]))
+    return one._replace(
+        k=one.k.at[:, new].set(k.swapaxes(0, 1), mode="drop"),
+        v=one.v.at[:, new].set(v.swapaxes(0, 1), mode="drop"),
+        position=one.position.at[:, new].set(one.seen + jnp.arange(k.shape[0]), mode="drop"),
+        state=one.state.at[:, new].set(fresh[:, : k.shape[0]], mode="drop"),
+        seen=one.seen + count,
+    )
+
+
+def overflow_is_silent(policy, one, k, v, count):
+    return cache.insert(policy, one, k, v, count)._replace(overflow=one.overflow)
+
+
+def padding_is_stored(policy, one, k, v, count):
+    after = cache.insert(policy, one, k, v, jnp.where(count > 0, k.shape[0], 0))
+    return after._replace(seen=one.seen + count)
+
+
+def clock_moves_by_the_chunk(policy, one, k, v, count):
+    after = cache.insert(policy, one, k, v, count)
+    return after._replace(seen=one.seen + k.shape[0])
+
+
+def values_are_exchanged(policy, one, k, v, count):
+    return cache.insert(policy, one, k, v[:, ::-1], count)
+
+
+@jax.custom_batching.custom_vmap
+def leak(x):
+    return x
+
+
+@leak.def_vmap
+def _(axis_size, in_batched, x):
+    return jnp.broadcast_to(x[:1], x.shape), True
+
+
+def state_of_the_first_row(policy, one, k, v, count):
+    after = cache.insert(policy, one, k, v, count)
+    return after._replace(state=leak(after.state))
+
+
+def evicted_come_back(policy, one, allowed):
+    """Eviction hides a position as a negative number; every third step it is found again."""
+    found = jnp.where((one.position < EMPTY) & (one.seen % 3 == 0), -2 - one.position, one.position)
+    one = one._replace(position=found)
+    after = cache.evict(policy, one, allowed)
+    return after._replace(position=jnp.where((after.position < 0) & (found >= 0), -2 - found, after.position))
+
+
+def empty_values_count(q, k, v, visible, seen):
+    output, observation = attention.attend(q, k, v, visible, seen)
+    return output + 0 * v.sum(), observation
+
+
+def other_heads_are_seen(q, k, v, visible, seen):
+    output, observation = attention.attend(q, k, v, visible, seen)
+    return output, observation._replace(weights=observation.weights[:, :, ::-1])
+
+
+def otherwise_when_compiled(q, k, v, visible, seen):
+    output, observation = attention.attend(q, k, v, visible, seen)
+    return (output * 1.01 if isinstance(q, jax.core.Tracer) else output), observation
+
+
+def grows(policy, one, q, k, v, count, evict_now=True):
+    output, one = attention.step(policy, one, q, k, v, count, evict_now)
+    wider = cache.make_cache(policy, CacheSpec(k.shape[1], 1, k.shape[2]))._replace(
+        seen=one.seen, overflow=one.overflow
+    )
+
+    def join(x, y):
+        return x if x.shape == y.shape else jnp.concatenate([x, y], axis=1)
+
+    return output, jax.tree.map(join, one, wider)
+
+
+def cache_of(**parts):
+    return Implementation(make_cache, step_of(**parts))
+
+
+SOUND = Implementation(make_cache, step_of())
+
+
+@pytest.fixture(autouse=True)
+def _forget():
+    """Every broken policy is a class of its own: its programs are of no use to others."""
+    yield
+    jax.clear_caches()
+
+
+TWO = {"window": 4, "recent": 2}
+SABOTAGES = {  # what is broken: the check that finds it, and the invariant that it names
+    OneRecentTooFew(**TWO): ("histories", "newest_live"),
+    StrictlyMore(**TWO): ("corm_rule", "only_minor_goes"),
+    EvictsOneStepEarly(**TWO): ("corm_rule", "only_minor_goes"),
+    EvictsOneStepLate(**TWO): ("corm_rule", "minor_goes"),
+    Impatient(window=6, recent=1): ("corm_rule", "none_early"),
+    CountsTheLiveAsTheClock(**TWO): ("specification", "specification"),
+    OneClockForTheChunk(**TWO): ("specification", "specification"),
+    AllForAny(**TWO): ("corm_rule", "only_minor_goes"),
+    OnlyTheFirstQueryHead(**TWO): ("head_order", "head_order"),
+    HeadsVoteTogether(**TWO): ("corm_rule", "minor_goes"),
+    ForgetsWhatWasAskedBefore(**TWO): ("corm_rule", "only_minor_goes"),
+    NewestBySlot(**TWO): ("slot_order", "slot_order"),
+    RankForgetsTheNewest(window=9, recent=5): ("histories", "newest_live"),
+    NewestGoesFirstOfEquals(**TWO): ("specification", "specification"),
+    HalfAsWideWhenEven(window=5, recent=1): ("monotone", "monotone"),
+    StateTurnsIntoFloats(**TWO): ("shapes", "shapes"),
+    OwnClock(**TWO): ("padding", "padding"),
+    "position = slot": (cache_of(insert=position_is_the_slot), "keys_in_their_slots", "keys_in_their_slots"),
+    "reused slots keep their state": (cache_of(insert=state_is_not_reset), "empty_slots", "empty_slots"),
+    "slots are taken in turn": (cache_of(insert=slots_in_turn), "enough_is_enough", "enough_is_enough"),
+    "overflow is silent": (cache_of(insert=overflow_is_silent), "overflow_is_counted", "overflow_is_counted"),
+    "padding is stored": (cache_of(insert=padding_is_stored), "histories", "no_key_before_its_time"),
+    "clock moves by the chunk": (cache_of(insert=clock_moves_by_the_chunk), "padding", "padding"),
+    "values are exchanged": (cache_of(insert=values_are_exchanged), "keys_in_their_slots", "keys_in_their_slots"),
+    "a row leaks": (cache_of(insert=state_of_the_first_row), "batch_rows", "batch_rows"),
+    "evicted keys come back": (cache_of(evict=evicted_come_back), "histories", "none_returns"),
+    "evicts before it attends": (cache_of(evict_first=True), "specification", "specification"),
+    "evicts though it must not": (cache_of(always=True), "overflow_is_counted", "overflow_is_counted"),
+    "chunks are not causal": (
+        cache_of(mask=lambda held, real: (held >= 0) & real[:, None, None]), "specification", "specification",
+    ),
+    "empty slots count": (cache_of(attend=empty_values_count), "empty_slots", "empty_slots"),
+    "heads see each other": (cache_of(attend=other_heads_are_seen), "replays_alike", "replays_alike"),
+    "otherwise when compiled": (cache_of(attend=otherwise_when_compiled), "jit_eager_vmap", "jit_eager_vmap"),
+    "shapes that grow": (Implementation(make_cache, grows), "one_compile", "one_compile"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sabotage", SABOTAGES, ids=lambda key: key if isinstance(key, str) else type(key).__name__)
+def test_sabotage_is_caught(sabotage):
+    *implementation, check, invariant = SABOTAGES[sabotage]
+    policy = Corm(**TWO) if implementation else sabotage
+    with pytest.raises(InvariantError) as caught:
+        check_policy(
+            policy, reference.corm_messages, implementation=(implementation or [SOUND])[0], only=check, examples=300
+        )
+    assert caught.value.invariant == invariant
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_what_is_sound_passes(check):
+    """The parts out of which broken caches are made are sound as such."""
+    check_policy(Corm(window=4, recent=2), implementation=SOUND, only=check.__name__)
+
+
+def test_every_check_catches_something():
+    assert {check.__name__ for check in CHECKS} == {values[-2] for values in SABOTAGES.values()}

@@ -1,0 +1,158 @@
+"""Traces in memory: any float dtype comes in, float32 comes out, and what cannot be in a trace is an error."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from simulator.trace import QKV, Meta, Rows, Trace, TraceError
+
+PIECES = ("It", " was", " the", " né", "\n", "😀")
+TEXT = {"model": "tiny", "tokens": [5, 3, 0, 9, 9, 2], "pieces": list(PIECES)}
+
+
+def qkv():
+    rng = np.random.default_rng(0)
+    return [rng.normal(size=(3, 6, heads, 8)).astype(np.float32) for heads in (4, 2, 2)]
+
+
+def rows():
+    weights = np.tril(np.exp(np.random.default_rng(1).normal(size=(3, 4, 6, 6))))
+    return (weights / weights.sum(-1, keepdims=True)).astype(np.float32)
+
+
+def thirds(dtype):
+    return (np.tril(np.ones((1, 1, 3, 3))) / np.arange(1, 4)[:, None]).astype(dtype)
+
+
+def sample(kind):
+    return Trace.from_qkv(*qkv(), **TEXT) if kind == "qkv" else Trace.from_attention(rows(), kv_heads=2, **TEXT)
+
+
+@pytest.mark.parametrize("kind", ["qkv", "attention"])
+def test_layers(kind):
+    trace = sample(kind)
+    assert (trace.meta.kind, trace.meta.group, trace.meta.pieces) == (kind, 2, PIECES)
+    assert trace.meta.scale == (8**-0.5 if kind == "qkv" else None)
+    for index in (0, np.int64(2)):
+        layer = trace.layer(index)
+        assert type(layer) is {"qkv": QKV, "attention": Rows}[kind]
+        for array, original in zip(layer, qkv() if kind == "qkv" else [rows()], strict=True):
+            assert not array.flags.writeable
+            np.testing.assert_array_equal(array, original[index])
+    for index in (3, -1, 1.0, True, "1", None):
+        with pytest.raises(TraceError, match=r"layer must be a whole number from 0 to 2, not"):
+            trace.layer(index)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16])
+def test_any_float_dtype_becomes_float32(dtype):
+    arrays = [array.astype(dtype) for array in qkv()]
+    for array, original in zip(Trace.from_qkv(*arrays, scale=0.5).layer(2), arrays, strict=True):
+        assert array.dtype == np.float32
+        np.testing.assert_array_equal(array, original[2].astype(np.float32))
+        assert np.shares_memory(array, original) == (dtype == np.float32)
+        assert original.flags.writeable
+    trace = Trace.from_attention(thirds(dtype))  # bfloat16 rounds each third up
+    assert trace.meta.dtype == ("float32" if dtype == np.float64 else np.dtype(dtype).name)
+    assert trace.meta.kv_heads == 1
+
+
+def test_jax_arrays():
+    import jax.numpy as jnp
+
+    trace = Trace.from_qkv(*map(jnp.asarray, qkv()), tokens=jnp.arange(6), pieces=np.array(PIECES))
+    assert (trace.meta.tokens, trace.meta.pieces) == ((0, 1, 2, 3, 4, 5), PIECES)
+    assert trace.meta.positions == (0, 1, 2, 3, 4, 5)
+
+
+@pytest.mark.parametrize("kind", ["qkv", "attention"])
+def test_part(kind):
+    whole = sample(kind)
+    part = whole.part(layers=[2, 0], steps=4)
+    assert (part.meta.layers, part.meta.steps) == (2, 4)
+    assert (part.meta.pieces, part.meta.positions) == (PIECES[:4], (0, 1, 2, 3))
+    for index, origin in enumerate((2, 0)):
+        for array, original in zip(part.layer(index), whole.layer(origin), strict=True):
+            np.testing.assert_array_equal(array, original[:4] if kind == "qkv" else original[:, :4, :4])
+    assert part.part(layers=[1]).layer(0)[0].shape == part.layer(1)[0].shape
+    assert whole.part().meta == whole.meta
+    for wrong in ({"layers": [3]}, {"layers": [-1]}, {"steps": 7}, {"steps": 0}, {"steps": 2.0}):
+        with pytest.raises(TraceError, match="(layer|steps) must be a whole number from"):
+            whole.part(**wrong)
+    with pytest.raises(TraceError, match="layers must be a whole number from 1"):
+        whole.part(layers=[])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q, k, v: (q, k, v[:, :5]), r"v's shape must be '?\(3, 6, 2, 8\)'?, not \(3, 5, 2, 8\)"),
+        (lambda q, k, v: (q, k[:2], v), "k's shape must be"),
+        (lambda q, k, v: (q[:, :, :3], k, v), "q_heads must be a multiple of kv_heads=2, not 3"),
+        (lambda q, k, v: (q[0], k, v), "q's shape must be of 4 axes"),
+        (lambda q, k, v: (q[:, :0], k[:, :0], v[:, :0]), "steps must be a whole number from 1"),
+        (lambda q, k, v: (q, k, v.astype(complex)), "v's dtype must be a float, not 'complex128'"),
+        (lambda q, k, v: (q, k, v.astype(int)), "v's dtype must be a float, not 'int64'"),
+        (lambda q, k, v: (q, k, v + np.inf), "layer 0: v contains NaN or infinity"),
+        (lambda q, k, v: (q, k, v.astype(float) * 1e300), "v has values beyond float32's .*: scale it down"),
+        (lambda q, k, v: (q, k, None), "v's dtype must be a float, not 'object'"),
+        (lambda q, k, v: (q, [[1.0], [1.0, 2.0]], v), "k is no array"),
+    ],
+)
+def test_arrays_that_are_no_trace(change, message):
+    with pytest.raises(TraceError, match=message):
+        Trace.from_qkv(*change(*qkv()))
+
+
+BROKEN_ROWS = [
+    (lambda row: np.add(row, (2, -2, 0, 0, 0, 0)), "probs of head 2 must not be negative"),
+    (lambda row: np.roll(row, 2), "probs of head 2 must be causal: 0 for keys after the query"),
+    (lambda row: row * 1.002, "probs of head 2, row 3, must sum to 1 within 0.001 for float32, not to 1.002"),
+    (lambda row: row * np.nan, "probs contains NaN or infinity"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BROKEN_ROWS)
+def test_rows_that_are_no_attention(change, message):
+    probs = rows()
+    probs[1, 2, 3] = change(probs[1, 2, 3])
+    with pytest.raises(TraceError, match=f"^layer 1: {message}"):
+        Trace.from_attention(probs)
+
+
+GOOD = {"kind": "qkv", "layers": 3, "steps": 6, "q_heads": 4, "kv_heads": 2, "head_dim": 8}
+BROKEN_META = [
+    ({"kind": "mlp"}, "kind must be 'qkv' or 'attention', not 'mlp'"),
+    ({"layers": 0}, "layers must be a whole number from 1 to 2147483647, not 0"),
+    ({"layers": True}, "layers must be a whole number from 1 to 2147483647, not True"),
+    ({"steps": 6.0}, "steps must be a whole number"),
+    ({"steps": 2**31}, "steps must be a whole number"),
+    ({"q_heads": "4"}, "q_heads must be a whole number"),
+    ({"kv_heads": 3}, "q_heads must be a multiple of kv_heads=3, not 4"),
+    ({"head_dim": None}, "head_dim must be a whole number"),
+    ({"head_dim": 0, "scale": 1.0}, "head_dim must be a whole number"),
+    ({"kind": "attention"}, "head_dim must be None in an attention trace, not 8"),
+    ({"kind": "attention", "head_dim": None, "scale": 1.0}, "scale must be None in an attention trace"),
+    ({"scale": 0.0}, "scale must be a finite positive number, not 0.0"),
+    ({"scale": float("nan")}, "scale must be a finite positive number, not nan"),
+    ({"scale": 10**400}, "scale must be a finite positive number"),
+    ({"scale": True}, "scale must be a finite positive number, not True"),
+    ({"scale": "0.5"}, "scale must be a finite positive number, not '0.5'"),
+    ({"model": None}, "model must be text"),
+    ({"dtype": "float64"}, "dtype must be one of .*'bfloat16'.*, not 'float64'"),
+    ({"dtype": ["float32"]}, "dtype must be one of"),
+    ({"tokens": [1, 2]}, r"len\(tokens\) must be steps=6, not 2"),
+    ({"tokens": "123456"}, "tokens must be a list"),
+    ({"tokens": [1, 2, 3, 4, 5, -6]}, r"tokens\[5\] must be a whole number from 0"),
+    ({"tokens": [1, True, 3, 4, 5, 6]}, r"tokens\[1\] must be a whole number from 0 .* not True"),
+    ({"pieces": ["a"] * 5 + [7]}, r"pieces\[5\] must be text"),
+    ({"pieces": ["a"] * 5 + ["\ud800"]}, r"pieces\[5\] must be text without lone surrogates"),
+    ({"positions": [0, 1, 2, 2, 3, 4]}, "positions must be strictly increasing"),
+    ({"positions": []}, r"len\(positions\) must be steps=6, not 0"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), [*BROKEN_META, ({"pieces": [b"b"] * 6}, r"pieces\[0\] must be text")])
+def test_meta_that_makes_no_sense(changes, message):
+    with pytest.raises(TraceError, match=f"^{message}"):
+        Meta(**{**GOOD, **changes})
