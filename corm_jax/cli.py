@@ -2,11 +2,9 @@
 
 import contextlib
 import dataclasses
-import json
 import os
 import shlex
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,7 +14,7 @@ import numpy as np
 from corm_jax import console, inputs, plots, recording
 from corm_jax.cache import slots_for, usage
 from corm_jax.errors import CormError
-from corm_jax.files import check_writable, whole_file
+from corm_jax.files import check_writable, write_json
 from corm_jax.generation import stream
 from corm_jax.perplexity import Reading, read
 from corm_jax.policies import POLICIES, parse
@@ -93,8 +91,10 @@ def compare(model, dtype, capacity, chunk, overflow, text, tokens, specs, json_f
     policies = {spec: parse(spec) for spec in specs or DEFAULT_POLICIES}
     for policy in policies.values():
         slots_for(policy, capacity, tokens, chunk)
-    _check_output(json_file, plot=False)
-    _check_output(plot_file, plot=True)
+    if json_file:
+        check_writable(json_file)
+    if plot_file:
+        plots.check_picture(plot_file)
     words, name = inputs.text_from(text)
     network, tokenizer = inputs.load(model, dtype)
     ids = inputs.encode(network, tokenizer, words, name, tokens)
@@ -113,8 +113,7 @@ def compare(model, dtype, capacity, chunk, overflow, text, tokens, specs, json_f
     result["peak_memory_bytes"] = _peak_memory()
     _print_table(result)
     if json_file:
-        with whole_file(json_file) as temporary:
-            temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_json(json_file, result)
     if plot_file:
         plots.compare(result, plot_file)
 
@@ -246,14 +245,6 @@ def policies():
             value = " | ".join(choices) if choices else str(field.default).lower()
             table.add_row("", field.name, value, field.metadata["help"])
     console.output().print(table)
-
-
-def _check_output(path: Path | None, plot: bool) -> None:
-    if path is None:
-        return
-    check_writable(path)
-    if plot and find_spec("matplotlib") is None:
-        raise CormError("matplotlib is not installed: pip install 'corm-jax[plots]'")
 
 
 def _device() -> str:

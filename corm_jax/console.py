@@ -39,7 +39,7 @@ def output() -> Console:
 
 
 def progress_bar() -> Progress:
-    """A bar on standard error that goes when it is done."""
+    """A bar on standard error that goes when it is done; none where nobody watches."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -48,4 +48,5 @@ def progress_bar() -> Progress:
         TimeRemainingColumn(),
         console=Console(stderr=True),
         transient=True,
+        disable=not sys.stderr.isatty(),
     )

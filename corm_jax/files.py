@@ -1,9 +1,11 @@
 """Files that appear whole or not at all."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from corm_jax.errors import CormError
 
@@ -30,3 +32,9 @@ def check_writable(path: Path) -> None:
         raise CormError(f"cannot write {path}: {error.strerror}") from None
     if not os.access(path.parent, os.W_OK):
         raise CormError(f"cannot write {path}: no permission in {path.parent}")
+
+
+def write_json(path: Path, result: Any) -> None:
+    """Writes a result for people and programs to read."""
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -1,11 +1,20 @@
 """The picture of a comparison: quality against memory, and where in the model the keys are kept."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from corm_jax.files import whole_file
+from corm_jax.errors import CormError
+from corm_jax.files import check_writable, whole_file
 
 MIB = 2**20
+
+
+def check_picture(path: Path) -> None:
+    """Raises unless a picture can be drawn into the file: asked before long work, not after."""
+    check_writable(path)
+    if find_spec("matplotlib") is None:
+        raise CormError("matplotlib is not installed: pip install 'corm-jax[plots]'")
 
 
 def compare(result: dict[str, Any], path: Path) -> None:

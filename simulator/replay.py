@@ -198,6 +198,7 @@ def _run(trace, policies, compiled, fidelity, capacity, chunk, errors, progress)
     if chunk < 1:
         raise CormError(f"chunk must be at least 1, not {chunk}")
     slots_for(policies, capacity, meta.steps, chunk)
+    chunk = min(chunk, meta.steps)
     block = -(-BLOCK // chunk) * chunk
     padding = -meta.steps % block
     layers = []

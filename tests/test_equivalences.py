@@ -9,46 +9,11 @@ from hypothesis import strategies as st
 from corm_jax import attention, cache
 from corm_jax.policies import Corm
 from corm_jax.types import CacheSpec, Observation, Slots
-from tests.heads import HEAD_DIM, TOKENS, drive, heads, live_sets, options, padded
+from tests.heads import HEAD_DIM, TOKENS, drive, heads, padded
 
 
 def columns(head, chunk=1):
     return [padded(x, chunk)[:, None] for x in head]
-
-
-@given(head=heads(), options=options())
-def test_capacity_that_suffices_changes_nothing(head, options):
-    tokens = head[0].shape[0]
-    free, position, _ = drive(Corm(**options), *columns(head), tokens, capacity=TOKENS, chunk=1)
-    most = max(len(live_sets(p[0])) for p in np.asarray(position)) + 1  # one slot for the newcomer
-    capacity = next((size for size in (6, 9, 12, TOKENS) if size >= most), TOKENS)
-    capped, capped_position, last = drive(Corm(**options), *columns(head), tokens, capacity=capacity, chunk=1)
-    assert int(last.overflow[0]) == 0
-    assert [live_sets(p[0]) for p in position] == [live_sets(p[0]) for p in capped_position]
-    np.testing.assert_allclose(free, capped, atol=2e-6)
-
-
-@given(head=heads(), options=options(), seed=st.integers(0, 99))
-def test_the_order_of_slots_does_not_matter(head, options, seed):
-    """A cache whose slots were permuted, and whose empty ones hold NaN, goes on as before."""
-    policy, (q, k, v) = Corm(**options), columns(head)
-    *_, last = drive(policy, q, k, v, head[0].shape[0], capacity=9, chunk=1)
-    order = np.random.default_rng(seed).permutation(9)
-    empty = (last.position[0] < 0)[None, :, None]
-    other = last._replace(
-        k=jnp.where(empty, jnp.nan, last.k)[:, order],
-        v=jnp.where(empty, jnp.nan, last.v)[:, order],
-        position=last.position[:, order],
-        state=last.state[:, order],
-    )
-    step = jax.jit(attention.step)
-    for i in range(3):
-        one = slice(i, i + 1)
-        output, last = step(policy, last, q[one], k[one], v[one], jnp.int32(1))
-        other_output, other = step(policy, other, q[one], k[one], v[one], jnp.int32(1))
-        np.testing.assert_allclose(output, other_output, atol=2e-6)
-        assert live_sets(last.position[0]) == live_sets(other.position[0])
-        assert int(last.overflow[0]) == int(other.overflow[0])
 
 
 @given(seed=st.integers(0, 2**16), scale=st.floats(0.1, 4.0), window=st.integers(1, 30))

@@ -1,11 +1,16 @@
 """The conformance suite on our own policies."""
 
 import numpy as np
+import pytest
+from hypothesis import find, given, settings
 from hypothesis import strategies as st
 
 from corm_jax import Corm, Full
-from simulator.strategies import hyperparameters
-from simulator.testing import parametrize_checks
+from simulator import invariants
+from simulator.replay import replay
+from simulator.strategies import cases, hyperparameters, traces
+from simulator.subject import Implementation, Subject
+from simulator.testing import check_policy, parametrize_checks
 
 
 def corms(**given):
@@ -20,3 +25,28 @@ def corms(**given):
 )
 def test_policies(check):
     check()
+
+
+@pytest.mark.parametrize("kind", ["qkv", "attention"])
+def test_traces_are_traces(kind):
+    @settings(max_examples=20)
+    @given(trace=traces(kind=kind), policy=corms())
+    def check(trace, policy):
+        history = replay(trace, policy, errors=False).history()
+        invariants.newest_live(history, policy.recent)
+        invariants.none_returns(history)
+
+    check()
+
+
+def test_cases_shrink_until_they_can_be_read():
+    """The simplest history in which key 0 goes under w = 2, r = 1: query 2 looks at itself, and so on."""
+    policy = Corm(window=2, recent=1)
+    subject = Subject(policy, Implementation(), None)
+    case = find(cases(), lambda case: not subject.read(case).kept[0, 0, -1, 0])
+    assert repr(case) == "Case(reads [1, 1, 1] tokens; every query looks at its own key (logit 6))"
+
+
+def test_a_check_must_exist():
+    with pytest.raises(ValueError, match="no check is called 'shape': there are shapes, "):
+        check_policy(Full(), only="shape")

@@ -1,0 +1,102 @@
+"""How far replay stands from the model itself: `recorded` and `renormalized` against `live`, on SmolLM2.
+
+    python benchmarks/replay_fidelity.py [--text FILE] [--tokens 2048] [--json FILE]
+
+The model reads the text with a policy in its cache, token by token: that is ``live``. The same text is recorded with
+the full cache and the policy replayed on it. For each fidelity the table says, over all layers and key-value heads:
+
+- kept: live keys / tokens at the end, the mean over heads;
+- count gap: mean over heads and steps of |live keys - those of the model| / those of the model;
+- by head: the correlation of the heads' live keys at the end with the model's;
+- same keys: Jaccard similarity of the sets of keys kept at the end, mean over heads (and the smallest);
+- other fate: share of all keys that are kept here and not there, or the other way round.
+
+The last rows replay a trace that was stored in 16 bits, against the one in float32.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+import corm_jax as cj
+from corm_jax.files import write_json
+from corm_jax.inputs import text_from
+from corm_jax.perplexity import read
+from corm_jax.recording import record
+from simulator.recurrence import FOREVER
+from simulator.replay import FIDELITIES, replay
+from simulator.trace import Trace
+
+POLICIES = ("corm:window=256,recent=256", "corm:window=256,recent=256,group=mean", "corm:window=64,recent=64")
+
+
+def live(model, policy, ids) -> tuple[np.ndarray, np.ndarray]:
+    """The model's own: live keys ``[layers, kv_heads, steps]``, and which are left ``[layers, kv_heads, keys]``."""
+    counts = read(model, policy, ids).live.transpose(0, 2, 1)
+    caches = model.make_caches(policy, batch=1, capacity=len(ids))
+    _, caches = cj.prefill(model, policy, caches, [ids], chunk=1)
+    position = np.stack([np.asarray(cache.position[0]) for cache in caches])
+    kept = np.zeros((*counts.shape[:2], len(ids)), bool)
+    layer, head, slot = np.nonzero(position >= 0)
+    kept[layer, head, position[layer, head, slot]] = True
+    return counts, kept
+
+
+def gap(counts, kept, true_counts, true_kept) -> dict[str, float]:
+    """How one history differs from the true one."""
+    same = (kept & true_kept).sum(-1) / (kept | true_kept).sum(-1)
+    ends = counts[..., -1].ravel(), true_counts[..., -1].ravel()
+    return {
+        "kept": float(kept.mean()),
+        "kept_live": float(true_kept.mean()),
+        "count_gap": float((np.abs(counts - true_counts) / true_counts).mean()),
+        "by_head": float(np.corrcoef(*ends)[0, 1]),
+        "same_keys": float(same.mean()),
+        "same_keys_least": float(same.min()),
+        "other_fate": float((kept ^ true_kept).mean()),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--text", type=Path, help="a UTF-8 file; default: Python's language reference")
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    words, name = text_from(arguments.text)
+    model, tokenizer = cj.load()
+    ids = tokenizer.encode(words)[: arguments.tokens]
+    layers = list(record(model, ids))
+    trace = Trace.from_qkv(*(np.stack([getattr(layer, part) for layer in layers]) for part in "qkv"))
+    rows = []
+    for spec in POLICIES:
+        policy = cj.parse(spec)
+        true = live(model, policy, ids)
+        for fidelity in FIDELITIES:
+            result = replay(trace, policy, fidelity=fidelity, errors=False)
+            found = gap(result.live, result.until == FOREVER, *true)
+            rows.append({"policy": spec, "replay": fidelity, "against": "live", **found})
+    exact = replay(trace, policy, errors=False)
+    with tempfile.TemporaryDirectory() as folder:
+        for dtype in ("float16", "bfloat16"):
+            trace.save(f"{folder}/{dtype}", dtype)
+            rounded = replay(Trace.open(f"{folder}/{dtype}"), policy, errors=False)
+            found = gap(rounded.live, rounded.until == FOREVER, exact.live, exact.until == FOREVER)
+            rows.append({"policy": spec, "replay": dtype, "against": "float32", **found})
+    print(f"SmolLM2-135M, {len(ids):,} tokens of {name}")
+    print("| policy | replay | against | kept | kept there | count gap | by head | same keys (least) | other fate |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        print(
+            f"| `{row['policy']}` | {row['replay']} | {row['against']} | {row['kept']:.3f} | {row['kept_live']:.3f} "
+            f"| {row['count_gap']:.2%} | {row['by_head']:.4f} | {row['same_keys']:.3f} ({row['same_keys_least']:.3f}) "
+            f"| {row['other_fate']:.2%} |"
+        )
+    if arguments.json:
+        write_json(arguments.json, {"text": name, "tokens": len(ids), "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,311 @@
+"""The simulator's command line: ``python -m simulator replay``, ``sweep``, ``bounds``, ``check``, ``plot``."""
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial, wraps
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+
+from corm_jax import console
+from corm_jax.cache import slots_for
+from corm_jax.errors import CormError
+from corm_jax.files import check_writable, write_json
+from corm_jax.plots import check_picture
+from corm_jax.policies import parse
+from corm_jax.types import Policy
+from simulator import oracle, plots
+from simulator.replay import FIDELITIES, Replay, replay, sweep
+from simulator.report import print_replays, print_table, summary
+from simulator.trace import Trace
+from simulator.verify import verify
+
+# isort: split
+import click  # after the console, which says how to install it
+from rich.markup import escape
+
+DEFAULT_POLICY = "corm:window=256,recent=256"
+CHECKED = 512
+"""Tokens that ``check`` reads by default."""
+
+PICTURES = ("live", "kept", "survival", "cost")
+"""What ``plot`` draws, by the names of the files."""
+
+
+class Job(NamedTuple):
+    """What the commands share: which part of which trace, and how to replay it.
+
+    Attributes:
+      trace: the part of the trace.
+      layers: the numbers that its layers have in the whole.
+      options: ``fidelity``, ``capacity`` and ``chunk``.
+      about: all that in the report.
+      json_file: where the report goes, or None.
+    """
+
+    trace: Trace
+    layers: list[int]
+    options: dict[str, Any]
+    about: dict[str, Any]
+    json_file: Path | None
+
+    @property
+    def model(self) -> str:
+        """The name of the model in one line."""
+        return " ".join(self.trace.meta.model.split()) or "a trace"
+
+    @property
+    def title(self) -> str:
+        """The part of the trace in words."""
+        part = f"layer {self.layers[0]}" if len(self.layers) == 1 else f"{len(self.layers)} layers"
+        slots = f", {self.options['capacity']} slots a head" if self.options["capacity"] else ""
+        return f"{self.model}, {self.trace.meta.steps:,} tokens, {part}{slots}"
+
+    def policies(self, specs: Sequence[str]) -> dict[str, Policy]:
+        """The policies that are named, all of which can work."""
+        policies = {spec: parse(spec) for spec in specs}
+        for policy in policies.values():
+            slots_for(policy, self.options["capacity"], self.trace.meta.steps, self.options["chunk"])
+        return policies
+
+    def replay(self, spec: str, policy: Policy, errors: bool) -> tuple[Replay, dict[str, Any]]:
+        """A replay and its row in the report."""
+        begin = time.perf_counter()
+        with _bar(spec, len(self.layers)) as progress:
+            result = replay(self.trace, policy, **self.options, errors=errors, progress=progress)
+        seconds = time.perf_counter() - begin
+        return result, {"policy": spec, **summary(result), "seconds": seconds}
+
+    def report(self, **results: Any) -> None:
+        """Writes the report, if somebody asked for it."""
+        if self.json_file:
+            write_json(self.json_file, self.about | results)
+
+
+def main() -> NoReturn:
+    """Runs the command line."""
+    console.run(simulator, "simulator")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+def simulator():
+    """Replay cache policies on a TRACE, a directory that `corm record` made.
+
+    A SPEC is a name from `corm policies` with options, as in corm:window=64,recent=32.
+    """
+
+
+def _command(name: str, sample: bool = False):
+    """A command on a trace, or a sample of it. The function gets a `Job` for the options that all commands share."""
+
+    def decorate(function):
+        @wraps(function)
+        def run(path, layers, tokens, capacity, chunk, json_file, fidelity=FIDELITIES[0], **own):
+            if json_file:
+                check_writable(json_file)
+            trace, chosen = _part(path, layers, tokens, sample)
+            meta, options = trace.meta, {"fidelity": fidelity, "capacity": capacity, "chunk": chunk}
+            about = {"trace": str(path), "model": meta.model, "kind": meta.kind, "tokens": meta.steps}
+            about |= {"layers": chosen, "q_heads": meta.q_heads, "kv_heads": meta.kv_heads, **options}
+            return function(Job(trace, chosen, options, about, json_file), **own)
+
+        for option in (_fidelity, *_shared) if not sample else _shared:
+            run = option(run)
+        return simulator.command(name)(run)
+
+    return decorate
+
+
+def _part(path: Path, layers: str | None, tokens: int | None, sample: bool) -> tuple[Trace, list[int]]:
+    """The part of a trace that was asked for, and the numbers of its layers."""
+    trace = Trace.open(path)
+    count, steps = trace.meta.layers, trace.meta.steps
+    chosen = sorted({0, count // 2, count - 1}) if sample else list(range(count))
+    if layers is not None:
+        if not all(part.strip().isdecimal() for part in layers.split(",")):
+            raise CormError(f"--layers must be numbers from 0 with commas between them, as in 0,15,29, not {layers!r}")
+        chosen = [int(part) for part in layers.split(",")]
+    if tokens is None and sample:
+        tokens = min(steps, CHECKED)
+    return trace.part(layers=chosen, steps=tokens), chosen
+
+
+_at_least_1 = click.IntRange(1, 2**31 - 1)
+_file = click.Path(path_type=Path)
+_shared = (
+    click.option("--json", "json_file", type=_file, help="write the result here"),
+    click.option("--chunk", type=_at_least_1, default=1, show_default=True, help="tokens between evictions"),
+    click.option("--capacity", type=_at_least_1, help="slots a key-value head  [default: all that could be needed]"),
+    click.option("--tokens", type=_at_least_1, help=f"how many, from the start  [default: all; check: {CHECKED}]"),
+    click.option("--layers", metavar="N,N,...", help="which, from 0  [default: all; check: first, middle and last]"),
+    click.argument("path", metavar="TRACE", type=_file),
+)
+_fidelity = click.option(
+    "--fidelity",
+    type=click.Choice(FIDELITIES),
+    default=FIDELITIES[0],
+    show_default=True,
+    help="what evictions do to the other keys' attention: it sums to 1 again, or stays",
+)
+_policy = partial(click.option, "--policy", metavar="SPEC", show_default=True)
+_one_policy = _policy("spec", default=DEFAULT_POLICY, help="name:key=value,...")
+_policies = _policy("specs", default=[DEFAULT_POLICY], multiple=True, help="name:key=value,...; repeat to compare")
+_plot_file = click.option("--plot", "plot_file", type=_file, help="draw it into this PNG file")
+
+
+@_command("replay")
+@_policies
+@click.option("--no-errors", is_flag=True, help="do without the output errors, which takes half the time")
+def _replay(job: Job, specs, no_errors):
+    """Replay policies: what each keeps, and what that costs."""
+    rows = [job.replay(spec, policy, not no_errors)[1] for spec, policy in job.policies(specs).items()]
+    print_replays(job.title, job.options, rows)
+    job.report(rows=rows)
+
+
+@_command("sweep")
+@_policy("spec", default="corm", help="the options that are fixed: name:key=value,...")
+@click.option("--grid", "items", required=True, multiple=True, metavar="OPTION=VALUE,...", help="repeat for more")
+@_plot_file
+def _sweep(job: Job, spec, items, plot_file):
+    """Replay a grid of a policy's options, all points at once."""
+    texts = _grid(items)
+    if plot_file:
+        if len(texts) != 2:
+            raise CormError(f"--plot draws grids of two options, not of {len(texts)}")
+        check_picture(plot_file)
+
+    def policy(**point: str) -> Policy:
+        return parse(spec + ("," if ":" in spec else ":") + ",".join(f"{name}={text}" for name, text in point.items()))
+
+    grid = {name: [getattr(policy(**{name: text}), name) for text in values] for name, values in texts.items()}
+    with _bar(spec, len(job.layers)) as progress:
+        result = sweep(job.trace, policy, texts, **job.options, progress=progress)
+    rows = []
+    for index in np.ndindex(*map(len, grid.values())):
+        one = result._replace(**{field: x[index] for field, x in result._asdict().items() if x is not None})
+        point = {name: values[i] for (name, values), i in zip(grid.items(), index, strict=True)}
+        rows.append(point | summary(one))
+    print_table(f"{spec} on {job.title}", job.options, [*grid, "kept_final", "mass", "regretted", "overflow"], rows)
+    job.report(policy=spec, grid=grid, rows=rows)
+    if plot_file:
+        shape = tuple(map(len, grid.values()))
+        panels = {"kept at the end": "kept_final", "retained attention mass": "mass"}
+        values = {name: np.array([row[key] for row in rows]).reshape(shape) for name, key in panels.items()}
+        plots.sweep(grid, values, f"{spec} on {job.title}", plot_file)
+
+
+@_command("bounds")
+@_policies
+@click.option("--exact", is_flag=True, help=f"the true optimum too, of at most {oracle.EXACT_STEPS} tokens: slow")
+@_plot_file
+def _bounds(job: Job, specs, exact, plot_file):
+    """Hold policies against the most attention that anybody could have kept with as many keys."""
+    if exact and job.trace.meta.steps > oracle.EXACT_STEPS:
+        raise CormError(f"--exact takes at most {oracle.EXACT_STEPS} tokens, not {job.trace.meta.steps}: use --tokens")
+    if plot_file:
+        check_picture(plot_file)
+    found, rows = {}, []
+    for spec, policy in job.policies(specs).items():
+        result, row = job.replay(spec, policy, errors=False)
+        with _bar(f"{spec}: bounds", len(job.layers)) as progress:
+            found[spec] = oracle.bounds(job.trace, result, progress)
+        heads = {name: getattr(found[spec], name).mean(-1) for name in ("policy", "greedy", "most", "regret")}
+        heads["mass"] = heads.pop("policy")
+        if exact:
+            with _bar(f"{spec}: optimum", len(job.layers)) as progress:
+                heads["exact"] = _exact(job.trace, result, progress)
+        means = {name: float(values.mean(dtype=np.float64)) for name, values in heads.items()}
+        per_head = {name: values.tolist() for name, values in heads.items()}
+        rows.append({"policy": spec, "kept_mean": row["kept_mean"], **means, "per_head": per_head})
+    columns = ["policy", "kept_mean", "mass", "greedy", *(["exact"] if exact else []), "most", "regret"]
+    print_table(job.title, job.options, columns, rows)
+    job.report(rows=rows)
+    if plot_file:
+        plots.regret(found, job.layers, job.title, plot_file)
+
+
+@_command("check", sample=True)
+@_one_policy
+def _check(job: Job, spec) -> int:
+    """Prove a policy on a trace: replay, cache and specification must agree. Exit code 1 if anything does not hold."""
+    policy = job.policies([spec])[spec]
+    options = {name: job.options[name] for name in ("chunk", "capacity")}
+    with _bar(spec, len(job.layers)) as progress:
+        findings = verify(job.trace, policy, **options, progress=progress)
+    rows = [{"name": finding.name, "held": finding.held, "detail": finding.detail} for finding in findings]
+    print_table(f"{spec} on {job.title}", job.options, ["name", "held", "detail"], rows)
+    job.report(policy=spec, rows=rows)
+    return 0 if all(row["held"] for row in rows) else 1
+
+
+@_command("plot")
+@_one_policy
+@click.option("--out", required=True, metavar="PLACE", help="a directory, or how the names of the files begin")
+@click.option("--layer", type=int, help="of the survival map  [default: of the head that keeps a median share]")
+@click.option("--head", type=int, help="of the survival map, a key-value head  [default: likewise]")
+@click.option("--from", "start", type=int, help="the survival map's first token  [default: where fates are mixed]")
+def _plot(job: Job, spec, out, layer, head, start):
+    """Draw what a policy keeps of a trace, for how long, and what that costs."""
+    place, meta = Path(out), job.trace.meta
+    folder = place.is_dir() or out.endswith(("/", os.sep))
+    files = {
+        name: place / f"{name}.png" if folder else place.with_name(f"{place.name}-{name}.png") for name in PICTURES
+    }
+    for file in files.values():
+        check_picture(file)
+    heads = [(i, h) for i in range(meta.layers) for h in range(meta.kv_heads)]
+    heads = [(i, h) for i, h in heads if layer in (None, job.layers[i]) and head in (None, h)]
+    if not heads:
+        layers = ", ".join(map(str, job.layers))
+        raise CormError(f"--layer must be one of {layers}, and --head one from 0 to {meta.kv_heads - 1}")
+    if start is not None and not 0 <= start < meta.steps:
+        raise CormError(f"--from must be from 0 to {meta.steps - 1}, not {start}")
+    result, row = job.replay(spec, job.policies([spec])[spec], errors=True)
+    title = f"{spec} on {job.title}"
+    plots.live(result, job.layers, title, files["live"])
+    plots.kept(result, job.layers, title, files["kept"])
+    index, head = sorted(heads, key=lambda where: result.live[(*where, -1)])[len(heads) // 2]
+    start = plots.busiest(plots.fates(result, index, head)) if start is None else start
+    pieces = meta.pieces or tuple(map(str, meta.positions or ()))
+    which = f"{spec} on {job.model}: layer {job.layers[index]}, head {head}"
+    plots.survival(result, index, head, start, pieces, which, files["survival"])
+    plots.cost(result, job.layers, title, files["cost"])
+    print_replays(job.title, job.options, [row])
+    for file in files.values():
+        print(file)
+    job.report(rows=[row], survival={"layer": job.layers[index], "head": head, "from": start})
+
+
+def _grid(items: Sequence[str]) -> dict[str, list[str]]:
+    grid = {}
+    for item in items:
+        name, _, values = (part.strip() for part in item.partition("="))
+        texts = [text.strip() for text in values.split(",") if text.strip()]
+        if not name or not texts:
+            raise CormError(f"--grid must be an option and its values, as in window=64,128, not {item!r}")
+        if name in grid:
+            raise CormError(f"--grid has {name!r} twice: give all its values at once")
+        grid[name] = texts
+    return grid
+
+
+def _exact(trace: Trace, result: Replay, progress: Callable[[int], None]) -> np.ndarray:
+    """The optimum without return, the mean over the steps: ``[layers, kv_heads]``."""
+    n = result.attended
+    optimum = np.empty(n.shape[:2])
+    for layer in range(len(optimum)):
+        for head, alpha in enumerate(oracle.attention(trace, layer)):
+            optimum[layer, head] = oracle.exact(alpha, n[layer, head]) / result.steps
+        progress(layer + 1)
+    return optimum
+
+
+@contextmanager
+def _bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
+    with console.progress_bar() as progress:
+        task = progress.add_task(escape(name), total=total)
+        yield lambda done: progress.update(task, completed=done)

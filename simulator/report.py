@@ -1,0 +1,97 @@
+"""Replays as tables on a terminal, and as numbers to keep."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from corm_jax import console
+from simulator.recurrence import FOREVER
+from simulator.replay import Replay
+
+# isort: split
+from rich.markup import escape  # after the console, which says how to install it
+from rich.table import Table
+
+COLUMNS = {
+    "kept_final": ("kept", ".3f", "live / seen at the end"),
+    "kept_mean": ("kept\nmean", ".3f", "live / seen, over time"),
+    "kept_min": ("least\nhead", ".3f", ""),
+    "kept_max": ("most\nhead", ".3f", ""),
+    "mass": ("mass", ".4f", "share of the full cache's attention that fell on keys still there"),
+    "error": ("output\nerror", ".4f", "|o - o_full| / |o_full|"),
+    "regretted": ("regretted", ".4f", "share of the evicted keys that a later query would have found important"),
+    "lifetime": ("lifetime", ",.1f", "queries that could attend to a key"),
+    "overflow": ("overflow", ",d", "keys that went for want of a slot, in all"),
+    "seconds": ("s", ".1f", "with compiling"),
+    "greedy": ("greedy", ".4f", "mass that a clairvoyant keeps who takes no key back and does not plan"),
+    "exact": ("optimum", ".4f", "the most that is possible without taking keys back"),
+    "most": ("upper\nbound", ".4f", "mass of as many of the heaviest keys of each query"),
+    "regret": ("regret", ".4f", "upper bound - mass"),
+}
+"""Of the tables, by the name in the report: heading, format and, unless that is plain, meaning."""
+
+
+def print_replays(title: str, options: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """A row for each replay, with all that was measured."""
+    shown = [name for name in COLUMNS if any(row.get(name) is not None for row in rows)]
+    print_table(title, options, ["policy", *shown], rows)
+
+
+def print_table(title: str, options: dict[str, Any], columns: Sequence[str], rows: list[dict[str, Any]]) -> None:
+    """A table, with what its columns mean below.
+
+    Args:
+      options: ``fidelity`` and ``chunk``, which hold for all rows.
+      columns: of `COLUMNS`, or other names that rows have.
+    """
+    table, meanings = Table(), []
+    for column in columns:
+        heading, _, meaning = COLUMNS.get(column, (column, "", ""))
+        table.add_column(heading, justify="right" if column in COLUMNS else "left")
+        if meaning:
+            meanings.append(f"{' '.join(heading.split())}: {meaning}")
+    for row in rows:
+        table.add_row(*(_cell(column, row[column]) for column in columns))
+    out = console.output()
+    out.print(escape(title), style="italic")  # as the table's own title it would be wrapped to the table's width
+    out.print(table)
+    if meanings:
+        how = f"{options['fidelity']}, chunks of {options['chunk']}; means over layers and heads"
+        out.print(f"{how}. {'; '.join(meanings)}.")
+
+
+def _cell(column: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if column == "held":
+        return "yes" if value else "NO"
+    return format(value, COLUMNS[column][1]) if column in COLUMNS else escape(str(value))
+
+
+def summary(result: Replay) -> dict[str, Any]:
+    """A replay in numbers: means over layers and heads, and what each head adds to them."""
+    kept = result.live / np.arange(1, result.steps + 1)
+    evicted, regretted = (result.until != FOREVER).sum(-1), result.regretted.sum(-1)
+    per_head = {
+        "kept_final": kept[..., -1],
+        "kept_mean": kept.mean(-1),
+        "evicted": evicted,
+        "regretted": regretted,
+        "lifetime": result.lifetime.mean(-1),
+        "overflow": result.overflow,
+        "mass": result.mass.mean(-1, dtype=np.float64),
+        "error": None if result.error is None else result.error.mean(-1, dtype=np.float64),
+    }
+    return {
+        "kept_final": float(kept[..., -1].mean()),
+        "kept_mean": float(kept.mean()),
+        "kept_min": float(kept[..., -1].min()),
+        "kept_max": float(kept[..., -1].max()),
+        "mass": float(per_head["mass"].mean()),
+        "error": None if result.error is None else float(per_head["error"].mean()),
+        "regretted": float(regretted.sum() / evicted.sum()) if evicted.any() else None,
+        "lifetime": float(result.lifetime.mean()),
+        "overflow": int(result.overflow.sum()),
+        "per_head": {name: None if values is None else values.tolist() for name, values in per_head.items()},
+    }
