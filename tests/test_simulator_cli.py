@@ -313,9 +313,8 @@ def test_mistakes_end_in_one_line_before_any_work(simulator, trace, tmp_path, mo
 
 @pytest.mark.parametrize("command", ["bounds", "sweep", "plot"])
 def test_without_matplotlib_only_pictures_fail(simulator, trace, tmp_path, monkeypatch, command):
-    monkeypatch.setattr(
-        "corm_jax.plots.find_spec", lambda name: None if name == "matplotlib" else importlib.util.find_spec(name)
-    )
+    found = importlib.util.find_spec
+    monkeypatch.setattr("corm_jax.plots.find_spec", lambda name: None if name == "matplotlib" else found(name))
     grid = ("--grid", "window=4,8", "--grid", "recent=2") if command == "sweep" else ()
     code, _, err = simulator(command, trace, "--out" if command == "plot" else "--plot", tmp_path / "a.png", *grid)
     assert (code, err) == (2, "simulator: matplotlib is not installed: pip install 'corm-jax[plots]'\n")
