@@ -55,6 +55,7 @@ def attend(
         total=total.transpose(1, 2, 0, 3),
         visible=visible,
         seen=seen[:, None, None],
+        keys=k,
     )
     return output, observation
 

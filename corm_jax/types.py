@@ -65,6 +65,27 @@ class Slots(NamedTuple):
         per_head = jnp.asarray(per_head)
         return per_head[..., None] if per_head.ndim else per_head
 
+    def lowest(self, rank: Num[Array, "kv_heads capacity"], count: PerHead) -> Bool[Array, "kv_heads capacity"]:
+        """Which live slots are among the ``count`` of their head that rank lowest, among equals the oldest first.
+
+        ``count`` may differ by head. One pass for each key that goes: a policy on a budget loses one a step.
+        """
+        left = jnp.broadcast_to(jnp.asarray(count, jnp.int32), self.position.shape[:1])
+
+        def lower(found):
+            candidates = self.live & ~found[0]
+            lowest = jnp.where(candidates, rank, largest(rank)).min(-1, keepdims=True)
+            tied = jnp.where(candidates & (rank == lowest), self.position, largest(self.position))
+            hit = candidates & (tied == tied.min(-1, keepdims=True)) & (self.spread(found[1]) > 0)
+            return found[0] | hit, found[1] - 1
+
+        left = jnp.minimum(left, self.total(self.live))
+        return jax.lax.while_loop(lambda found: (found[1] > 0).any(), lower, (jnp.zeros_like(self.live), left))[0]
+
+    def mean_over_heads(self, per_slot: Num[Array, "kv_heads capacity"]) -> Num[Array, "kv_heads capacity"]:
+        """The mean over the heads of a layer, for policies whose heads all keep the same tokens."""
+        return jnp.broadcast_to(per_slot.mean(0, keepdims=True), per_slot.shape)
+
     def total(self, per_slot: Shaped[Array, "*leading kv_heads capacity"]) -> Num[Array, "*leading kv_heads"]:
         """The sum over each head's slots."""
         return per_slot.sum(-1)
@@ -83,12 +104,14 @@ class Observation(NamedTuple):
       total: float32, broadcastable against ``weights``: the sum over the slots of each head.
       visible: bool ``[tokens, *slots]``, which slots the query could attend to.
       seen: int32, broadcastable against ``visible``: the clock at each query (its position + 1).
+      keys: ``[*slots, head_dim]``, what the slots hold; None where a trace does not tell.
     """
 
     weights: Float[Array, "group tokens kv_heads capacity"]
     total: Float[Array, "group tokens kv_heads 1"]
     visible: Bool[Array, "tokens kv_heads capacity"]
     seen: Int[Array, "tokens 1 1"]
+    keys: Float[Array, "kv_heads capacity head_dim"] | None = None
 
     @property
     def probability(self) -> Float[Array, "group tokens kv_heads capacity"]:
@@ -171,3 +194,9 @@ class Usage(NamedTuple):
     bytes_live: int
     bytes_full: int
     bytes_allocated: int
+
+
+def largest(x: Array) -> Array:
+    """What no number of this dtype exceeds."""
+    limit = jnp.iinfo(x.dtype).max if jnp.issubdtype(x.dtype, jnp.integer) else jnp.inf
+    return jnp.asarray(limit, x.dtype)

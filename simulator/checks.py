@@ -20,6 +20,7 @@ from corm_jax.types import LayerCache, Slots
 from simulator import invariants
 from simulator.invariants import InvariantError
 from simulator.replay import replay
+from simulator.specification import readings, specified
 from simulator.strategies import CHUNK, GARBAGE, KV_HEADS, TOKENS, Case, cases
 from simulator.subject import Subject
 
@@ -112,27 +113,27 @@ def corm_rule(subject: Subject, data: st.DataObject) -> None:
 @_check
 def specification(subject: Subject, data: st.DataObject) -> None:
     """The same keys survive as in the specification, if there is one, with the same outputs and overflow."""
-    if subject.reference is None:
+    policy, case = subject.policy, data.draw(cases())
+    if subject.reference is None and not specified(policy):
         return
-    case = data.draw(cases())
-    chunks = [int(count) for count in case.counts if count]
+    chunks, n = [int(count) for count in case.counts if count], case.tokens
+    steps = case.counts > 0
     for capacity in (None, subject.few):
         history = subject.read(case, capacity)
         outputs = np.concatenate([out[:count] for out, count in zip(history.outputs, case.counts, strict=True)])
-        for head in range(KV_HEADS):
-            q, k, v = (x[: case.tokens, head] for x in (case.q, case.k, case.v))
-            expected = subject.specified(q, k, v, head, chunks=chunks, capacity=capacity)
-            assume(expected.margin > CLOSE)
-            kept = np.zeros((1, 1, len(chunks), TOKENS + CHUNK), bool)
-            for row, keys in zip(kept[0, 0], expected.kept, strict=True):
+        expected = readings(
+            policy, case.q[:n], case.k[:n], case.v[:n], chunks=chunks, capacity=capacity, reference=subject.reference
+        )
+        assume(min(reading.margin for reading in expected) > CLOSE)
+        kept = np.zeros((1, KV_HEADS, len(chunks), TOKENS + CHUNK), bool)
+        for head, reading in enumerate(expected):
+            for row, keys in zip(kept[0, head], reading.kept, strict=True):
                 row[list(keys)] = True
-            steps = case.counts > 0
-            invariants.same_decisions(
-                "specification", history.kept[:, head : head + 1, steps], kept, f"in the specification (head {head})",
-                case.clock[steps],
-            )  # fmt: skip
-            _same_number("specification", "overflow", int(history.overflow[-1, head]), expected.overflow)
-            _close("specification", outputs[:, head], expected.outputs, "the specification's")
+        what = "in the specification"
+        invariants.same_decisions("specification", history.kept[:, :, steps], kept, what, case.clock[steps])
+        for head, reading in enumerate(expected):
+            _same_number("specification", "overflow", int(history.overflow[-1, head]), reading.overflow)
+            _close("specification", outputs[:, head], reading.outputs, "the specification's")
 
 
 @_check

@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
-from corm_jax.cache import lowest
 from corm_jax.types import EMPTY, CacheSpec, Observation, Slots
 from simulator.trace import QKV, Rows
 
@@ -84,12 +83,14 @@ def _block(policy, layer, scale, steps, capacity, chunk, block, fidelity, errors
     full = _Softmax.of(logits, causal)
     important = (full.weights * clock[:, None].astype(jnp.float32) / full.total >= 1).any(1) & causal
 
+    keys = layer.k.swapaxes(0, 1) if isinstance(layer, QKV) else None
+
     def step(carry, begin):
         state, until, lost = carry
         before, seen = jnp.minimum(start + begin, steps), jnp.minimum(start + begin + chunk, steps)
         if capacity is not None:
             slots = Slots(jnp.where((until == FOREVER) & (key < before), key, EMPTY), seen)
-            out = _without_slot(policy, state, slots, capacity - (seen - before), chunk)
+            out = slots.lowest(policy.rank(state, slots), slots.total(slots.live) + (seen - before) - capacity)
             until, lost = jnp.where(out, before, until), lost | out
         live = (until == FOREVER) & (key < seen)
         slots = Slots(jnp.where(live, key, EMPTY), seen)
@@ -103,6 +104,7 @@ def _block(policy, layer, scale, steps, capacity, chunk, block, fidelity, errors
             total=rest.total.transpose(1, 2, 0, 3),
             visible=visible,
             seen=now,
+            keys=keys,
         )
         state = policy.observe(state, observation, slots)
         keep = policy.retain(state, slots) | (seen == before)
@@ -157,17 +159,3 @@ def _logits(layer: QKV | Rows, scale, start, block):
         return jnp.log(jax.lax.dynamic_slice_in_dim(layer.probs, start, block, 2))
     q = jax.lax.dynamic_slice_in_dim(layer.q, start, block)
     return scale * jnp.einsum("qhgd,khd->hgqk", q, layer.k, precision="highest")
-
-
-def _without_slot(policy, state, slots: Slots, room, chunk: int) -> Bool[Array, "kv_heads keys"]:
-    """Who goes so that at most ``room`` keys of a head stay: the lowest ranks, among equals the oldest."""
-    rank, last = policy.rank(state, slots), np.iinfo(np.int32).max
-    highest = last if jnp.issubdtype(rank.dtype, jnp.integer) else jnp.inf
-    order = lowest(
-        jnp.where(slots.live, rank, jnp.asarray(highest, rank.dtype)),
-        jnp.where(slots.live, slots.position, last),
-        chunk,
-    )
-    need = slots.total(slots.live) - room
-    head = jnp.arange(order.shape[0])[:, None]
-    return jnp.zeros_like(slots.live).at[head, order].set(jnp.arange(chunk) < need[:, None])

@@ -11,8 +11,7 @@ import numpy as np
 from corm_jax.attention import step
 from corm_jax.cache import make_cache
 from corm_jax.types import CacheSpec, LayerCache
-from simulator.reference import Reading
-from simulator.specification import Reference, fields_of
+from simulator.specification import Reference
 from simulator.strategies import CHUNK, KV_HEADS, TOKENS, Case
 
 
@@ -74,12 +73,6 @@ class Subject(NamedTuple):
         q, k, v, counts = (np.stack([getattr(case, name) for case in cases]) for name in ("q", "k", "v", "counts"))
         cache = self.cache(capacity, batch=len(cases))
         return _read_batch(self.policy, cache, q, k, v, counts, step=self.implementation.step)
-
-    def specified(self, q, k, v, head: int, **how) -> Reading:
-        """What the specification says of one head."""
-        if self.reference is None:
-            raise ValueError("there is no specification to ask")
-        return self.reference(q, k, v, **how, **fields_of(self.policy, head))
 
 
 def spec(capacity: int | None) -> CacheSpec:

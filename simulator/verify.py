@@ -1,8 +1,8 @@
 """Proof on a real trace: the replay, the cache and the specification in NumPy decide alike, and the invariants hold."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +16,11 @@ from corm_jax.types import CacheSpec, Policy
 from simulator import invariants
 from simulator.invariants import InvariantError
 from simulator.replay import Replay, replay
-from simulator.specification import SPECIFICATIONS, fields_of
+from simulator.specification import readings, specified
 from simulator.trace import QKV, Trace, TraceError
 
 CLOSE = 2e-5
-"""How far float32 may move alpha n from where float64 has it. A head with a comparison as near as this to a tie may
-decide either way; if it differs from the specification, that is reported and not held against the policy."""
+"""How far float32 may move alpha n from where float64 has it: nearer to a threshold, either verdict will do."""
 
 
 class Finding(NamedTuple):
@@ -59,8 +58,8 @@ def verify(
     """
     if trace.meta.kind != "qkv":
         raise TraceError("an attention trace holds no queries and keys: the cache and the specification need them")
-    if type(policy) not in SPECIFICATIONS:
-        raise CormError(f"{type(policy).__name__} has no specification in simulator.reference")
+    if not specified(policy):
+        raise CormError(f"{type(policy).__name__} has no specification in simulator.rules")
     result = replay(trace, policy, chunk=chunk, capacity=capacity, errors=False)
     ends = np.minimum(np.arange(chunk, trace.meta.steps + chunk, chunk), trace.meta.steps)
     kept = result.history()[:, :, ends - 1]
@@ -77,40 +76,37 @@ def verify(
     return findings
 
 
-def _heads(trace: Trace) -> Iterator[tuple[int, int, QKV]]:
-    for index in range(trace.meta.layers):
-        layer: Any = trace.layer(index)
-        for head in range(trace.meta.kv_heads):
-            queries = slice(head * trace.meta.group, (head + 1) * trace.meta.group)
-            yield index, head, QKV(layer.q[:, queries], layer.k[:, head], layer.v[:, head])
-
-
 def _specification(trace, policy, result: Replay, kept, ends, chunk, capacity, progress) -> Finding:
-    chunks, unsure, margins = np.diff(ends, prepend=0).tolist(), 0, []
-    factor = trace.meta.scale * trace.meta.head_dim**0.5  # the specification divides by the root itself
-    for index, head, (q, k, v) in _heads(trace):
-        arrays = (factor * q.astype(np.float64), k.astype(np.float64), v.astype(np.float64))
-        expected = SPECIFICATIONS[type(policy)](*arrays, chunks=chunks, capacity=capacity, **fields_of(policy, head))
-        margins.append(expected.margin)
-        differs = [i for i, keys in enumerate(expected.kept) if keys != set(np.flatnonzero(kept[index, head, i]))]
-        if differs and expected.margin < CLOSE:
-            unsure += 1
-        elif differs or expected.overflow != result.overflow[index, head]:
-            where = f"layer {index}, head {head}, clock {ends[differs[0]] if differs else ends[-1]}"
-            return Finding("specification", False, f"{where}: other keys, or another overflow, than in NumPy")
+    chunks, margin, heads = np.diff(ends, prepend=0).tolist(), np.inf, 0
+    for index in range(trace.meta.layers):
+        q, k, v = (x.astype(np.float64) for x in _heads(trace, index))
+        for head, expected in enumerate(readings(policy, q, k, v, chunks=chunks, capacity=capacity)):
+            margin, heads = min(margin, expected.margin), heads + 1
+            differs = [i for i, keys in enumerate(expected.kept) if keys != set(np.flatnonzero(kept[index, head, i]))]
+            if differs or expected.overflow != result.overflow[index, head]:
+                where = f"layer {index}, head {head}, clock {ends[differs[0]] if differs else ends[-1]}"
+                what = "other keys than in NumPy" if differs else "another overflow than in NumPy"
+                return Finding(
+                    "specification", False, f"{where}: {what} (a decision there hung on {expected.margin:.0e})"
+                )
         progress(index + 1)
-    seen = f"{len(margins)} heads x {len(ends)} steps: the same keys; nearest miss of a threshold {min(margins):.1e}"
-    return Finding("specification", True, seen + (f"; {unsure} heads differ by rounding" if unsure else ""))
+    return Finding(
+        "specification", True, f"{heads} heads x {len(ends)} steps: the same keys; closest call {margin:.0e}"
+    )
+
+
+def _heads(trace: Trace, index: int) -> QKV:
+    """A layer with queries by head, ``[steps, kv_heads, group, head_dim]``, for a scale of ``head_dim ** -0.5``."""
+    meta, layer = trace.meta, cast(QKV, trace.layer(index))
+    q = layer.q * np.float32((meta.scale or 1) * (meta.head_dim or 1) ** 0.5)
+    return QKV(q.reshape(meta.steps, meta.kv_heads, -1, meta.head_dim or 1), layer.k, layer.v)
 
 
 def _cache(trace, policy, result: Replay, kept, ends, chunk, capacity) -> Finding:
     steps, kv_heads = trace.meta.steps, trace.meta.kv_heads
     for index in range(trace.meta.layers):
-        layer = trace.layer(index)
-        q = layer.q * np.float32(trace.meta.scale * trace.meta.head_dim**0.5)
-        q = q.reshape(steps, kv_heads, -1, trace.meta.head_dim)
         padding = [(0, -steps % chunk)]
-        q, k, v = (np.pad(x, padding + [(0, 0)] * (x.ndim - 1)) for x in (q, layer.k, layer.v))
+        q, k, v = (np.pad(x, padding + [(0, 0)] * (x.ndim - 1)) for x in _heads(trace, index))
         position, overflow = _positions(policy, q, k, v, steps, capacity=capacity or steps + chunk, chunk=chunk)
         cached = np.zeros(kept[index].shape, bool)
         for head in range(kv_heads):

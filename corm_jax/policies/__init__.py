@@ -4,18 +4,46 @@ import dataclasses
 from typing import Any
 
 from corm_jax.errors import CormError
+from corm_jax.policies.budget import Budget, budget
 from corm_jax.policies.corm import Corm
 from corm_jax.policies.full import Full
+from corm_jax.policies.h2o import H2O
+from corm_jax.policies.l2norm import L2Norm
+from corm_jax.policies.protect import Protect, protect
+from corm_jax.policies.random import Random
+from corm_jax.policies.scissorhands import Scissorhands
+from corm_jax.policies.streaming_llm import StreamingLLM
+from corm_jax.policies.tova import TOVA
 from corm_jax.types import Policy
 
-POLICIES: dict[str, type[Any]] = {"full": Full, "corm": Corm}
+POLICIES: dict[str, type[Any]] = {
+    "full": Full,
+    "corm": Corm,
+    "streaming_llm": StreamingLLM,
+    "h2o": H2O,
+    "scissorhands": Scissorhands,
+    "tova": TOVA,
+    "l2norm": L2Norm,
+    "random": Random,
+}
+
+COMBINATORS = {
+    "budget": "any policy: keys of a head that stay at most, as in 512, or a share of those seen, as in 0.25",
+    "sinks": "any policy: first tokens that never go",
+    "recent": "any policy: newest tokens that never go",
+}
+"""Options that every policy takes, unless it has one of that name itself."""
 
 
 def parse(spec: str) -> Policy:
     """The policy that a SPEC names.
 
+    Beside its own options every policy takes ``budget``, ``sinks`` and ``recent``: see `budget` and `protect`.
+
     >>> parse("corm:window=64,recent=32,group=mean")
     Corm(window=64, recent=32, threshold='position', group='mean', eager=False)
+    >>> parse("tova:budget=0.25,sinks=4")
+    Budget(policy=Protect(policy=TOVA(), sinks=4, recent=0), tokens=0, per_mille=250)
 
     Raises:
       CormError: for an unknown policy or option, or a value out of range.
@@ -24,37 +52,71 @@ def parse(spec: str) -> Policy:
     if name not in POLICIES:
         raise CormError(f"unknown policy {name!r} in {spec!r}: choose from {', '.join(POLICIES)}")
     fields = {field.name: field for field in dataclasses.fields(POLICIES[name])}
-    options: dict[str, Any] = {}
+    options: dict[str, str] = {}
     for item in filter(None, rest.split(",")):
         key, equals, text = (part.strip() for part in item.partition("="))
-        if key not in fields or not equals:
-            known = ", ".join(f"{option}=..." for option in fields) or "none"
+        if key not in fields | COMBINATORS or not equals:
+            known = ", ".join(f"{option}=..." for option in dict.fromkeys([*fields, *COMBINATORS]))
             raise CormError(f"unknown option {item.strip()!r} in {spec!r}: {name} has {known}")
         if key in options:
             raise CormError(f"option {key!r} is given twice in {spec!r}")
-        options[key] = _value(fields[key], text, spec)
+        options[key] = text
     try:
-        return POLICIES[name](**options)
+        policy = POLICIES[name](**{key: _value(fields[key], text) for key, text in options.items() if key in fields})
+        guards = {key: _whole(key, options[key]) for key in ("sinks", "recent") if key in options.keys() - fields}
+        if guards:
+            policy = protect(policy, **guards)
+        if "budget" in options.keys() - fields:
+            policy = budget(policy, _size(options["budget"]))
     except CormError as error:
         raise CormError(f"{error} (in {spec!r})") from None
+    return policy
 
 
-def _value(field: dataclasses.Field, text: str, spec: str) -> Any:
+def _value(field: dataclasses.Field, text: str) -> Any:
     if choices := field.metadata.get("choices"):
         if text in choices:
             return text
-        expected = " or ".join(choices)
-    elif isinstance(field.default, bool):
+        raise CormError(f"{field.name} must be {' or '.join(choices)}, not {text!r}")
+    if isinstance(field.default, bool):
         if text.lower() in ("true", "false"):
             return text.lower() == "true"
-        expected = "true or false"
-    else:
-        kind = type(field.default)
-        try:
-            return kind(text)
-        except ValueError:
-            expected = "a whole number" if kind is int else "a number"
-    raise CormError(f"{field.name} must be {expected}, not {text!r} (in {spec!r})")
+        raise CormError(f"{field.name} must be true or false, not {text!r}")
+    return _whole(field.name, text) if isinstance(field.default, int) else _number(field.name, text)
 
 
-__all__ = ["POLICIES", "Corm", "Full", "parse"]
+def _whole(name: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise CormError(f"{name} must be a whole number, not {text!r}") from None
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise CormError(f"{name} must be a number, not {text!r}") from None
+
+
+def _size(text: str) -> int | float:
+    return _number("budget", text) if "." in text else _whole("budget", text)
+
+
+__all__ = [
+    "COMBINATORS",
+    "H2O",
+    "POLICIES",
+    "TOVA",
+    "Budget",
+    "Corm",
+    "Full",
+    "L2Norm",
+    "Protect",
+    "Random",
+    "Scissorhands",
+    "StreamingLLM",
+    "budget",
+    "parse",
+    "protect",
+]

@@ -18,6 +18,11 @@ def choice(*choices: str, help: str) -> Any:
     return field(default=choices[0], metadata={"help": help, "choices": choices, "static": True})
 
 
+def static(default: int, help: str) -> Any:
+    """A number that shapes depend on: static, so that a new value means a new compile."""
+    return field(default=default, metadata={"help": help, "static": True})
+
+
 def concrete(value: Any) -> bool:
     """Whether a hyperparameter can be looked at: neither traced nor a placeholder inside a pytree operation."""
     return isinstance(value, int | float | np.ndarray | np.generic)

@@ -1,0 +1,53 @@
+"""H2O: heavy hitters and a recent window (arXiv 2306.14048).
+
+Every key accumulates the attention that it gets (section 4, algorithm 1), and whoever has least goes:
+
+    S[i]  =  sum over queries t of alpha_t[i]        (the mean over a group under grouped-query attention)
+
+The newest ``recent`` are exempt; the paper's runs split a budget B in halves, ``recent`` = B / 2. An evicted key's score
+is forgotten. A raw sum favours early keys, which more queries have seen: ``score=mean`` divides it by the key's age. The
+released code leaves one key neither candidate nor recent, and lets evicted keys come back on ties; this follows the paper.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from corm_jax.policies.options import choice, number, whole
+from corm_jax.types import CacheSpec, Observation, PerHead, Slots
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class H2O:
+    """On a budget, keep what has drawn most attention so far, and the newest.
+
+    Args:
+      recent: newest keys that never go. A number, or one for each head.
+      score: ``"raw"``, the sum of the attention; ``"mean"``, the sum over the key's age in queries.
+    """
+
+    recent: PerHead = number(256, "newest keys that never go; the paper: half of the budget")
+    score: str = choice("raw", "mean", help="attention summed | divided by the key's age")
+
+    def __post_init__(self):
+        whole(0, recent=self.recent)
+
+    @property
+    def protected(self) -> PerHead:
+        return self.recent
+
+    def init(self, spec: CacheSpec) -> Float[Array, "*slots"]:
+        return jnp.zeros(spec.slots, jnp.float32)
+
+    def observe(self, state: Float[Array, "*slots"], observation: Observation, slots: Slots) -> Float[Array, "*slots"]:
+        return state + observation.probability.mean(0).sum(0)
+
+    def retain(self, state: Float[Array, "*slots"], slots: Slots) -> Bool[Array, "*slots"]:
+        return slots.live
+
+    def rank(self, state: Float[Array, "*slots"], slots: Slots) -> Float[Array, "*slots"]:
+        age = (slots.seen - slots.position).astype(jnp.float32)
+        return jnp.where(slots.newest(self.recent), jnp.inf, state if self.score == "raw" else state / age)

@@ -1,0 +1,38 @@
+"""L2 norm: keys of low norm draw attention, so those of high norm go (arXiv 2406.11430).
+
+The norm is known before any query comes: nothing is observed but the keys themselves. On a budget, the key with the largest
+norm goes (section 4). The paper leaves the first two layers whole; give those `Full`, one policy a layer.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from corm_jax.errors import CormError
+from corm_jax.types import CacheSpec, Observation, Slots
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class L2Norm:
+    """On a budget, keep the keys of lowest norm."""
+
+    @property
+    def protected(self) -> int:
+        return 0
+
+    def init(self, spec: CacheSpec) -> Float[Array, "*slots"]:
+        return jnp.zeros(spec.slots, jnp.float32)
+
+    def observe(self, state: Float[Array, "*slots"], observation: Observation, slots: Slots) -> Float[Array, "*slots"]:
+        if observation.keys is None:
+            raise CormError("l2norm looks at keys, which an attention trace does not hold: record a qkv trace")
+        return jnp.linalg.norm(observation.keys.astype(jnp.float32), axis=-1)
+
+    def retain(self, state: Float[Array, "*slots"], slots: Slots) -> Bool[Array, "*slots"]:
+        return slots.live
+
+    def rank(self, state: Float[Array, "*slots"], slots: Slots) -> Float[Array, "*slots"]:
+        return -state

@@ -1,0 +1,60 @@
+"""Protection: any policy, made to keep the first tokens, the newest, or both."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Num
+
+from corm_jax.policies.options import number, whole
+from corm_jax.types import CacheSpec, Observation, PerHead, Policy, Slots, State, largest
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Protect:
+    """A policy that neither drops nor gives up the first ``sinks`` and the newest ``recent`` keys: see `protect`."""
+
+    policy: Any
+    sinks: PerHead = number(0, "first tokens that never go")
+    recent: PerHead = number(0, "newest tokens that never go")
+
+    def __post_init__(self):
+        whole(0, sinks=self.sinks, recent=self.recent)
+
+    @property
+    def protected(self) -> PerHead:
+        return self.policy.protected + self.sinks + self.recent
+
+    def init(self, spec: CacheSpec) -> State:
+        return self.policy.init(spec)
+
+    def observe(self, state: State, observation: Observation, slots: Slots) -> State:
+        return self.policy.observe(state, observation, slots)
+
+    def retain(self, state: State, slots: Slots) -> Bool[Array, "*slots"]:
+        return slots.live & (self.policy.retain(state, slots) | self._safe(slots))
+
+    def rank(self, state: State, slots: Slots) -> Num[Array, "*slots"]:
+        rank = self.policy.rank(state, slots)
+        return jnp.where(self._safe(slots), largest(rank), rank)
+
+    def _safe(self, slots: Slots) -> Bool[Array, "*slots"]:
+        return slots.newest(self.recent) | (slots.position < slots.spread(self.sinks))
+
+
+def protect(policy: Policy, *, sinks: PerHead = 0, recent: PerHead = 0) -> Protect:
+    """A policy with attention sinks and a recent window that it never evicts.
+
+    Args:
+      sinks, recent: how many tokens, from 0 up. Numbers, or one for each head. Texts shorter than that stay whole.
+
+    Raises:
+      CormError: for other numbers.
+
+    >>> from corm_jax.policies import TOVA
+    >>> protect(TOVA(), sinks=4, recent=32).protected
+    36
+    """
+    return Protect(policy=policy, sinks=sinks, recent=recent)

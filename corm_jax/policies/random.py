@@ -1,0 +1,59 @@
+"""Random: any key may go. The control that every policy has to beat.
+
+Who goes is drawn anew at every step, from a hash of the seed, the clock, the key's position, and its first coordinate,
+so that heads and layers draw each for itself. The same seed gives the same evictions.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int, UInt
+
+from corm_jax.policies.options import number, whole
+from corm_jax.types import CacheSpec, Observation, PerHead, Slots
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Random:
+    """On a budget, keep keys at random.
+
+    Args:
+      seed: of the draw. A number, or one for each head.
+      recent: newest keys that never go.
+    """
+
+    seed: PerHead = number(0, "another seed, another draw")
+    recent: PerHead = number(1, "newest keys that never go")
+
+    def __post_init__(self):
+        whole(0, seed=self.seed, recent=self.recent)
+
+    @property
+    def protected(self) -> PerHead:
+        return self.recent
+
+    def init(self, spec: CacheSpec) -> UInt[Array, "*slots"]:
+        return jnp.zeros(spec.slots, jnp.uint32)
+
+    def observe(self, state: UInt[Array, "*slots"], observation: Observation, slots: Slots) -> UInt[Array, "*slots"]:
+        if observation.keys is None:
+            return state
+        return jax.lax.bitcast_convert_type(observation.keys[..., 0].astype(jnp.float32), jnp.uint32)
+
+    def retain(self, state: UInt[Array, "*slots"], slots: Slots) -> Bool[Array, "*slots"]:
+        return slots.live
+
+    def rank(self, state: UInt[Array, "*slots"], slots: Slots) -> Int[Array, "*slots"]:
+        draw = state
+        for number_ in (slots.position, slots.seen, slots.spread(self.seed)):
+            draw = _mix(draw ^ number_.astype(jnp.uint32))
+        return jnp.where(slots.newest(self.recent), jnp.iinfo(jnp.int32).max, (draw >> 1).astype(jnp.int32))
+
+
+def _mix(x: Array) -> Array:
+    # The finalizer of MurmurHash3: every bit of the input changes every bit of the output with probability 1/2.
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = (x ^ (x >> shift)) * jnp.uint32(factor)
+    return x ^ (x >> 16)

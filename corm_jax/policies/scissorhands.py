@@ -1,0 +1,78 @@
+"""Scissorhands: what was unimportant to most of the last queries goes, many at a time (arXiv 2305.17118).
+
+When more than B keys are live, count for each key the queries among the last w that gave it less than 1/t, and drop the
+m = ``drop`` B keys with the highest counts; the newest ``recent`` are exempt (section 4, algorithm 2):
+
+    unimportant[i]  =  | { t in the last w : alpha_t[i] < 1/t } |        (alpha: the mean over a group)
+
+The paper's w = 400, r = 10, m = B / 2. Its released code is another rule: no budget, and a key stays if any of the last 100
+queries puts it above the 90th percentile of its row. The counts are exact: each slot holds the last w verdicts as bits.
+"""
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int, UInt
+
+from corm_jax.errors import CormError
+from corm_jax.policies.options import concrete, number, static, whole
+from corm_jax.types import CacheSpec, Observation, PerHead, Slots
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Scissorhands:
+    """Above a budget, drop a share of it at once: the keys that most of the last queries found unimportant.
+
+    Args:
+      budget: B, the most keys that stay. A number, or one for each head.
+      window: w, in queries; static, since the state has a bit for each.
+      recent: r, newest keys that never go.
+      drop: m / B, the share of the budget that is dropped at once.
+    """
+
+    budget: PerHead = number(512, "B: keys that stay at most")
+    window: int = static(400, "w: queries whose verdict counts")
+    recent: PerHead = number(10, "r: newest keys that never go")
+    drop: PerHead = number(0.5, "share of the budget that goes at once")
+
+    def __post_init__(self):
+        whole(1, budget=self.budget, window=self.window)
+        whole(0, recent=self.recent)
+        if concrete(self.drop) and not 0 < self.drop <= 1:
+            raise CormError(f"drop must be above 0 and at most 1, not {self.drop}")
+
+    @property
+    def protected(self) -> PerHead:
+        return self.recent
+
+    def init(self, spec: CacheSpec) -> UInt[Array, "words *slots"]:
+        return jnp.zeros((math.ceil(self.window / 32), *spec.slots), jnp.uint32)
+
+    def observe(
+        self, state: UInt[Array, "words *slots"], observation: Observation, slots: Slots
+    ) -> UInt[Array, "words *slots"]:
+        n = observation.seen.astype(jnp.float32)
+        ratio = (observation.weights * n / observation.total).mean(0)  # alpha t
+        unimportant = (ratio < 1) & observation.visible
+
+        def record(state, query):
+            unimportant, seen = query
+            at = (seen.reshape(()) - 1) % self.window
+            bit = jnp.left_shift(jnp.uint32(1), (at % 32).astype(jnp.uint32))
+            word = jnp.where(unimportant, state[at // 32] | bit, state[at // 32] & ~bit)
+            return jnp.where(seen.reshape(()) <= slots.seen, state.at[at // 32].set(word), state), None
+
+        return jax.lax.scan(record, state, (unimportant, observation.seen))[0]
+
+    def retain(self, state: UInt[Array, "words *slots"], slots: Slots) -> Bool[Array, "*slots"]:
+        live, budget = slots.total(slots.live), jnp.asarray(self.budget, jnp.int32)
+        share = (jnp.asarray(self.drop, jnp.float32) * budget.astype(jnp.float32)).astype(jnp.int32)
+        some = jnp.minimum(jnp.maximum(share, live - budget), live - jnp.asarray(self.recent))
+        return slots.live & ~slots.lowest(self.rank(state, slots), jnp.where(live > budget, some, 0))
+
+    def rank(self, state: UInt[Array, "words *slots"], slots: Slots) -> Int[Array, "*slots"]:
+        unimportant = jax.lax.population_count(state).astype(jnp.int32).sum(0)
+        return jnp.where(slots.newest(self.recent), jnp.iinfo(jnp.int32).max, -unimportant)

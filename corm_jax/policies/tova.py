@@ -1,0 +1,39 @@
+"""TOVA: the token that the last query attended to least goes (arXiv 2401.06104).
+
+    a[i]  =  mean over all heads of the layer of the newest query's attention to token i
+
+All heads of a layer keep the same tokens (section 3, figure 2). There are no sinks and no recent window: what is kept is
+what is attended to. The newest token is a candidate like any other.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from corm_jax.types import CacheSpec, Observation, Slots
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class TOVA:
+    """On a budget, keep what the newest query attends to."""
+
+    @property
+    def protected(self) -> int:
+        return 0
+
+    def init(self, spec: CacheSpec) -> Float[Array, "*slots"]:
+        return jnp.zeros(spec.slots, jnp.float32)
+
+    def observe(self, state: Float[Array, "*slots"], observation: Observation, slots: Slots) -> Float[Array, "*slots"]:
+        newest = observation.seen == slots.seen  # of the chunk's queries; none if all are padding
+        attention = jnp.where(newest, observation.probability.mean(0), 0.0).sum(0)
+        return jnp.where(newest.any(), slots.mean_over_heads(attention), state)
+
+    def retain(self, state: Float[Array, "*slots"], slots: Slots) -> Bool[Array, "*slots"]:
+        return slots.live
+
+    def rank(self, state: Float[Array, "*slots"], slots: Slots) -> Float[Array, "*slots"]:
+        return state

@@ -1,0 +1,263 @@
+"""The specification, continued: eviction rules of the field in plain Python, written from their papers.
+
+A rule belongs to one key-value head. `read` tells it what happens, key by key and query by query, and asks it which keys
+stay and who is to go first. Nothing here knows of JAX, slots or batches. Key ``i`` (from 0) has the 1-based position
+``i + 1``; the clock ``t`` is the number of tokens seen.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from simulator.reference import Reading, attention, important_keys
+
+
+class Rule:
+    """Keep everything; without room the oldest key goes. The base of all others.
+
+    Attributes:
+      margin: see `Reading`; also the smallest relative difference between two keys, one of which had to go.
+    """
+
+    margin = math.inf
+
+    def arrives(self, i: int, key: np.ndarray) -> None:
+        """Key i was read."""
+
+    def attended(self, t: int, head: int, rows: list[list[dict[int, float]]]) -> None:
+        """Query t was answered: ``rows[head][query head of the group] = {key: probability}``, of all heads."""
+
+    def keeps(self, live: list[int], t: int) -> list[int]:
+        """Which of the live keys stay after clock t."""
+        return live
+
+    def order(self, i: int, t: int) -> float:
+        """Who goes first: the lowest, among equals the oldest."""
+        return i
+
+    def exempt(self, i: int, t: int) -> bool:
+        """Whether key i goes only after all that are not exempt."""
+        return False
+
+    def without(self, live: list[int], t: int, count: int) -> list[int]:
+        """The live keys without the first ``count`` to go."""
+        for _ in range(count):
+            ranked = sorted(live, key=lambda i: (self.exempt(i, t), 0 if self.exempt(i, t) else self.order(i, t), i))
+            victim, *others = ranked
+            for other in others:
+                if not self.exempt(other, t):
+                    a, b = self.order(victim, t), self.order(other, t)
+                    if a != b:
+                        self.margin = min(self.margin, abs(a - b) / max(abs(a), abs(b)))
+            live = [i for i in live if i != victim]
+        return live
+
+
+class Corm(Rule):
+    """CORM (arXiv 2404.15949), section 4: what none of the last w queries found important goes, the newest r stay."""
+
+    def __init__(self, *, window, recent, threshold, group, eager):
+        self.window, self.recent, self.eager = window, recent, eager
+        self.how = {"threshold": threshold, "group": group}
+        self.last: dict[int, float] = {}
+
+    def attended(self, t, head, rows):
+        found, margin = important_keys(rows[head], t, **self.how)
+        self.margin = min(self.margin, margin)
+        self.last |= dict.fromkeys(found, t)
+
+    def keeps(self, live, t):
+        if t < self.window and not self.eager:
+            return live
+        return [i for i in live if self.exempt(i, t) or self.order(i, t) > t - self.window]
+
+    def order(self, i, t):
+        return self.last.get(i, -math.inf)
+
+    def exempt(self, i, t):
+        return i + 1 > t - self.recent
+
+
+class StreamingLLM(Rule):
+    """StreamingLLM (arXiv 2309.17453), section 3.2: the first tokens and the newest, at their original positions."""
+
+    def __init__(self, *, sinks):
+        self.sinks = sinks
+
+    def exempt(self, i, t):
+        return i < self.sinks
+
+
+class H2O(Rule):
+    """H2O (arXiv 2306.14048), algorithm 1: the least accumulated attention goes, the newest are exempt."""
+
+    def __init__(self, *, recent, score):
+        self.recent, self.score = recent, score
+        self.sum: dict[int, float] = {}
+
+    def attended(self, t, head, rows):
+        for i in rows[head][0]:
+            self.sum[i] = self.sum.get(i, 0.0) + sum(row[i] for row in rows[head]) / len(rows[head])
+
+    def order(self, i, t):
+        return self.sum[i] if self.score == "raw" else self.sum[i] / (t - i)
+
+    def exempt(self, i, t):
+        return i + 1 > t - self.recent
+
+
+class Scissorhands(Rule):
+    """Scissorhands (arXiv 2305.17118), algorithm 2: above B keys, drop m of those most often unimportant of late."""
+
+    def __init__(self, *, budget, window, recent, drop):
+        self.budget, self.window, self.recent = budget, window, recent
+        self.share = math.floor(drop * budget + 1e-3)
+        self.unimportant: list[set[int]] = []  # one set a query
+
+    def attended(self, t, head, rows):
+        row = {i: sum(row[i] for row in rows[head]) / len(rows[head]) for i in rows[head][0]}
+        important, margin = important_keys([row], t, threshold="position", group="any")
+        self.margin = min(self.margin, margin)
+        self.unimportant.append(set(row) - important)
+
+    def keeps(self, live, t):
+        if len(live) <= self.budget:
+            return live
+        candidates = sum(not self.exempt(i, t) for i in live)
+        return self.without(live, t, min(max(self.share, len(live) - self.budget), candidates))
+
+    def order(self, i, t):
+        return -sum(i in query for query in self.unimportant[-self.window :])
+
+    def exempt(self, i, t):
+        return i + 1 > t - self.recent
+
+
+class TOVA(Rule):
+    """TOVA (arXiv 2401.06104), section 3: the lowest attention of the newest query, mean over the layer's heads."""
+
+    def attended(self, t, head, rows):
+        every = [row for rows_of_head in rows for row in rows_of_head]
+        self.attention = {i: sum(row[i] for row in every) / len(every) for i in every[0]}
+
+    def order(self, i, t):
+        return self.attention[i]
+
+
+class L2Norm(Rule):
+    """L2 norm (arXiv 2406.11430), section 4: the key with the largest norm goes."""
+
+    def __init__(self):
+        self.norm: dict[int, float] = {}
+
+    def arrives(self, i, key):
+        self.norm[i] = math.sqrt(sum(float(x) ** 2 for x in key))
+
+    def order(self, i, t):
+        return -self.norm[i]
+
+
+class Random(Rule):
+    """A draw from a hash: MurmurHash3's finalizer over the key's first coordinate, its position, clock and seed."""
+
+    def __init__(self, *, seed, recent):
+        self.seed, self.recent = int(seed), recent
+        self.salt: dict[int, int] = {}
+
+    def arrives(self, i, key):
+        self.salt[i] = int(np.float32(key[0]).view(np.uint32))
+
+    def order(self, i, t):
+        draw = self.salt[i]
+        for number in (i, t, self.seed):
+            draw ^= number
+            draw = ((draw ^ (draw >> 16)) * 0x85EBCA6B) % 2**32
+            draw = ((draw ^ (draw >> 13)) * 0xC2B2AE35) % 2**32
+            draw ^= draw >> 16
+        return draw // 2
+
+    def exempt(self, i, t):
+        return i + 1 > t - self.recent
+
+
+class Protect(Rule):
+    """Another rule, which neither drops nor gives up the first ``sinks`` and the newest ``recent`` keys."""
+
+    def __init__(self, rule: Rule, *, sinks, recent):
+        self.rule, self.sinks, self.recent = rule, sinks, recent
+        self.arrives, self.attended, self.order = rule.arrives, rule.attended, rule.order
+
+    def keeps(self, live, t):
+        kept = self.rule.keeps(live, t)
+        self.margin = min(self.margin, self.rule.margin)
+        return [i for i in live if i in kept or self._safe(i, t)]
+
+    def exempt(self, i, t):
+        return self._safe(i, t) or self.rule.exempt(i, t)
+
+    def _safe(self, i, t):
+        return i < self.sinks or i + 1 > t - self.recent
+
+
+class Budget(Rule):
+    """Another rule, and after it who is to go first, until at most so many keys are left."""
+
+    def __init__(self, rule: Rule, *, tokens, per_mille, least):
+        self.rule, self.tokens, self.per_mille, self.least = rule, tokens, per_mille, max(least, 1)
+        self.arrives, self.attended, self.order, self.exempt = rule.arrives, rule.attended, rule.order, rule.exempt
+
+    def keeps(self, live, t):
+        live = self.rule.keeps(live, t)
+        self.margin = min(self.margin, self.rule.margin)
+        limit = max(self.tokens + t * self.per_mille // 1000, self.least)
+        return self.without(live, t, max(len(live) - limit, 0))
+
+
+def read(
+    rules: Sequence[Rule],
+    queries: np.ndarray,
+    keys: np.ndarray,
+    values: np.ndarray,
+    *,
+    chunks: Sequence[int] | None = None,
+    capacity: int | None = None,
+) -> list[Reading]:
+    """Reads one sequence through the heads of a layer.
+
+    Args:
+      rules: a fresh one for each head.
+      queries: ``[tokens, kv_heads, group, head_dim]``.
+      keys, values: ``[tokens, kv_heads, head_dim]``.
+      chunks, capacity: as in `simulator.reference.corm_messages`.
+    """
+    tokens, heads, group, _ = queries.shape
+    live: list[list[int]] = [[] for _ in rules]
+    kept: list[list[set[int]]] = [[] for _ in rules]
+    lost, outputs = [0] * heads, np.zeros((heads, tokens, group, values.shape[-1]))
+    start = 0
+    for size in [1] * tokens if chunks is None else chunks:
+        end = start + size
+        for head, rule in enumerate(rules):
+            short = 0 if capacity is None else max(len(live[head]) + size - capacity, 0)
+            live[head] = rule.without(live[head], end, short)
+            lost[head] += short
+            for i in range(start, end):
+                rule.arrives(i, keys[i, head])
+            live[head] = live[head] + list(range(start, end))
+        for index in range(start, end):
+            rows: list[list[dict[int, float]]] = []
+            for head in range(heads):
+                visible = [i for i in live[head] if i <= index]
+                found = [
+                    attention(queries[index, head, g], keys[:, head], values[:, head], visible) for g in range(group)
+                ]
+                rows.append([row for row, _ in found])
+                outputs[head, index] = [output for _, output in found]
+            for head, rule in enumerate(rules):
+                rule.attended(index + 1, head, rows)
+        for head, rule in enumerate(rules):
+            live[head] = rule.keeps(live[head], end)
+            kept[head].append(set(live[head]))
+        start = end
+    return [Reading(kept[h], outputs[h], lost[h], rules[h].margin) for h in range(heads)]
