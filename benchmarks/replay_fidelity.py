@@ -22,7 +22,7 @@ import numpy as np
 
 import corm_jax as cj
 from corm_jax.files import write_json
-from corm_jax.inputs import text_from
+from corm_jax.inputs import encode, text_from
 from corm_jax.perplexity import read
 from corm_jax.recording import record
 from simulator.recurrence import FOREVER
@@ -67,7 +67,7 @@ def main() -> None:
     arguments = parser.parse_args()
     words, name = text_from(arguments.text)
     model, tokenizer = cj.load()
-    ids = tokenizer.encode(words)[: arguments.tokens]
+    ids = encode(model, tokenizer, words, name, arguments.tokens)
     layers = list(record(model, ids))
     trace = Trace.from_qkv(*(np.stack([getattr(layer, part) for layer in layers]) for part in "qkv"))
     rows = []
@@ -78,13 +78,14 @@ def main() -> None:
             result = replay(trace, policy, fidelity=fidelity, errors=False)
             found = gap(result.live, result.until == FOREVER, *true)
             rows.append({"policy": spec, "replay": fidelity, "against": "live", **found})
-    exact = replay(trace, policy, errors=False)
+    narrow = POLICIES[-1]
+    exact = replay(trace, cj.parse(narrow), errors=False)
     with tempfile.TemporaryDirectory() as folder:
         for dtype in ("float16", "bfloat16"):
             trace.save(f"{folder}/{dtype}", dtype)
-            rounded = replay(Trace.open(f"{folder}/{dtype}"), policy, errors=False)
+            rounded = replay(Trace.open(f"{folder}/{dtype}"), cj.parse(narrow), errors=False)
             found = gap(rounded.live, rounded.until == FOREVER, exact.live, exact.until == FOREVER)
-            rows.append({"policy": spec, "replay": dtype, "against": "float32", **found})
+            rows.append({"policy": narrow, "replay": dtype, "against": "float32", **found})
     print(f"SmolLM2-135M, {len(ids):,} tokens of {name}")
     print("| policy | replay | against | kept | kept there | count gap | by head | same keys (least) | other fate |")
     print("|---|---|---|---|---|---|---|---|---|")

@@ -21,7 +21,7 @@ import jax
 
 import corm_jax as cj
 from corm_jax.files import write_json
-from corm_jax.inputs import text_from
+from corm_jax.inputs import encode, text_from
 from corm_jax.recording import record
 from simulator.replay import replay, sweep
 from simulator.storage import Writer
@@ -65,8 +65,7 @@ def main() -> None:
     arguments = parser.parse_args()
     words, name = text_from(arguments.text)
     model, tokenizer = cj.load()
-    tokens = 8192 if arguments.long else arguments.tokens
-    ids = tokenizer.encode(words)[:tokens]
+    ids = encode(model, tokenizer, words, name, 8192 if arguments.long else arguments.tokens)
     result: dict = {"text": name, "tokens": len(ids), "device": str(jax.devices()[0].device_kind)}
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()

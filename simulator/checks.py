@@ -15,12 +15,11 @@ import numpy as np
 from hypothesis import assume
 from hypothesis import strategies as st
 
-from corm_jax.policies import Corm
 from corm_jax.types import LayerCache, Slots
 from simulator import invariants
 from simulator.invariants import InvariantError
 from simulator.replay import replay
-from simulator.specification import readings, specified
+from simulator.specification import readings
 from simulator.strategies import CHUNK, GARBAGE, KV_HEADS, TOKENS, Case, cases
 from simulator.subject import Subject
 
@@ -34,6 +33,10 @@ ONCE: list[Callable[[Subject, st.DataObject], None]] = []
 """Those that no second history makes any stronger."""
 
 
+CORM: list[Callable[[Subject, st.DataObject], None]] = []
+"""Those that hold for CORM only."""
+
+
 def _check(function):
     CHECKS.append(function)
     return function
@@ -41,6 +44,11 @@ def _check(function):
 
 def _check_once(function):
     ONCE.append(function)
+    return _check(function)
+
+
+def _check_corm(function):
+    CORM.append(function)
     return _check(function)
 
 
@@ -56,6 +64,13 @@ def shapes(subject: Subject, data: st.DataObject) -> None:
     for leaf in jax.tree.leaves(before.state):
         if leaf.shape[-2:] != slots:
             raise InvariantError("shapes", f"a state of shape {leaf.shape} does not end in the slots {slots}")
+    fields = [field.name for field in dataclasses.fields(policy)]
+    fixed = [field.name for field in dataclasses.fields(policy) if field.metadata.get("static")]
+    twin = dataclasses.make_dataclass("Twin", fields, frozen=True)
+    leaves = [name for name in fields if name not in fixed]
+    jax.tree_util.register_dataclass(twin, data_fields=leaves, meta_fields=fixed)
+    if jax.tree.structure(policy) == jax.tree.structure(twin(*(getattr(policy, name) for name in fields))):
+        raise InvariantError("shapes", "jax.jit may take another class for this one: make it with corm_jax.policy")
     view = Slots(before.position, before.seen)
     for name in ("retain", "rank"):
         value = jax.eval_shape(getattr(policy, name), before.state, view)
@@ -82,7 +97,10 @@ def keys_in_their_slots(subject: Subject, data: st.DataObject) -> None:
 
 @_check
 def histories(subject: Subject, data: st.DataObject) -> None:
-    """No key before its time, none returns, the newest stay, never more than there are slots."""
+    """No key before its time, none returns, never more than there are slots.
+
+    A policy that has an attribute ``recent`` promises that the newest so many keys stay, which is checked as well.
+    """
     case = data.draw(cases())
     for capacity in (None, subject.few):
         kept = subject.read(case, capacity).kept
@@ -92,12 +110,10 @@ def histories(subject: Subject, data: st.DataObject) -> None:
         invariants.within_capacity(kept, capacity or TOKENS + CHUNK, case.clock)
 
 
-@_check
+@_check_corm
 def corm_rule(subject: Subject, data: st.DataObject) -> None:
-    """CORM: nothing early, nobody but long-term minor keys goes, and all of them do. For `Corm` only."""
+    """CORM: nothing early, nobody but long-term minor keys goes, and all of them do."""
     policy, case = subject.policy, data.draw(cases())
-    if not isinstance(policy, Corm):
-        return
     kept = subject.read(case).kept
     n = case.tokens
     attended = _attended(kept[0], case)[..., :n, :n]
@@ -112,20 +128,18 @@ def corm_rule(subject: Subject, data: st.DataObject) -> None:
 
 @_check
 def specification(subject: Subject, data: st.DataObject) -> None:
-    """The same keys survive as in the specification, if there is one, with the same outputs and overflow."""
+    """The same keys survive as in the specification, with the same outputs and overflow."""
     policy, case = subject.policy, data.draw(cases())
-    if subject.reference is None and not specified(policy):
-        return
-    chunks, n = [int(count) for count in case.counts if count], case.tokens
+    pieces, n = [int(count) for count in case.counts if count], case.tokens
     steps = case.counts > 0
     for capacity in (None, subject.few):
         history = subject.read(case, capacity)
         outputs = np.concatenate([out[:count] for out, count in zip(history.outputs, case.counts, strict=True)])
         expected = readings(
-            policy, case.q[:n], case.k[:n], case.v[:n], chunks=chunks, capacity=capacity, reference=subject.reference
+            policy, case.q[:n], case.k[:n], case.v[:n], chunks=pieces, capacity=capacity, reference=subject.reference
         )
         assume(min(reading.margin for reading in expected) > CLOSE)
-        kept = np.zeros((1, KV_HEADS, len(chunks), TOKENS + CHUNK), bool)
+        kept = np.zeros((1, KV_HEADS, len(pieces), TOKENS + CHUNK), bool)
         for head, reading in enumerate(expected):
             for row, keys in zip(kept[0, head], reading.kept, strict=True):
                 row[list(keys)] = True
@@ -166,6 +180,22 @@ def enough_is_enough(subject: Subject, data: st.DataObject) -> None:
 
 
 @_check
+def chunks(subject: Subject, data: st.DataObject) -> None:
+    """While nothing goes, it is all the same in which pieces a text is read: same outputs, same state."""
+    case = data.draw(cases())
+    ones = Case(case.logits, np.where(np.arange(TOKENS) < case.tokens, 1, 0).astype(np.int32))
+    pieces, single = (subject.read(each, evict=False) for each in (case, ones))
+    rows = [np.concatenate([out[:count] for out, count in zip(history.outputs, each.counts, strict=True)])
+            for history, each in ((pieces, case), (single, ones))]  # fmt: skip
+    _close("chunks", rows[0], rows[1], "token by token")
+    live = np.asarray(pieces.cache.position) >= 0
+    for one, other in zip(jax.tree.leaves(pieces.cache.state), jax.tree.leaves(single.cache.state), strict=True):
+        difference = np.abs(np.asarray(one, np.float64) - np.asarray(other, np.float64))[..., live]
+        if not (difference <= 1e-4).all():
+            raise InvariantError("chunks", f"the state differs by {difference.max():.3g} from token by token")
+
+
+@_check
 def padding(subject: Subject, data: st.DataObject) -> None:
     """What pads a chunk changes nothing, and neither do steps without tokens."""
     case = data.draw(cases())
@@ -199,10 +229,15 @@ def batch_rows(subject: Subject, data: st.DataObject) -> None:
 
 @_check
 def head_order(subject: Subject, data: st.DataObject) -> None:
-    """Exchanging key-value heads exchanges their histories; the order of query heads in a group means nothing."""
+    """Exchanging key-value heads exchanges their histories; the order of query heads in a group means nothing.
+
+    A hyperparameter of shape ``[kv_heads]`` is taken to be one number for each head.
+    """
     case = data.draw(cases())
     one = subject.read(case, subject.few)
-    other = subject._replace(policy=jax.tree.map(lambda x: x[..., ::-1] if np.ndim(x) else x, subject.policy))
+    other = subject._replace(
+        policy=jax.tree.map(lambda x: x[::-1] if np.shape(x) == (KV_HEADS,) else x, subject.policy)
+    )
     q, k, v = (x[:, ::-1] for x in (case.q[:, :, ::-1], case.k, case.v))
     two = other.go_on(other.cache(subject.few), q, k, v, case.counts)
     invariants.same_decisions("head_order", one.kept, two.kept[:, ::-1], "in another order of heads", case.clock)
@@ -260,21 +295,24 @@ def one_compile(subject: Subject, data: st.DataObject) -> None:
 @_check
 def replays_alike(subject: Subject, data: st.DataObject) -> None:
     """The cache and `simulator.replay`, which has no slots, come to the same decisions and the same overflow."""
-    case = data.draw(cases(counts=[1] * TOKENS))
+    chunk = data.draw(st.sampled_from([1, CHUNK]))
+    case = data.draw(cases(counts=[min(chunk, max(TOKENS - chunk * i, 0)) for i in range(TOKENS)]))
+    steps = case.counts > 0
     for capacity in (None, subject.few):
         history = subject.read(case, capacity)
-        other = replay(case.trace(), subject.policy, capacity=capacity, errors=False)
-        kept = history.kept[..., :TOKENS]
-        invariants.same_decisions("replays_alike", kept, other.history(), "in the replay", case.clock)
+        other = replay(case.trace(), subject.policy, capacity=capacity, chunk=chunk, errors=False)
+        kept, replayed = history.kept[:, :, steps, :TOKENS], other.history()[:, :, case.clock[steps] - 1]
+        invariants.same_decisions("replays_alike", kept, replayed, "in the replay", case.clock[steps])
+        invariants.within_capacity(replayed, capacity or TOKENS, case.clock[steps])
         for head in range(KV_HEADS):
             _same_number("replays_alike", "overflow", int(history.overflow[-1, head]), int(other.overflow[0, head]))
 
 
-@_check
+@_check_corm
 def monotone(subject: Subject, data: st.DataObject) -> None:
-    """CORM: with attention as recorded, a larger w or r keeps all that a smaller one does. For `Corm` only."""
+    """CORM: with attention as recorded, a larger w or r keeps all that a smaller one does."""
     policy, case = subject.policy, data.draw(cases(counts=[1] * TOKENS))
-    if not isinstance(policy, Corm) or policy.eager or policy.threshold == "live":
+    if policy.eager or policy.threshold == "live":
         return  # eager: a larger window may be filled later; live: the threshold depends on what is kept
     more = data.draw(st.integers(0, 3)), data.draw(st.integers(0, 3))
     larger = dataclasses.replace(policy, window=policy.window + more[0], recent=policy.recent + more[1])
@@ -321,7 +359,9 @@ def _littered(cache: LayerCache, rng) -> LayerCache:
     def litter(leaf):
         if leaf.dtype == bool:
             return leaf ^ empty
-        return jnp.where(empty, jnp.asarray(rng.integers(0, 2 * TOKENS), leaf.dtype), leaf)
+        numbers = rng.integers(0, 2 * TOKENS, leaf.shape)
+        rubbish = np.where(numbers % 2, numbers, np.nan) if jnp.issubdtype(leaf.dtype, jnp.floating) else numbers
+        return jnp.where(empty, jnp.asarray(rubbish, leaf.dtype), leaf)
 
     k, v = (jnp.where(empty[..., None], jnp.nan, x) for x in (cache.k, cache.v))
     return cache._replace(k=k, v=v, state=jax.tree.map(litter, cache.state))

@@ -158,7 +158,7 @@ _plot_file = click.option("--plot", "plot_file", type=_file, help="draw it into 
 
 @_command("replay")
 @_policies
-@click.option("--no-errors", is_flag=True, help="do without the output errors, which takes half the time")
+@click.option("--no-errors", is_flag=True, help="do without the output errors, which takes two thirds of the time")
 def _replay(job: Job, specs, no_errors):
     """Replay policies: what each keeps, and what that costs."""
     rows = [job.replay(spec, policy, not no_errors)[1] for spec, policy in job.policies(specs).items()]

@@ -73,9 +73,7 @@ def within_capacity(kept: np.ndarray, capacity: int, clock: np.ndarray | None = 
         )  # fmt: skip
 
 
-def only_minor_goes(
-    kept: np.ndarray, important: np.ndarray, window, clock: np.ndarray | None = None, name: str = "only_minor_goes"
-) -> None:
+def only_minor_goes(kept: np.ndarray, important: np.ndarray, window, clock: np.ndarray | None = None) -> None:
     """CORM: a key that one of the last ``window`` queries found important does not go.
 
     Args:
@@ -83,12 +81,10 @@ def only_minor_goes(
     """
     key, clock = _axes(kept, clock)
     bad = _goes(kept, key, clock) & _asked(important, clock, window)
-    _refuse(name, bad, clock, f"goes, but one of the last {window} queries found it important")
+    _refuse("only_minor_goes", bad, clock, f"goes, but one of the last {window} queries found it important")
 
 
-def minor_goes(
-    kept: np.ndarray, important: np.ndarray, window, recent, clock: np.ndarray | None = None, name: str = "minor_goes"
-) -> None:
+def minor_goes(kept: np.ndarray, important: np.ndarray, window, recent, clock: np.ndarray | None = None) -> None:
     """CORM: from clock ``window`` on, a key that none of the last ``window`` queries found important is gone.
 
     The newest ``recent`` are exempt. Arguments as for `only_minor_goes`.
@@ -96,7 +92,7 @@ def minor_goes(
     key, clock = _axes(kept, clock)
     old = (key < clock - _per_head(recent)) & (clock >= _per_head(window))
     bad = kept & old & ~_asked(important, clock, window)
-    _refuse(name, bad, clock, f"stays, but none of the last {window} queries found it important")
+    _refuse("minor_goes", bad, clock, f"stays, but none of the last {window} queries found it important")
 
 
 def subset(kept: np.ndarray, of: np.ndarray, what: str, clock: np.ndarray | None = None) -> None:

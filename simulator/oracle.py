@@ -44,6 +44,11 @@ class Bounds(NamedTuple):
         """``most - policy``: the mass lost beyond what so few keys had to lose."""
         return self.most - self.policy
 
+    @property
+    def regret_without_return(self) -> np.ndarray:
+        """``greedy - policy``: what a clairvoyant who takes no key back has more; below 0 where he has less."""
+        return self.greedy - self.policy
+
 
 def bounds(trace: Trace, replay: Replay, progress: Callable[[int], None] = lambda done: None) -> Bounds:
     """Both bounds for a replay of this trace, layer by layer.
@@ -70,6 +75,8 @@ def bounds(trace: Trace, replay: Replay, progress: Callable[[int], None] = lambd
             lower[layer, head] = greedy(alpha, n[layer, head])
         progress(layer + 1)
     mass = replay.mass.reshape(meta.layers, meta.kv_heads, -1, meta.steps).mean(2)
+    if (mass > upper + 1e-3).any():
+        raise CormError("the replay keeps more attention than there is: it is a replay of another trace")
     return Bounds(mass, upper, lower)
 
 
@@ -79,7 +86,8 @@ def attention(trace: Trace, layer: int) -> Iterator[np.ndarray]:
     for head in range(trace.meta.kv_heads):
         queries = slice(head * group, (head + 1) * group)
         if isinstance(data, Rows):
-            yield data.probs[queries].mean(0)
+            rows = data.probs[queries]
+            yield (rows / rows.sum(-1, keepdims=True)).mean(0)  # as a replay takes them: to the last digit 1
         else:
             yield np.asarray(_attention(data.q[:, queries], data.k[:, head], np.float32(trace.meta.scale or 1)))
 

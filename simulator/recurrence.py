@@ -83,7 +83,7 @@ def _block(policy, layer, scale, steps, capacity, chunk, block, fidelity, errors
     full = _Softmax.of(logits, causal)
     important = (full.weights * clock[:, None].astype(jnp.float32) / full.total >= 1).any(1) & causal
 
-    keys = layer.k.swapaxes(0, 1) if isinstance(layer, QKV) else None
+    keys = jnp.asarray(layer.k).swapaxes(0, 1) if isinstance(layer, QKV) else None
 
     def step(carry, begin):
         state, until, lost = carry

@@ -24,6 +24,7 @@ import numpy as np
 
 from corm_jax.cache import per_layer, slots_for
 from corm_jax.errors import CormError
+from corm_jax.policies.options import whole
 from corm_jax.types import Policy
 from simulator.recurrence import FOREVER, read
 from simulator.trace import QKV, Rows, Trace
@@ -119,7 +120,7 @@ def replay(
       fidelity: ``"renormalized"`` or ``"recorded"``, see above.
       capacity: slots a key-value head; without one, nothing overflows.
       chunk: tokens between evictions; 1 is the exact recurrence.
-      errors: measure the outputs' errors too, where the trace holds values. Costs about as much again.
+      errors: measure the outputs' errors too, where the trace holds values. Takes about half as much time again.
       keep_history: fill in ``kept``: layers x kv_heads x steps^2 bytes.
       progress: called with the number of layers done.
 
@@ -137,6 +138,7 @@ def replay(
     >>> int(result.regretted.sum())
     1
     """
+    chunk = _checked(trace, [policy] if isinstance(policy, Policy | str | type) else policy, fidelity, capacity, chunk)
     policies = per_layer(policy, trace.meta.layers)
     result = _run(trace, policies, _compiled, fidelity, capacity, chunk, errors, progress)
     return result._replace(kept=result.history()) if keep_history else result
@@ -167,17 +169,19 @@ def sweep(
     >>> sweep(noise(layers=1, steps=16), Corm, grid).live[..., -1].shape        # [window, recent, layers, kv_heads]
     (3, 2, 1, 2)
     """
-    if not grid or not all(len(values) for values in grid.values()):
-        raise CormError(f"the grid {dict(grid)!r} is empty: give at least one value for each name")
+    for name, values in grid.items():
+        if np.isscalar(values) or not len(values):
+            raise CormError(f"the grid has {name}={values!r}: give a list of at least one value for each name")
+    if not grid:
+        raise CormError("the grid is empty: give at least one name with its values")
     points = [policy_factory(**dict(zip(grid, point, strict=True))) for point in product(*grid.values())]
     structures = {jax.tree.structure(point) for point in points}
     if len(structures) > 1:
         raise CormError(
             f"the grid over {', '.join(grid)} varies a choice that is static in the policy: sweep each value by itself"
         )
-    for point in points:
-        slots_for(point, capacity, trace.meta.steps, chunk)
-    policy = jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *points)
+    chunk = _checked(trace, points, fidelity, capacity, chunk)
+    policy = jax.tree.map(lambda *leaves: jnp.stack(jnp.broadcast_arrays(*leaves)), *points)
     policies = (policy,) * trace.meta.layers
     result = _run(trace, policies, _compiled_grid, fidelity, capacity, chunk, errors, progress)
     shape = tuple(len(values) for values in grid.values())
@@ -189,16 +193,34 @@ def sweep(
     return jax.tree.map(arrange, result)
 
 
-def _run(trace, policies, compiled, fidelity, capacity, chunk, errors, progress) -> Replay:
-    meta = trace.meta
+def _checked(trace, policies: Sequence[Any], fidelity: str, capacity: int | None, chunk: int) -> int:
+    """Raises for arguments that cannot work. Returns the chunk, which need not be longer than the trace."""
+    if not isinstance(trace, Trace):
+        raise CormError(f"{trace!r} is not a Trace: read one with Trace.open(path)")
     if fidelity not in FIDELITIES:
         raise CormError(
             f"fidelity must be {' or '.join(map(repr, FIDELITIES))}, not {fidelity!r} (live is the model itself)"
         )
-    if chunk < 1:
-        raise CormError(f"chunk must be at least 1, not {chunk}")
-    slots_for(policies, capacity, meta.steps, chunk)
-    chunk = min(chunk, meta.steps)
+    whole(1, chunk=chunk, **({} if capacity is None else {"capacity": capacity}))
+    for policy in policies:
+        if isinstance(policy, type) or not isinstance(policy, Policy):
+            raise CormError(
+                f"{policy!r} is not a policy: give an object such as Corm(window=64), or corm_jax.parse(spec)"
+            )
+        for path, leaf in jax.tree_util.tree_leaves_with_path(policy):
+            if np.shape(leaf) not in ((), (trace.meta.kv_heads,)):
+                name = jax.tree_util.keystr(path)
+                raise CormError(
+                    f"{type(policy).__name__}{name} has the shape {np.shape(leaf)}: give a number, or one for each "
+                    f"of the {trace.meta.kv_heads} key-value heads"
+                )
+    chunk = min(chunk, trace.meta.steps)
+    slots_for(policies, capacity, trace.meta.steps, chunk)
+    return chunk
+
+
+def _run(trace, policies, compiled, fidelity, capacity, chunk, errors, progress) -> Replay:
+    meta = trace.meta
     block = -(-BLOCK // chunk) * chunk
     padding = -meta.steps % block
     layers = []

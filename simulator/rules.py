@@ -1,8 +1,8 @@
 """The specification, continued: eviction rules of the field in plain Python, written from their papers.
 
-A rule belongs to one key-value head. `read` tells it what happens, key by key and query by query, and asks it which keys
-stay and who is to go first. Nothing here knows of JAX, slots or batches. Key ``i`` (from 0) has the 1-based position
-``i + 1``; the clock ``t`` is the number of tokens seen.
+A rule belongs to one key-value head. `read` tells it what happens, key by key and query by query, and asks it which
+keys stay and who is to go first. Nothing here knows of JAX, slots or batches. Key ``i`` (from 0) has the 1-based
+position ``i + 1``; the clock ``t`` is the number of tokens seen.
 """
 
 import math

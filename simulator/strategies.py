@@ -146,14 +146,20 @@ def traces(*, kind: str = "qkv", max_layers: int = 2) -> st.SearchStrategy[Trace
 def hyperparameters(kind: type, **given: Any) -> st.SearchStrategy[dict[str, Any]]:
     """Values for the fields of a policy's dataclass, small enough that something happens in `TOKENS` tokens.
 
-    Whole numbers run from 1, choices are those of `corm_jax.policies.options.choice`, truth values both; a field of
-    another kind keeps its default. What is ``given`` is used instead: a value, or a strategy.
+    By the kind of their default, whole numbers run from 1 to 5, others from 0.1 to 0.9, truth values are both, choices
+    those of `corm_jax.policies.options.choice`. What is ``given`` is used instead: a value, or a strategy.
+
+    Raises:
+      ValueError: for a name that is no field, or a field without a default.
 
     >>> from corm_jax import Corm
     >>> from hypothesis import find
     >>> find(hyperparameters(Corm, recent=2), lambda options: options["window"] > 2)
     {'window': 3, 'recent': 2, 'threshold': 'position', 'group': 'any', 'eager': False}
     """
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    if unknown := sorted(given.keys() - fields):
+        raise ValueError(f"{kind.__name__} has no {', '.join(unknown)}: it has {', '.join(fields)}")
 
     def values(field: dataclasses.Field) -> st.SearchStrategy:
         if field.name in given:
@@ -163,6 +169,10 @@ def hyperparameters(kind: type, **given: Any) -> st.SearchStrategy[dict[str, Any
             return st.sampled_from(choices)
         if isinstance(field.default, bool):
             return st.booleans()
-        return st.integers(1, 5) if isinstance(field.default, int) else st.just(field.default)
+        if isinstance(field.default, int):
+            return st.integers(1, 5)
+        if isinstance(field.default, float):
+            return st.floats(0.1, 0.9)
+        raise ValueError(f"{kind.__name__}.{field.name} has no default to go by: give {field.name}=...")
 
-    return st.fixed_dictionaries({field.name: values(field) for field in dataclasses.fields(kind)})
+    return st.fixed_dictionaries({name: values(field) for name, field in fields.items()})

@@ -16,13 +16,15 @@ from functools import partial
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, find, given, settings
 from hypothesis import strategies as st
 
+from corm_jax.policies import Corm
 from corm_jax.types import Policy
-from simulator.checks import CHECKS, ONCE
+from simulator.checks import CHECKS, CORM, ONCE, specification
 from simulator.invariants import InvariantError
-from simulator.specification import Reference
+from simulator.reference import corm_messages
+from simulator.specification import Reference, specified
 from simulator.subject import Implementation, Subject
 
 CORM_JAX = Implementation()
@@ -37,7 +39,7 @@ def check_policy(
     examples: int = 30,
     only: str | None = None,
 ) -> None:
-    """Runs every check on a policy.
+    """Runs every check on a policy that has something to say about it.
 
     Args:
       policy: the policy, or a Hypothesis strategy of policies.
@@ -57,7 +59,17 @@ def check_policy(
     if not checks:
         raise ValueError(f"no check is called {only!r}: there are {', '.join(check.__name__ for check in CHECKS)}")
     for check in checks:
-        _run(check, policy, reference, implementation, examples)
+        if _applies(check, policy, reference):
+            _run(check, policy, reference, implementation, examples)
+
+
+def _applies(check, policy, reference: Reference | None) -> bool:
+    """Whether a check says anything: CORM's rules are for CORM, a specification has to be there."""
+    if isinstance(policy, st.SearchStrategy):
+        policy = find(policy, lambda _: True)
+    if check in CORM:
+        return type(policy) is Corm or reference is corm_messages
+    return check is not specification or reference is not None or specified(policy)
 
 
 def parametrize_checks(
@@ -73,6 +85,7 @@ def parametrize_checks(
             )
             for index, policy in enumerate(policies)
             for check in CHECKS
+            if _applies(check, policy, reference)
         ],
     )
 

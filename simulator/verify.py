@@ -16,7 +16,7 @@ from corm_jax.types import CacheSpec, Policy
 from simulator import invariants
 from simulator.invariants import InvariantError
 from simulator.replay import Replay, replay
-from simulator.specification import readings, specified
+from simulator.specification import Reference, readings, specified
 from simulator.trace import QKV, Trace, TraceError
 
 CLOSE = 2e-5
@@ -35,15 +35,17 @@ def verify(
     trace: Trace,
     policy: Policy,
     *,
+    reference: Reference | None = None,
     chunk: int = 1,
     capacity: int | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[Finding]:
     """Replays a policy over a ``qkv`` trace and checks what came out, layer by layer.
 
-    - ``specification``: after every chunk each head keeps the same keys as the policy's specification in NumPy loops.
+    - ``specification``: after every chunk each head keeps the same keys as the policy's specification in NumPy loops:
+      ours, or the ``reference`` that is given, if any.
     - ``cache``: so does `corm_jax.step`, the cache that models use, fed with the same queries, keys and values.
-    - the invariants of `simulator.invariants` that apply to the policy.
+    - the invariants of `simulator.invariants` that apply to the policy, of what the cache held.
 
     The specification takes seconds for a head of 512 steps, and grows with the square: cut the trace.
 
@@ -54,33 +56,40 @@ def verify(
 
     Raises:
       TraceError: for an ``attention`` trace, whose queries and keys nobody knows.
-      CormError: as `replay`; for a policy without a specification.
+      CormError: as `replay`.
     """
     if trace.meta.kind != "qkv":
         raise TraceError("an attention trace holds no queries and keys: the cache and the specification need them")
-    if not specified(policy):
-        raise CormError(f"{type(policy).__name__} has no specification in simulator.rules")
+    if not isinstance(policy, Policy):
+        raise CormError(f"{policy!r} is not a policy: verify one at a time, on layers that it is meant for")
     result = replay(trace, policy, chunk=chunk, capacity=capacity, errors=False)
+    chunk = min(chunk, trace.meta.steps)
     ends = np.minimum(np.arange(chunk, trace.meta.steps + chunk, chunk), trace.meta.steps)
-    kept = result.history()[:, :, ends - 1]
-    findings = [
-        _specification(trace, policy, result, kept, ends, chunk, capacity, progress),
-        _cache(trace, policy, result, kept, ends, chunk, capacity),
-    ]
-    for name, claim in _claims(trace, policy, result, kept, ends, chunk, capacity):
+    replayed = result.history()[:, :, ends - 1]
+    findings, cached = [], _cached(trace, policy, ends, chunk, capacity)
+    if reference or specified(policy):
+        findings.append(_specification(trace, policy, result, replayed, ends, chunk, capacity, reference, progress))
+    claims = _claims(trace, policy, result, cached, ends, chunk, capacity)
+    for name, claim in [("cache", partial(_alike, cached, replayed, ends)), *claims]:
         try:
             claim()
-            findings.append(Finding(name, True, f"{kept.shape[0]} layers, {kept.shape[1]} heads, {len(ends)} steps"))
+            layers, heads, steps, _ = cached.shape
+            findings.append(Finding(name, True, f"{layers} layers, {heads} heads, {steps} steps"))
         except InvariantError as error:
             findings.append(Finding(name, False, str(error)))
     return findings
 
 
-def _specification(trace, policy, result: Replay, kept, ends, chunk, capacity, progress) -> Finding:
+def _alike(cached, replayed, ends) -> None:
+    invariants.same_decisions("cache", cached, replayed, "in the replay", ends)
+
+
+def _specification(trace, policy, result: Replay, kept, ends, chunk, capacity, reference, progress) -> Finding:
     chunks, margin, heads = np.diff(ends, prepend=0).tolist(), np.inf, 0
     for index in range(trace.meta.layers):
         q, k, v = (x.astype(np.float64) for x in _heads(trace, index))
-        for head, expected in enumerate(readings(policy, q, k, v, chunks=chunks, capacity=capacity)):
+        layer = readings(policy, q, k, v, chunks=chunks, capacity=capacity, reference=reference)
+        for head, expected in enumerate(layer):
             margin, heads = min(margin, expected.margin), heads + 1
             differs = [i for i, keys in enumerate(expected.kept) if keys != set(np.flatnonzero(kept[index, head, i]))]
             if differs or expected.overflow != result.overflow[index, head]:
@@ -102,24 +111,17 @@ def _heads(trace: Trace, index: int) -> QKV:
     return QKV(q.reshape(meta.steps, meta.kv_heads, -1, meta.head_dim or 1), layer.k, layer.v)
 
 
-def _cache(trace, policy, result: Replay, kept, ends, chunk, capacity) -> Finding:
-    steps, kv_heads = trace.meta.steps, trace.meta.kv_heads
-    for index in range(trace.meta.layers):
-        padding = [(0, -steps % chunk)]
+def _cached(trace, policy, ends, chunk, capacity) -> np.ndarray:
+    """What the cache holds after each chunk: bool ``[layers, kv_heads, chunks, keys]``."""
+    meta = trace.meta
+    held = np.zeros((meta.layers, meta.kv_heads, len(ends), meta.steps), bool)
+    for index in range(meta.layers):
+        padding = [(0, -meta.steps % chunk)]
         q, k, v = (np.pad(x, padding + [(0, 0)] * (x.ndim - 1)) for x in _heads(trace, index))
-        position, overflow = _positions(policy, q, k, v, steps, capacity=capacity or steps + chunk, chunk=chunk)
-        cached = np.zeros(kept[index].shape, bool)
-        for head in range(kv_heads):
-            step_, slot = np.nonzero(position[:, head] >= 0)
-            cached[head, step_, position[step_, head, slot]] = True
-        differs = np.argwhere(cached != kept[index])
-        if len(differs) or (overflow != result.overflow[index]).any():
-            head, at, key = differs[0] if len(differs) else (0, -1, None)
-            detail = (
-                f"layer {index}, head {head}, clock {ends[at]}: the cache disagrees about key {key}, or the overflow"
-            )
-            return Finding("cache", False, detail)
-    return Finding("cache", True, f"{trace.meta.layers * kv_heads} heads x {len(ends)} steps: the same keys")
+        position = _positions(policy, q, k, v, meta.steps, capacity=capacity or meta.steps + chunk, chunk=chunk)
+        at, head, slot = np.nonzero(np.asarray(position) >= 0)
+        held[index, head, at, np.asarray(position)[at, head, slot]] = True
+    return held
 
 
 @partial(jax.jit, static_argnames=("capacity", "chunk"))
@@ -132,15 +134,14 @@ def _positions(policy, q, k, v, steps, *, capacity, chunk):
         return cache, cache.position
 
     cache = make_cache(policy, CacheSpec(k.shape[1], capacity, k.shape[2]))
-    cache, position = jax.lax.scan(body, cache, (*cut, jnp.arange(0, len(q), chunk)))
-    return position, cache.overflow
+    return jax.lax.scan(body, cache, (*cut, jnp.arange(0, len(q), chunk)))[1]
 
 
 def _claims(trace, policy: Any, result: Replay, kept, ends, chunk, capacity):
     yield "none_returns", lambda: invariants.none_returns(kept, ends)
     if capacity is not None:
         yield "within_capacity", lambda: invariants.within_capacity(kept, capacity, ends)
-    if not isinstance(policy, Corm):
+    if type(policy) is not Corm:
         return
     yield "newest_live", lambda: invariants.newest_live(kept, policy.recent, ends)
     if capacity is None:

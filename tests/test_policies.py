@@ -1,8 +1,5 @@
 """The policies of the field: the conformance suite, and sets of survivors worked by hand."""
 
-import numpy as np
-import pytest
-
 from corm_jax import parse
 from simulator.testing import parametrize_checks
 

@@ -1,11 +1,14 @@
 """Replay against the specification, against the cache that it has never met, and against hand-worked numbers."""
 
+import itertools
+
+import jax
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from corm_jax import Corm, CormError, Full
+from corm_jax import TOVA, Corm, CormError, Full, L2Norm, budget
 from simulator import reference
 from simulator.replay import FOREVER, replay, sweep
 from simulator.trace import Trace
@@ -160,9 +163,11 @@ def test_the_logit_scale_of_the_trace_counts():
     ("arguments", "message"),
     [
         ({"fidelity": "live"}, "fidelity must be 'renormalized' or 'recorded', not 'live'"),
-        ({"chunk": 0}, "chunk must be at least 1, not 0"),
+        ({"chunk": 0}, "chunk must be a whole number from 1 to 2147483647, not 0"),
+        ({"chunk": 2.5}, "chunk must be a whole number"),
+        ({"capacity": 2**31}, "capacity must be a whole number"),
         ({"capacity": 3}, "capacity 3 cannot hold the keys that the policy never gives up"),
-        ({"capacity": 4, "chunk": 5}, r"capacity 4 cannot hold a chunk \(5 keys\)"),
+        ({"capacity": 4, "chunk": 50}, r"capacity 4 cannot hold a chunk \(8 keys\)"),
     ],
 )
 def test_what_cannot_work_is_said(arguments, message):
@@ -175,7 +180,44 @@ def test_a_grid_must_be_one_program():
     trace = Trace.from_qkv(*(np.ones((1, 8, 1, 2)) for _ in range(3)))
     with pytest.raises(CormError, match="sweep each value by itself"):
         sweep(trace, Corm, {"group": ["any", "mean"]})
-    with pytest.raises(CormError, match="is empty"):
-        sweep(trace, Corm, {"window": []})
+    for grid in ({"window": []}, {"window": 4}):
+        with pytest.raises(CormError, match="give a list of at least one value for each name"):
+            sweep(trace, Corm, grid)
+    with pytest.raises(CormError, match="the grid is empty"):
+        sweep(trace, Corm, {})
     with pytest.raises(CormError, match="2 policies for 1 layers"):
         replay(trace, [Full(), Full()])
+
+
+@pytest.mark.parametrize(
+    ("trace", "policy", "message"),
+    [
+        ("trace", Full(), "'trace' is not a Trace: read one with Trace.open"),
+        (None, "corm", r"'corm' is not a policy: give an object such as Corm\(window=64\)"),
+        (None, Corm, "is not a policy: give an object"),
+        (
+            None,
+            Corm(window=np.array([1, 2, 3])),
+            r"Corm.window has the shape \(3,\): give a number, or one for each of the 1",
+        ),
+    ],
+)
+def test_what_is_no_trace_or_policy_is_said(trace, policy, message):
+    trace = trace or Trace.from_qkv(*(np.ones((1, 8, 1, 2)) for _ in range(3)))
+    with pytest.raises(CormError, match=message):
+        replay(trace, policy)
+
+
+def test_a_grid_may_mix_numbers_and_heads():
+    rng = np.random.default_rng(0)
+    trace = Trace.from_qkv(*(rng.normal(size=(1, 40, heads, 4)) for heads in (2, 2, 2)))
+    grid = sweep(trace, Corm, {"window": [np.array([3, 9]), 9], "recent": [2]})
+    np.testing.assert_array_equal(grid.until[0, 0, 0, 1], grid.until[1, 0, 0, 1])
+    assert (grid.until[0, 0, 0, 0] != grid.until[1, 0, 0, 0]).any()
+
+
+def test_one_class_is_not_taken_for_another():
+    """JAX's own registration of dataclasses would make `jax.jit` confuse them."""
+    structures = [jax.tree.structure(budget(policy, 5)) for policy in (TOVA(), L2Norm(), Full())]
+    assert len({*structures}) == 3
+    assert all(one != other for one, other in itertools.combinations(structures, 2))

@@ -1,12 +1,12 @@
 """The suite itself is tested: deliberately broken policies and caches, each caught by the invariant that it breaks."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from corm_jax import Corm, attention, cache, make_cache
+from corm_jax import Corm, attention, cache, make_cache, policy
 from corm_jax.policies.corm import NEVER
 from corm_jax.types import EMPTY, CacheSpec
 from simulator import reference
@@ -14,17 +14,13 @@ from simulator.invariants import InvariantError
 from simulator.testing import CHECKS, Implementation, check_policy
 
 
-def broken(cls):
-    return jax.tree_util.register_dataclass(dataclass(frozen=True, kw_only=True)(cls))
-
-
-@broken
+@policy
 class OneRecentTooFew(Corm):
     def retain(self, state, slots):
         return Corm.retain(replace(self, recent=self.recent - 1), state, slots)
 
 
-@broken
+@policy
 class StrictlyMore(Corm):
     def observe(self, state, observation, slots):
         n = observation.seen.astype(jnp.float32)
@@ -32,27 +28,27 @@ class StrictlyMore(Corm):
         return jnp.maximum(state, jnp.where(important, observation.seen, NEVER).max(0))
 
 
-@broken
+@policy
 class EvictsOneStepEarly(Corm):
     def retain(self, state, slots):
         minor = (state <= slots.seen - self.window + 1) & (slots.seen >= self.window)
         return slots.live & (~minor | slots.newest(self.recent))
 
 
-@broken
+@policy
 class EvictsOneStepLate(Corm):
     def retain(self, state, slots):
         minor = (state < slots.seen - self.window) & (slots.seen >= self.window)
         return slots.live & (~minor | slots.newest(self.recent))
 
 
-@broken
+@policy
 class Impatient(Corm):
     def retain(self, state, slots):
         return Corm.retain(replace(self, eager=True), state, slots)
 
 
-@broken
+@policy
 class CountsTheLiveAsTheClock(Corm):
     def observe(self, state, observation, slots):
         live = slots.total(slots.live)[:, None]
@@ -61,7 +57,7 @@ class CountsTheLiveAsTheClock(Corm):
         )
 
 
-@broken
+@policy
 class OneClockForTheChunk(Corm):
     def observe(self, state, observation, slots):
         return Corm.observe(
@@ -69,7 +65,7 @@ class OneClockForTheChunk(Corm):
         )
 
 
-@broken
+@policy
 class AllForAny(Corm):
     def observe(self, state, observation, slots):
         n = observation.seen.astype(jnp.float32)
@@ -77,27 +73,27 @@ class AllForAny(Corm):
         return jnp.maximum(state, jnp.where(important, observation.seen, NEVER).max(0))
 
 
-@broken
+@policy
 class OnlyTheFirstQueryHead(Corm):
     def observe(self, state, observation, slots):
         first = observation._replace(weights=observation.weights[:1], total=observation.total[:1])
         return Corm.observe(self, state, first, slots)
 
 
-@broken
+@policy
 class HeadsVoteTogether(Corm):
     def observe(self, state, observation, slots):
         state = Corm.observe(self, state, observation, slots)
         return jnp.broadcast_to(state.max(0), state.shape)
 
 
-@broken
+@policy
 class ForgetsWhatWasAskedBefore(Corm):
     def observe(self, state, observation, slots):
         return Corm.observe(self, jnp.full_like(state, NEVER), observation, slots)
 
 
-@broken
+@policy
 class NewestBySlot(Corm):
     def retain(self, state, slots):
         index = jax.lax.broadcasted_iota(jnp.int32, slots.position.shape, 1)
@@ -105,26 +101,26 @@ class NewestBySlot(Corm):
         return slots.live & (~minor | (index >= slots.seen - self.recent))
 
 
-@broken
+@policy
 class RankForgetsTheNewest(Corm):
     def rank(self, state, slots):
         return state
 
 
-@broken
+@policy
 class NewestGoesFirstOfEquals(Corm):
     def rank(self, state, slots):
         return jnp.where(slots.newest(self.recent), NEVER * 0 + 2**30, jnp.maximum(state, -1) * 64 - slots.position)
 
 
-@broken
+@policy
 class HalfAsWideWhenEven(Corm):
     def retain(self, state, slots):
         window = jnp.where(self.window % 2 == 0, self.window // 2, self.window)
         return Corm.retain(replace(self, window=window), state, slots)
 
 
-@broken
+@policy
 class StateTurnsIntoFloats(Corm):
     def observe(self, state, observation, slots):
         return Corm.observe(self, state, observation, slots).astype(jnp.float32)
@@ -133,7 +129,23 @@ class StateTurnsIntoFloats(Corm):
         return Corm.retain(self, state.astype(jnp.int32), slots)
 
 
-@broken
+@policy
+class FirstQueryOfTheChunk(Corm):
+    def observe(self, state, observation, slots):
+        first = jnp.arange(len(observation.visible))[:, None, None] == 0
+        return Corm.observe(self, state, observation._replace(weights=jnp.where(first, observation.weights, 0)), slots)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class TakenForAnother(Corm):
+    """JAX's own registration: structures of such classes compare equal."""
+
+    threshold: str = field(default="position", metadata={"static": True})
+    group: str = field(default="any", metadata={"static": True})
+
+
+@policy
 class OwnClock(Corm):
     """Keeps time by counting its calls instead of looking at the clock it is given."""
 
@@ -269,18 +281,15 @@ def grows(policy, one, q, k, v, count, evict_now=True):
     return output, jax.tree.map(join, one, wider)
 
 
+def wider(policy, spec, **batch):
+    return make_cache(policy, spec._replace(capacity=spec.capacity + 2), **batch)
+
+
 def cache_of(**parts):
     return Implementation(make_cache, step_of(**parts))
 
 
 SOUND = Implementation(make_cache, step_of())
-
-
-@pytest.fixture(autouse=True)
-def _forget():
-    """Every broken policy is a class of its own: its programs are of no use to others."""
-    yield
-    jax.clear_caches()
 
 
 TWO = {"window": 4, "recent": 2}
@@ -302,6 +311,8 @@ SABOTAGES = {  # what is broken: the check that finds it, and the invariant that
     HalfAsWideWhenEven(window=5, recent=1): ("monotone", "monotone"),
     StateTurnsIntoFloats(**TWO): ("shapes", "shapes"),
     OwnClock(**TWO): ("padding", "padding"),
+    FirstQueryOfTheChunk(**TWO): ("chunks", "chunks"),
+    TakenForAnother(**TWO): ("shapes", "shapes"),
     "position = slot": (cache_of(insert=position_is_the_slot), "keys_in_their_slots", "keys_in_their_slots"),
     "reused slots keep their state": (cache_of(insert=state_is_not_reset), "empty_slots", "empty_slots"),
     "slots are taken in turn": (cache_of(insert=slots_in_turn), "enough_is_enough", "enough_is_enough"),
@@ -316,6 +327,10 @@ SABOTAGES = {  # what is broken: the check that finds it, and the invariant that
     "chunks are not causal": (
         cache_of(mask=lambda held, real: (held >= 0) & real[:, None, None]), "specification", "specification",
     ),
+    "chunks are not causal (2)": (
+        cache_of(mask=lambda held, real: (held >= 0) & real[:, None, None]), "chunks", "chunks",
+    ),
+    "more slots than asked": (Implementation(wider, attention.step), "histories", "within_capacity"),
     "empty slots count": (cache_of(attend=empty_values_count), "empty_slots", "empty_slots"),
     "heads see each other": (cache_of(attend=other_heads_are_seen), "replays_alike", "replays_alike"),
     "otherwise when compiled": (cache_of(attend=otherwise_when_compiled), "jit_eager_vmap", "jit_eager_vmap"),

@@ -9,6 +9,7 @@ from corm_jax.policies.corm import Corm
 from corm_jax.policies.full import Full
 from corm_jax.policies.h2o import H2O
 from corm_jax.policies.l2norm import L2Norm
+from corm_jax.policies.options import policy
 from corm_jax.policies.protect import Protect, protect
 from corm_jax.policies.random import Random
 from corm_jax.policies.scissorhands import Scissorhands
@@ -118,5 +119,6 @@ __all__ = [
     "StreamingLLM",
     "budget",
     "parse",
+    "policy",
     "protect",
 ]

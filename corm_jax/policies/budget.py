@@ -5,21 +5,18 @@ fixed-size policy of one that only ranks (H2O, TOVA, StreamingLLM), and puts a b
 attends to the budget and to the tokens of its own chunk; a cache needs room for both.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, Num
 
 from corm_jax.errors import CormError
-from corm_jax.policies.options import concrete
+from corm_jax.policies.options import concrete, policy
 from corm_jax.types import EMPTY, CacheSpec, Observation, PerHead, Policy, Slots, State
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
+@policy
 class Budget:
     """A policy on a budget: see `budget`, which makes it.
 

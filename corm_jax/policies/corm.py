@@ -12,21 +12,17 @@ empty exactly if ``last[i] <= t - w``. The paper leaves grouped-query attention,
 the options below and the overflow rule (the least recently important key goes first, the newest r never) fill that in.
 """
 
-from dataclasses import dataclass
-
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from corm_jax.policies.options import choice, number, whole
+from corm_jax.policies.options import choice, number, policy, whole
 from corm_jax.types import CacheSpec, Observation, PerHead, Slots
 
 NEVER = jnp.iinfo(jnp.int32).min
 PROTECTED = jnp.iinfo(jnp.int32).max
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
+@policy
 class Corm:
     """Evict what none of the last w queries found important; keep the newest r.
 
@@ -38,6 +34,7 @@ class Corm:
         in the ``"mean"`` of their probabilities.
       eager: judge on the queries there are when fewer than w were seen, instead of evicting nothing.
 
+    >>> import jax
     >>> corm = Corm(window=64, recent=32)
     >>> jax.tree.leaves(corm), corm.group
     ([64, 32, False], 'any')

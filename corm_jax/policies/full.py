@@ -3,16 +3,13 @@
 Without a free slot the oldest key goes, so that a capped full cache is a sliding window.
 """
 
-from dataclasses import dataclass
-
-import jax
 from jaxtyping import Array, Bool, Int
 
+from corm_jax.policies.options import policy
 from corm_jax.types import CacheSpec, Observation, Slots
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@policy
 class Full:
     """Keep everything."""
 

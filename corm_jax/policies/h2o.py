@@ -4,23 +4,20 @@ Every key accumulates the attention that it gets (section 4, algorithm 1), and w
 
     S[i]  =  sum over queries t of alpha_t[i]        (the mean over a group under grouped-query attention)
 
-The newest ``recent`` are exempt; the paper's runs split a budget B in halves, ``recent`` = B / 2. An evicted key's score
-is forgotten. A raw sum favours early keys, which more queries have seen: ``score=mean`` divides it by the key's age. The
-released code leaves one key neither candidate nor recent, and lets evicted keys come back on ties; this follows the paper.
+The newest ``recent`` are exempt; the paper's runs split a budget B in halves, ``recent`` = B / 2. An evicted key's
+score is forgotten. A raw sum favours early keys, which more queries have seen: ``score=mean`` divides it by the key's
+age. The released code leaves one key neither candidate nor recent, and lets evicted keys come back on ties; this
+follows the paper.
 """
 
-from dataclasses import dataclass
-
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from corm_jax.policies.options import choice, number, whole
+from corm_jax.policies.options import choice, number, policy, whole
 from corm_jax.types import CacheSpec, Observation, PerHead, Slots
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
+@policy
 class H2O:
     """On a budget, keep what has drawn most attention so far, and the newest.
 

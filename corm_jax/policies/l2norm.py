@@ -1,21 +1,18 @@
 """L2 norm: keys of low norm draw attention, so those of high norm go (arXiv 2406.11430).
 
-The norm is known before any query comes: nothing is observed but the keys themselves. On a budget, the key with the largest
-norm goes (section 4). The paper leaves the first two layers whole; give those `Full`, one policy a layer.
+The norm is known before any query comes: nothing is observed but the keys themselves. On a budget, the key with the
+largest norm goes (section 4). The paper leaves the first two layers whole; give those `Full`, one policy a layer.
 """
 
-from dataclasses import dataclass
-
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from corm_jax.errors import CormError
+from corm_jax.policies.options import policy
 from corm_jax.types import CacheSpec, Observation, Slots
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
+@policy
 class L2Norm:
     """On a budget, keep the keys of lowest norm."""
 

@@ -1,18 +1,15 @@
 """Protection: any policy, made to keep the first tokens, the newest, or both."""
 
-from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Num
 
-from corm_jax.policies.options import number, whole
+from corm_jax.policies.options import number, policy, whole
 from corm_jax.types import CacheSpec, Observation, PerHead, Policy, Slots, State, largest
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
+@policy
 class Protect:
     """A policy that neither drops nor gives up the first ``sinks`` and the newest ``recent`` keys: see `protect`."""
 

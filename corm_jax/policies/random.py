@@ -4,18 +4,15 @@ Who goes is drawn anew at every step, from a hash of the seed, the clock, the ke
 so that heads and layers draw each for itself. The same seed gives the same evictions.
 """
 
-from dataclasses import dataclass
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, UInt
 
-from corm_jax.policies.options import number, whole
+from corm_jax.policies.options import number, policy, whole
 from corm_jax.types import CacheSpec, Observation, PerHead, Slots
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
+@policy
 class Random:
     """On a budget, keep keys at random.
 

@@ -1,28 +1,27 @@
 """Scissorhands: what was unimportant to most of the last queries goes, many at a time (arXiv 2305.17118).
 
-When more than B keys are live, count for each key the queries among the last w that gave it less than 1/t, and drop the
-m = ``drop`` B keys with the highest counts; the newest ``recent`` are exempt (section 4, algorithm 2):
+When more than B keys are live, count for each key the queries among the last w that gave it less than 1/t, and drop
+the m = ``drop`` B keys with the highest counts; the newest ``recent`` are exempt (section 4, algorithm 2):
 
     unimportant[i]  =  | { t in the last w : alpha_t[i] < 1/t } |        (alpha: the mean over a group)
 
-The paper's w = 400, r = 10, m = B / 2. Its released code is another rule: no budget, and a key stays if any of the last 100
-queries puts it above the 90th percentile of its row. The counts are exact: each slot holds the last w verdicts as bits.
+The paper's w = 400, r = 10, m = B / 2. Its released code is another rule: no budget, and a key stays if any of the
+last 100 queries puts it above the 90th percentile of its row. The counts are exact: each slot holds the last w
+verdicts as bits.
 """
 
 import math
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, UInt
 
 from corm_jax.errors import CormError
-from corm_jax.policies.options import concrete, number, static, whole
+from corm_jax.policies.options import concrete, number, policy, static, whole
 from corm_jax.types import CacheSpec, Observation, PerHead, Slots
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
+@policy
 class Scissorhands:
     """Above a budget, drop a share of it at once: the keys that most of the last queries found unimportant.
 

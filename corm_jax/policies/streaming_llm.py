@@ -1,24 +1,20 @@
 """StreamingLLM: attention sinks and a recent window (arXiv 2309.17453).
 
-The first few tokens draw attention whatever they say, so a window alone breaks down once they leave it. Keep them, and
-the newest keys; of the others the oldest goes (section 3.2). Keys keep the positions that they were read at; the authors
-rotate by position within the cache instead, which differs once the text outgrows it.
+The first few tokens draw attention whatever they say, so a window alone breaks down once they leave it. Keep them,
+and the newest keys; of the others the oldest goes (section 3.2). Keys keep the positions that they were read at; the
+authors rotate by position within the cache instead, which differs once the text outgrows it.
 
 On a budget of B keys: ``sinks`` + the newest B - ``sinks``. Looks at positions only.
 """
 
-from dataclasses import dataclass
-
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from corm_jax.policies.options import number, whole
+from corm_jax.policies.options import number, policy, whole
 from corm_jax.types import CacheSpec, Observation, PerHead, Slots
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
+@policy
 class StreamingLLM:
     """Keep the first tokens and, on a budget, the newest.
 

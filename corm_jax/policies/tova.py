@@ -2,21 +2,18 @@
 
     a[i]  =  mean over all heads of the layer of the newest query's attention to token i
 
-All heads of a layer keep the same tokens (section 3, figure 2). There are no sinks and no recent window: what is kept is
-what is attended to. The newest token is a candidate like any other.
+All heads of a layer keep the same tokens (section 3, figure 2). There are no sinks and no recent window: what is kept
+is what is attended to. The newest token is a candidate like any other.
 """
 
-from dataclasses import dataclass
-
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from corm_jax.policies.options import policy
 from corm_jax.types import CacheSpec, Observation, Slots
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
+@policy
 class TOVA:
     """On a budget, keep what the newest query attends to."""
 

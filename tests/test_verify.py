@@ -1,0 +1,58 @@
+"""Proof on a trace, and that it can fail."""
+
+import numpy as np
+import pytest
+
+from corm_jax import TOVA, Corm, CormError, budget, policy
+from simulator import synthetic
+from simulator.reference import corm_last
+from simulator.trace import Trace, TraceError
+from simulator.verify import verify
+
+TRACE = synthetic.topics(layers=2, steps=70, kv_heads=2, group=2, length=10)
+
+
+def held(findings):
+    return {finding.name: finding.held for finding in findings}
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"chunk": 7}, {"capacity": 20}, {"chunk": 7, "capacity": 20}, {"chunk": 2**31 - 1}]
+)
+def test_corm_holds(how):
+    findings = held(verify(TRACE, Corm(window=12, recent=4), **how))
+    assert {"specification", "cache", "none_returns", "newest_live"} < findings.keys()
+    assert all(findings.values())
+
+
+def test_others_hold():
+    findings = held(verify(TRACE, budget(TOVA(), 16), chunk=3, capacity=24))
+    assert findings == {"specification": True, "cache": True, "none_returns": True, "within_capacity": True}
+
+
+@pytest.mark.parametrize("wrong", [{"window": 13}, {"recent": 12}, {"group": "mean"}, {"threshold": "live"}])
+def test_another_specification_does_not(wrong):
+    def reference(*arrays, **fields):
+        return corm_last(*arrays, **(fields | wrong))
+
+    finding = verify(TRACE, Corm(window=12, recent=4), reference=reference)[0]
+    assert (finding.name, finding.held) == ("specification", False)
+    assert "other keys than in NumPy" in finding.detail
+
+
+def test_a_policy_of_ones_own_needs_no_specification():
+    @policy
+    class Mine(Corm):
+        pass
+
+    findings = held(verify(TRACE, Mine(window=12, recent=4)))
+    assert findings == {"cache": True, "none_returns": True}
+    assert held(verify(TRACE, Mine(window=12, recent=4), reference=corm_last))["specification"]
+
+
+def test_what_cannot_work_is_said():
+    rows = Trace.from_attention(np.tril(np.ones((1, 2, 4, 4))) / np.arange(1, 5)[:, None])
+    with pytest.raises(TraceError, match="holds no queries and keys"):
+        verify(rows, Corm(window=2, recent=1))
+    with pytest.raises(CormError, match="is not a policy"):
+        verify(TRACE, [Corm()] * 2)
