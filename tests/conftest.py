@@ -13,3 +13,10 @@ def _strict():
     """No dtype is promoted by accident. (Ranks are, on purpose: leading axes broadcast over the slots.)"""
     with jax.numpy_dtype_promotion("strict"):
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget():
+    """Frees compiled programs: hundreds of them in one process exhaust its memory maps, and XLA crashes."""
+    yield
+    jax.clear_caches()
