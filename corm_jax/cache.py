@@ -6,6 +6,7 @@ compiled step serves a sequence of any length.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -121,12 +122,21 @@ def per_layer(policy: Policy | Sequence[Policy], layers: int) -> tuple[Policy, .
     return tuple(policy)
 
 
-def slots_for(policy: Policy | Sequence[Policy], capacity: int | None, tokens: int, chunk: int) -> int:
-    """The capacity to allocate: the one asked for, if it can work, or one slot for every token."""
+def slots_for(
+    policy: Policy | Sequence[Policy], capacity: int | None, tokens: int, chunk: int, oneshot: bool = False
+) -> int:
+    """The capacity to allocate: the one asked for, if it can work, or as much as can be needed.
+
+    That is one slot for every token, or, for policies that say how many keys stay at ``most``, so many and a chunk.
+    """
+    policies = [policy] if isinstance(policy, Policy) else policy
     if capacity is None:
-        return max(tokens, chunk)
+        most: list[Any] = [getattr(one, "most", None) for one in policies]
+        if oneshot or not all(concrete(one) for one in most):
+            return max(tokens, chunk)
+        return max(min(tokens, max(int(np.max(one)) for one in most) + chunk), chunk)
     check_slots(capacity, chunk, "a chunk")
-    for one in [policy] if isinstance(policy, Policy) else policy:
+    for one in policies:
         if concrete(one.protected):
             check_slots(
                 capacity, int(np.max(one.protected)), "the keys that the policy never gives up, such as its recent ones"

@@ -17,7 +17,7 @@ from corm_jax.errors import CormError
 from corm_jax.files import check_writable, write_json
 from corm_jax.generation import stream
 from corm_jax.perplexity import Reading, read
-from corm_jax.policies import POLICIES, parse
+from corm_jax.policies import COMBINATORS, POLICIES, keys_of, on_budget, parse
 
 try:
     import click
@@ -78,9 +78,10 @@ _text_options = _options(
 @_cache_options
 @_text_options
 @click.option("--policy", "specs", multiple=True, metavar="SPEC", help="name:key=value,...; repeat to compare")
+@click.option("--budget", metavar="KEYS", help="hold all but full to so many keys a head, or to a share such as 0.25")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="write the result here")
 @click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="draw it into this PNG file")
-def compare(model, dtype, capacity, chunk, overflow, text, tokens, specs, json_file, plot_file):
+def compare(model, dtype, capacity, chunk, overflow, text, tokens, specs, budget, json_file, plot_file):
     """Read a text through each policy's cache: what forgetting costs, what it saves.
 
     Every token is predicted from what the cache still holds (teacher forcing). A SPEC is a name from `corm policies`
@@ -88,7 +89,10 @@ def compare(model, dtype, capacity, chunk, overflow, text, tokens, specs, json_f
     """
     if tokens < 2:
         raise CormError(f"--tokens must be at least 2, not {tokens}: the first predicts, the second is predicted")
-    policies = {spec: parse(spec) for spec in specs or DEFAULT_POLICIES}
+    specs = specs or DEFAULT_POLICIES
+    if budget:
+        specs = [on_budget(spec, keys_of(budget, tokens)) for spec in specs]
+    policies = {spec: parse(spec) for spec in specs}
     for policy in policies.values():
         slots_for(policy, capacity, tokens, chunk)
     if json_file:
@@ -244,6 +248,9 @@ def policies():
             choices = field.metadata.get("choices")
             value = " | ".join(choices) if choices else str(field.default).lower()
             table.add_row("", field.name, value, field.metadata["help"])
+    table.add_row("any of them", "", "", "unless it has an option of that name itself", style="bold")
+    for name, meaning in COMBINATORS.items():
+        table.add_row("", name, "none", meaning)
     console.output().print(table)
 
 

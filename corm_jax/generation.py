@@ -204,7 +204,8 @@ def stream(
     if not temperature >= 0 or not 0 < top_p <= 1:
         raise CormError(f"temperature must be >= 0 and top_p in (0, 1], not {temperature} and {top_p}")
     Blocks.cut(prompts, model.config.vocab, chunk)  # complain before anything is allocated
-    capacity = cache.slots_for(policy, capacity, max(len(prompt) for prompt in prompts) + max_new_tokens, chunk)
+    length = max(len(prompt) for prompt in prompts) + max_new_tokens
+    capacity = cache.slots_for(policy, capacity, length, chunk, oneshot)
     caches = model.make_caches(policy, batch=len(prompts), capacity=capacity)
     logits, caches = prefill(model, policy, caches, prompts, chunk=chunk, oneshot=oneshot, overflow=overflow)
     done = jnp.zeros(len(prompts), bool)

@@ -64,6 +64,30 @@ def test_compare(corm, model, text, tmp_path):
     assert sum(evicting["kept_per_layer"]) / 3 == pytest.approx(evicting["kept_final"])
 
 
+@pytest.mark.parametrize("budget", ["20", "0.2"])
+def test_a_budget_holds_all_to_the_same_memory(corm, model, text, tmp_path, budget):
+    report, specs = tmp_path / "report.json", ("full", "h2o", "tova:sinks=1", "corm:window=30,recent=4", "scissorhands")
+    policies = (item for spec in specs for item in ("--policy", spec))
+    code, *_ = corm(
+        *("compare", "--model", model, "--text", text, "--tokens", 100, "--json", report, "--budget", budget, *policies)
+    )
+    assert code == 0
+    full, *rows = json.loads(report.read_text())["rows"]
+    assert [row["policy"] for row in rows] == [
+        "h2o:recent=10,budget=20",
+        "tova:sinks=1,budget=20",
+        "corm:window=30,recent=4,budget=20",
+        "scissorhands:budget=20",
+    ]
+    assert full["kept_final"] == 1
+    for row in rows[:3]:
+        assert row["kept_final"] == pytest.approx(0.2)
+        assert row["overflow"] == 0
+        # 21 slots instead of 100: the budget and the token that is read, with a position and some state each.
+        assert row["kv_bytes_allocated"] < 0.25 * full["kv_bytes_allocated"]
+    assert 0.1 <= rows[3]["kept_final"] <= 0.2  # drops half of the budget at a time
+
+
 def test_compare_reads_python_s_own_reference_by_default(corm, model):
     code, out, _ = corm("compare", "--model", model, "--tokens", 40, "--policy", "full", "--chunk", 8)
     assert code == 0
@@ -150,6 +174,14 @@ def test_an_interrupted_recording_goes_on(corm, model, text, tmp_path, monkeypat
     assert corm(*common, tmp_path / "other")[0] == 130
     assert "layers are there" not in corm(*common, tmp_path / "other", "--store", "bfloat16")[2]
     assert Trace.open(tmp_path / "other").meta.dtype == "bfloat16"
+
+
+def test_a_budget_below_what_is_protected_stops_all(corm, model, text):
+    code, _, err = corm("compare", "--model", model, "--text", text, "--budget", 20)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "a budget of 20 keys is below the 256 that the policy never gives up" in err
+    code, _, err = corm("compare", "--model", model, "--text", text, "--budget", "1.5")
+    assert "a budget must be a whole number of keys from 1 up, or a share in (0, 1], not 1.5" in err
 
 
 def test_policies_are_listed(corm):

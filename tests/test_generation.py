@@ -148,6 +148,17 @@ def test_a_policy_for_each_layer():
         MODEL.make_caches((Full(),) * 3, batch=1, capacity=8)
 
 
+@pytest.mark.parametrize(("spec", "slots"), [("h2o:recent=4,budget=12", 13), ("h2o:recent=4,budget=0.5", 30)])
+@pytest.mark.parametrize("chunk", [1, 5])
+def test_a_budget_of_keys_is_all_that_is_allocated(spec, slots, chunk):
+    prompt = np.random.default_rng(0).integers(0, 97, 20).tolist()
+    small = generate(MODEL, parse(spec), [prompt], max_new_tokens=10, chunk=chunk)
+    large = generate(MODEL, parse(spec), [prompt], max_new_tokens=10, chunk=chunk, capacity=40)
+    assert small.caches[0].position.shape[-1] == (slots if slots == 30 else 12 + chunk)
+    assert small.tokens == large.tokens
+    assert int(usage(small.caches).overflow.sum()) == 0
+
+
 def test_usage_counts_bytes():
     _, caches = read(Corm(window=4, recent=2), [list(range(30)), [1, 2]], capacity=40)
     used = usage(caches)

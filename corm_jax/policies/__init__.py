@@ -29,9 +29,9 @@ POLICIES: dict[str, type[Any]] = {
 }
 
 COMBINATORS = {
-    "budget": "any policy: keys of a head that stay at most, as in 512, or a share of those seen, as in 0.25",
-    "sinks": "any policy: first tokens that never go",
-    "recent": "any policy: newest tokens that never go",
+    "budget": "keys of a head that stay at most, as in 512, or a share of those seen, as in 0.25",
+    "sinks": "first tokens that never go",
+    "recent": "newest tokens that never go",
 }
 """Options that every policy takes, unless it has one of that name itself."""
 
@@ -72,6 +72,38 @@ def parse(spec: str) -> Policy:
     except CormError as error:
         raise CormError(f"{error} (in {spec!r})") from None
     return policy
+
+
+def on_budget(spec: str, size: int) -> str:
+    """A SPEC with a budget of ``size`` keys a head, unless it has one already or is ``full``.
+
+    H2O gets half of it for recent keys, as in its paper, if nothing else is said.
+
+    >>> on_budget("h2o", 512), on_budget("corm:window=64,recent=64", 512)
+    ('h2o:recent=256,budget=512', 'corm:window=64,recent=64,budget=512')
+    """
+    name, _, rest = spec.partition(":")
+    options = [item for item in rest.split(",") if item]
+    names = {item.partition("=")[0].strip() for item in options}
+    if name == "full" or "budget" in names:
+        return spec
+    if name == "h2o" and "recent" not in names:
+        options.append(f"recent={size // 2}")
+    return f"{name}:{','.join([*options, f'budget={size}'])}"
+
+
+def keys_of(size: str, tokens: int) -> int:
+    """How many keys of ``tokens`` a budget is: ``"512"``, or a share in (0, 1] such as ``"0.25"``, rounded down.
+
+    Raises:
+      CormError: for anything else.
+    """
+    number = _size(size)
+    if isinstance(number, float) and 0 < number <= 1:
+        return max(int(number * tokens), 1)
+    if isinstance(number, float) or number < 1:
+        raise CormError(f"a budget must be a whole number of keys from 1 up, or a share in (0, 1], not {size}")
+    return number
 
 
 def _value(field: dataclasses.Field, text: str) -> Any:
@@ -118,6 +150,8 @@ __all__ = [
     "Scissorhands",
     "StreamingLLM",
     "budget",
+    "keys_of",
+    "on_budget",
     "parse",
     "policy",
     "protect",

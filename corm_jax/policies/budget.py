@@ -35,6 +35,11 @@ class Budget:
     def protected(self) -> PerHead:
         return self.policy.protected
 
+    @property
+    def most(self) -> PerHead | None:
+        """How many keys of a head stay at most; None if that depends on the text."""
+        return None if not concrete(self.per_mille) or np.any(self.per_mille) else self.tokens
+
     def init(self, spec: CacheSpec) -> State:
         return self.policy.init(spec)
 

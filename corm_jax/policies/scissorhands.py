@@ -47,6 +47,11 @@ class Scissorhands:
     def protected(self) -> PerHead:
         return self.recent
 
+    @property
+    def most(self) -> PerHead:
+        """How many keys of a head stay at most."""
+        return self.budget
+
     def init(self, spec: CacheSpec) -> UInt[Array, "words *slots"]:
         return jnp.zeros((math.ceil(self.window / 32), *spec.slots), jnp.uint32)
 
