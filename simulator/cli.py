@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -181,7 +181,7 @@ def _sweep(job: Job, spec, items, plot_file):
     def policy(**point: str) -> Policy:
         return parse(spec + ("," if ":" in spec else ":") + ",".join(f"{name}={text}" for name, text in point.items()))
 
-    grid = {name: [getattr(policy(**{name: text}), name) for text in values] for name, values in texts.items()}
+    grid = {name: [_plain(text) for text in values] for name, values in texts.items()}
     with _bar(spec, len(job.layers)) as progress:
         result = sweep(job.trace, policy, texts, **job.options, progress=progress)
     rows = []
@@ -291,6 +291,16 @@ def _grid(items: Sequence[str]) -> dict[str, list[str]]:
             raise CormError(f"--grid has {name!r} twice: give all its values at once")
         grid[name] = texts
     return grid
+
+
+def _plain(text: str) -> int | float | bool | str:
+    """A number or a truth value where the text is one."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text
 
 
 def _exact(trace: Trace, result: Replay, progress: Callable[[int], None]) -> np.ndarray:

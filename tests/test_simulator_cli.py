@@ -349,3 +349,15 @@ sys.exit(", ".join(sorted(unwanted & set(sys.modules))) or 0)
 def test_it_runs_as_a_module():
     ran = subprocess.run([sys.executable, "-m", "simulator", "fly"], capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stderr) == (2, "simulator: No such command 'fly'.\n")
+
+
+def test_a_sweep_over_budgets(simulator, trace, tmp_path):
+    report = tmp_path / "report.json"
+    grid = ("--grid", "budget=16,32", "--grid", "recent=4,8")
+    code, _, err = simulator("sweep", trace, "--policy", "h2o", *grid, "--json", report)
+    assert code == 0, err
+    rows = json.loads(report.read_text())["rows"]
+    assert [(row["budget"], row["recent"]) for row in rows] == [(16, 4), (16, 8), (32, 4), (32, 8)]
+    assert [round(row["kept_final"] * 96) for row in rows] == [16, 16, 32, 32]
+    alone = replay(Trace.open(trace), parse("h2o:recent=8,budget=16"), errors=False)
+    assert rows[1]["mass"] == pytest.approx(float(alone.mass.mean()), abs=1e-6)

@@ -2,6 +2,7 @@
 
 The norm is known before any query comes: nothing is observed but the keys themselves. On a budget, the key with the
 largest norm goes (section 4). The paper leaves the first two layers whole; give those `Full`, one policy a layer.
+In layer 0 a token's keys all have one norm, up to the rounding of its rotation, which then decides who goes.
 """
 
 import jax.numpy as jnp
