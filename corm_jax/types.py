@@ -123,9 +123,13 @@ class Observation(NamedTuple):
 class Policy(Protocol):
     """An eviction rule: hyperparameters in a frozen dataclass that is a pytree, and four pure functions.
 
-    Numbers such as a window are leaves: they may be traced, mapped over by `jax.vmap`, and arrays ``[kv_heads]`` where
-    a scalar was. Choices are static metadata. The cache calls, for each chunk of newest tokens: `rank` while
-    there are fewer free slots than new keys, `observe` after attention, then `retain`.
+    `corm_jax.policy` makes such a class. Numbers such as a window are leaves: they may be traced, mapped over by
+    `jax.vmap`, and arrays ``[kv_heads]`` where a scalar was. Choices are static metadata. The cache calls, for each
+    chunk of newest tokens: `rank` while there are fewer free slots than new keys, `observe` after attention, then
+    `retain`.
+
+    Two attributes are voluntary. ``most``: how many keys of a head stay at most, after which caches are sized.
+    ``recent``: a promise that the newest so many stay, to which `simulator.testing` holds the policy.
     """
 
     @property
