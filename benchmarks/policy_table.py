@@ -3,7 +3,7 @@
     python benchmarks/policy_table.py --text FILE... [--tokens 2048] [--budget 0.1 0.25 0.5] [--json FILE]
 
 Every policy reads the text token by token (exact recurrence, teacher forcing) with at most so many keys a head. CORM
-(w = 256, r = 64) is held to that by a cap, and may keep less. `random` is the lower end. Against the full cache's
+(w = 256, r = 64) is held to that by a cap, and may keep less. `random` is the control. Against the full cache's
 prediction p of each token: KL(p || q) in nats, and how often the likeliest token is the same. Intervals: 95%, from
 2,000 bootstrap resamples of blocks of 64 tokens, since neighbouring tokens are not independent.
 """

@@ -48,16 +48,23 @@ class Rule:
             for other in others:
                 if not self.exempt(other, t):
                     a, b = self.order(victim, t), self.order(other, t)
-                    if a != b:
+                    if isinstance(b, float) and a != b:  # whole numbers do not hang on rounding
                         self.margin = min(self.margin, abs(a - b) / max(abs(a), abs(b)))
             live = [i for i in live if i != victim]
         return live
 
 
 class Corm(Rule):
-    """CORM (arXiv 2404.15949), section 4: what none of the last w queries found important goes, the newest r stay."""
+    """CORM (arXiv 2404.15949), section 4: what none of the last w queries found important goes, the newest r stay.
 
-    def __init__(self, *, window, recent, threshold, group, eager):
+    One number a key, ``last``, the clock at which it was last found important (never: -infinity):
+
+        if t >= w:  evict every i with  last[i] <= t - w  and  pos[i] <= t - r
+
+    That says what the paper's matrix says in `simulator.reference.corm_messages`.
+    """
+
+    def __init__(self, *, window, recent, threshold="position", group="any", eager=False):
         self.window, self.recent, self.eager = window, recent, eager
         self.how = {"threshold": threshold, "group": group}
         self.last: dict[int, float] = {}
@@ -212,6 +219,11 @@ class Budget(Rule):
         self.margin = min(self.margin, self.rule.margin)
         limit = max(self.tokens + t * self.per_mille // 1000, self.least)
         return self.without(live, t, max(len(live) - limit, 0))
+
+
+def read_head(rule: Rule, queries: np.ndarray, keys: np.ndarray, values: np.ndarray, **how) -> Reading:
+    """`read` for one head: ``queries [tokens, group, head_dim]``, ``keys, values [tokens, head_dim]``."""
+    return read([rule], queries[:, None], keys[:, None], values[:, None], **how)[0]
 
 
 def read(

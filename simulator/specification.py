@@ -10,7 +10,7 @@ from corm_jax import policies
 from corm_jax.errors import CormError
 from corm_jax.types import Policy
 from simulator import rules
-from simulator.reference import Reading, corm_messages, full
+from simulator.reference import Reading, corm_messages
 
 Reference = Callable[..., Reading]
 """A specification: ``(q [tokens, group, head_dim], k, v [tokens, head_dim], *, chunks, capacity, **fields)``.
@@ -18,8 +18,8 @@ Reference = Callable[..., Reading]
 The fields are those of the policy's dataclass; as in `simulator.reference.corm_messages`.
 """
 
-WHOLE: dict[type, Reference] = {policies.Corm: corm_messages, policies.Full: full}
-"""Specifications that read a head by themselves; CORM's keeps the paper's matrix of messages."""
+WHOLE: dict[type, Reference] = {policies.Corm: corm_messages}
+"""Specifications that read a head by themselves: CORM's keeps the paper's matrix of messages."""
 
 RULES: dict[type, type[rules.Rule]] = {
     policies.Full: rules.Rule,

@@ -118,23 +118,34 @@ def _cached(trace, policy, ends, chunk, capacity) -> np.ndarray:
     for index in range(meta.layers):
         padding = [(0, -meta.steps % chunk)]
         q, k, v = (np.pad(x, padding + [(0, 0)] * (x.ndim - 1)) for x in _heads(trace, index))
-        position = _positions(policy, q, k, v, meta.steps, capacity=capacity or meta.steps + chunk, chunk=chunk)
-        at, head, slot = np.nonzero(np.asarray(position) >= 0)
-        held[index, head, at, np.asarray(position)[at, head, slot]] = True
+        _, position, _ = drive(policy, q, k, v, meta.steps, capacity=capacity or meta.steps + chunk, chunk=chunk)
+        position = np.asarray(position)
+        at, head, slot = np.nonzero(position >= 0)
+        held[index, head, at, position[at, head, slot]] = True
     return held
 
 
 @partial(jax.jit, static_argnames=("capacity", "chunk"))
-def _positions(policy, q, k, v, steps, *, capacity, chunk):
-    cut = jax.tree.map(lambda x: x.reshape(-1, chunk, *x.shape[1:]), (q, k, v))
+def drive(policy, q, k, v, count, *, capacity, chunk):
+    """Reads one layer through the cache, chunk by chunk.
+
+    Args:
+      q: ``[padded, kv_heads, group, head_dim]``; k, v: ``[padded, kv_heads, head_dim]``. ``chunk`` divides ``padded``.
+      count: how many tokens are real.
+
+    Returns:
+      Outputs, as ``q``; positions ``[chunks, kv_heads, capacity]`` after each chunk; the final cache.
+    """
+    cache = make_cache(policy, CacheSpec(k.shape[1], capacity, k.shape[2]))
 
     def body(cache, xs):
         q, k, v, start = xs
-        _, cache = step(policy, cache, q, k, v, jnp.clip(steps - start, 0, chunk))
-        return cache, cache.position
+        output, cache = step(policy, cache, q, k, v, jnp.clip(count - start, 0, chunk))
+        return cache, (output, cache.position)
 
-    cache = make_cache(policy, CacheSpec(k.shape[1], capacity, k.shape[2]))
-    return jax.lax.scan(body, cache, (*cut, jnp.arange(0, len(q), chunk)))[1]
+    cut = jax.tree.map(lambda x: x.reshape(-1, chunk, *x.shape[1:]), (q, k, v))
+    last, (outputs, position) = jax.lax.scan(body, cache, (*cut, jnp.arange(0, len(q), chunk)))
+    return outputs.reshape(q.shape), position, last
 
 
 def _claims(trace, policy: Any, result: Replay, kept, ends, chunk, capacity):

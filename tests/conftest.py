@@ -20,3 +20,17 @@ def _forget():
     """Frees compiled programs: hundreds of them in one process exhaust its memory maps, and XLA crashes."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def run_main(monkeypatch, capsys):
+    """Runs a command line in this process: exit code, output, errors."""
+
+    def run(main, *arguments):
+        monkeypatch.setattr("sys.argv", [*map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        out, err = capsys.readouterr()
+        return stopped.value.code or 0, out, err
+
+    return run

@@ -1,14 +1,9 @@
-"""Hypothesis strategies for small attention heads, and what drives JAX over them one chunk at a time."""
+"""Hypothesis strategies for small attention heads, and what the tests do with them."""
 
-from functools import partial
-
-import jax
-import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
 
-from corm_jax import attention, cache
-from corm_jax.types import CacheSpec
+from simulator import rules
 
 TOKENS = 20  # every head is padded to this, so that one compile serves all examples of a shape
 HEAD_DIM = 4
@@ -50,20 +45,9 @@ def chunks_of(tokens, size):
     return [min(size, tokens - start) for start in range(0, tokens, size)]
 
 
-@partial(jax.jit, static_argnames=("capacity", "chunk"))
-def drive(policy, q, k, v, count, *, capacity, chunk):
-    """Reads ``[TOKENS, kv_heads, ...]`` chunk by chunk: outputs, positions after each chunk, final cache."""
-    one = cache.make_cache(policy, CacheSpec(k.shape[1], capacity, k.shape[2]))
-
-    def body(carried, xs):
-        q, k, v, start = xs
-        output, carried = attention.step(policy, carried, q, k, v, jnp.clip(count - start, 0, chunk))
-        return carried, (output, carried.position)
-
-    starts = jnp.arange(0, q.shape[0], chunk)
-    cut = jax.tree.map(lambda x: x.reshape(-1, chunk, *x.shape[1:]), (q, k, v))
-    last, (outputs, position) = jax.lax.scan(body, one, (*cut, starts))
-    return outputs.reshape(q.shape), position, last
+def corm_last(q, k, v, *, chunks=None, capacity=None, **options):
+    """The specification of CORM with one number a key, for one head."""
+    return rules.read_head(rules.Corm(**options), q, k, v, chunks=chunks, capacity=capacity)
 
 
 def padded(x, multiple):

@@ -23,15 +23,8 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture
-def corm(monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr("sys.argv", ["corm", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        out, err = capsys.readouterr()
-        return stopped.value.code or 0, out, err
-
-    return run
+def corm(run_main):
+    return lambda *arguments: run_main(cli.main, "corm", *arguments)
 
 
 @pytest.fixture

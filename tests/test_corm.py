@@ -5,8 +5,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from corm_jax.policies import Corm, Full
-from simulator import reference
-from tests.heads import TOKENS, chunks_of, drive, heads, live_sets, options, padded
+from simulator import reference, rules
+from simulator.verify import drive
+from tests.heads import TOKENS, chunks_of, corm_last, heads, live_sets, options, padded
 
 CLOSE = 1e-4  # comparisons this near to a tie, and not exact ties, hang on float32 rounding
 
@@ -33,7 +34,7 @@ def test_same_keys_survive_as_in_the_specification(head, options, chunk, capacit
 @given(head=heads(), chunk=st.sampled_from([1, 2, 5]), capacity=st.sampled_from([TOKENS, 6]))
 def test_full_keeps_all_and_then_the_newest(head, chunk, capacity):
     tokens = head[0].shape[0]
-    expected = reference.full(*head, chunks=chunks_of(tokens, chunk), capacity=capacity)
+    expected = rules.read_head(rules.Rule(), *head, chunks=chunks_of(tokens, chunk), capacity=capacity)
     q, k, v = (padded(x, chunk) for x in head)
     outputs, position, last = drive(Full(), q[:, None], k[:, None], v[:, None], tokens, capacity=capacity, chunk=chunk)
     agree(expected, outputs[:, 0], np.asarray(position)[:, 0], last.overflow[0], tokens)
@@ -49,6 +50,6 @@ def test_heads_do_not_meet_and_each_has_its_own_window(pair, options):
     outputs, position, last = drive(policy, q, k, v, tokens, capacity=9, chunk=1)
     for h, head in enumerate(pair):
         own = {**options, "window": int(windows[h]), "recent": int(recents[h])}
-        expected = reference.corm_last(*head, **own, capacity=9)
+        expected = corm_last(*head, **own, capacity=9)
         assume(expected.margin > CLOSE)
         agree(expected, outputs[:, h], np.asarray(position)[:, h], last.overflow[h], tokens)

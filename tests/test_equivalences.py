@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from corm_jax import attention, cache
 from corm_jax.policies import Corm
 from corm_jax.types import CacheSpec, Observation, Slots
-from tests.heads import HEAD_DIM, TOKENS, drive, heads, padded
+from simulator.verify import drive
+from tests.heads import HEAD_DIM, TOKENS, heads, padded
 
 
 def columns(head, chunk=1):

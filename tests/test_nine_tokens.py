@@ -6,7 +6,8 @@ import pytest
 
 from corm_jax import Corm
 from simulator import reference
-from tests.heads import drive, live_sets
+from simulator.verify import drive
+from tests.heads import corm_last, live_sets
 
 WORDS = ["The", "cat", "sat", "on", "the", "mat", "because", "it", "purred"]
 ASKED = [{0}, {0, 1}, {1, 2}, {0, 2, 3}, {3}, {0, 3, 5}, {0, 6}, {0, 1, 7}, {7, 8}]
@@ -35,7 +36,7 @@ def words(kept):
     return " ".join(WORDS[i] for i in sorted(kept))
 
 
-@pytest.mark.parametrize("rule", [reference.corm_messages, reference.corm_last])
+@pytest.mark.parametrize("rule", [reference.corm_messages, corm_last])
 def test_in_the_specification(rule):
     reading = rule(*head(), window=4, recent=2)
     assert [words(kept) for kept in reading.kept] == KEPT

@@ -68,6 +68,8 @@ def test_no_policy_beats_them(pattern, kind):
         found = oracle.bounds(trace, result)
         assert (found.policy <= found.most + 1e-4).all()
         assert (found.regret >= -1e-4).all()
+        np.testing.assert_allclose(found.regret_without_return, found.greedy - found.policy)
+        assert (found.regret_without_return <= found.regret + 1e-4).all()
         assert (found.greedy <= found.most + 1e-4).all()
         alpha = next(oracle.attention(trace, 0))
         exact = oracle.exact(alpha, result.attended[0, 0])

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simulator import reference
-from tests.heads import heads, options, partitions
+from simulator import reference, rules
+from tests.heads import corm_last, heads, options, partitions
 
 
 @given(head=heads(), options=options(), data=st.data())
@@ -15,21 +15,20 @@ def test_one_number_a_key_says_what_the_message_matrix_says(head, options, data)
     chunks = data.draw(partitions(tokens))
     capacity = data.draw(st.none() | st.integers(max(*chunks, options["recent"]), tokens + options["recent"]))
     messages = reference.corm_messages(*head, **options, chunks=chunks, capacity=capacity)
-    last = reference.corm_last(*head, **options, chunks=chunks, capacity=capacity)
+    last = rules.read_head(rules.Corm(**options), *head, chunks=chunks, capacity=capacity)
     assert messages.kept == last.kept
     assert messages.overflow == last.overflow
     np.testing.assert_allclose(messages.outputs, last.outputs, atol=1e-12)
 
 
-@pytest.mark.parametrize("rule", [reference.corm_messages, reference.corm_last])
-def test_overflow_can_be_an_error(rule):
+def test_overflow_can_be_an_error():
     q, k, v = np.ones((4, 1, 2)), np.ones((4, 2)), np.ones((4, 2))
     with pytest.raises(reference.OverflowedError, match="3 live keys and 1 new ones exceed 3 slots"):
-        rule(q, k, v, window=9, recent=1, capacity=3, overflow="error")
-    assert rule(q, k, v, window=9, recent=1, capacity=4, overflow="error").overflow == 0
+        reference.corm_messages(q, k, v, window=9, recent=1, capacity=3, overflow="error")
+    assert reference.corm_messages(q, k, v, window=9, recent=1, capacity=4, overflow="error").overflow == 0
 
 
-@pytest.mark.parametrize("rule", [reference.corm_messages, reference.corm_last])
+@pytest.mark.parametrize("rule", [reference.corm_messages, corm_last])
 def test_a_hand_worked_overflow(rule):
     # Query 3 looks at key 1 alone, query 4 at key 0 alone: at the next arrival key 2 was never important after its own
     # step. Slots: 4. Clock 5 must free one: last = {0: 4, 1: 3, 2: never, 3: never}; oldest of the never goes.

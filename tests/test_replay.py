@@ -9,10 +9,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from corm_jax import TOVA, Corm, CormError, Full, L2Norm, budget
-from simulator import reference
+from simulator import rules
 from simulator.replay import FOREVER, replay, sweep
 from simulator.trace import Trace
-from tests.heads import chunks_of, drive, heads, live_sets, options, padded
+from simulator.verify import drive
+from tests.heads import chunks_of, corm_last, heads, live_sets, options, padded
 from tests.test_nine_tokens import KEPT, head, words
 
 CLOSE = 1e-4
@@ -33,13 +34,13 @@ def kept_sets(history):
 def test_same_keys_survive_as_in_the_specification(head, options, chunk, capacity):
     tokens = head[0].shape[0]
     chunks = chunks_of(tokens, chunk)
-    expected = reference.corm_last(*head, **options, chunks=chunks, capacity=capacity)
+    expected = corm_last(*head, **options, chunks=chunks, capacity=capacity)
     assume(expected.margin > CLOSE)
     result = replay(trace_of(head), Corm(**options), chunk=chunk, capacity=capacity, keep_history=True)
     ends = np.cumsum(chunks) - 1
     assert kept_sets(result.kept[0, 0][ends]) == expected.kept
     assert result.overflow[0, 0] == expected.overflow
-    full = reference.full(*head).outputs
+    full = rules.read_head(rules.Rule(), *head).outputs
     norm = np.linalg.norm(full, axis=-1)
     error = np.linalg.norm(expected.outputs - full, axis=-1) / np.where(norm == 0, 1, norm)
     np.testing.assert_allclose(result.error[0], error.T, atol=1e-4 * max(1.0, error.max()))
@@ -95,7 +96,7 @@ def test_attention_rows_replay_as_the_keys_they_came_from(head, options, fidelit
     logits[:, np.triu(np.ones((tokens, tokens), bool), 1)] = -np.inf
     alpha = np.exp(logits - logits.max(-1, keepdims=True))
     alpha /= alpha.sum(-1, keepdims=True)
-    assume(reference.corm_last(*head, **options).margin > CLOSE)
+    assume(corm_last(*head, **options).margin > CLOSE)
     ratio = alpha * np.arange(1, tokens + 1)[:, None]
     assume((np.abs(ratio - 1) > CLOSE).all() or options["window"] > tokens)  # rows do not say which ties are exact
     rows = replay(Trace.from_attention(alpha[None], kv_heads=1), Corm(**options), fidelity=fidelity)

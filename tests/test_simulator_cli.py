@@ -40,15 +40,8 @@ def rows(tmp_path_factory):
 
 
 @pytest.fixture
-def simulator(monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr("sys.argv", ["simulator", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        out, err = capsys.readouterr()
-        return stopped.value.code or 0, out, err
-
-    return run
+def simulator(run_main):
+    return lambda *arguments: run_main(cli.main, "simulator", *arguments)
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ import pytest
 
 from corm_jax import TOVA, Corm, CormError, budget, policy
 from simulator import synthetic
-from simulator.reference import corm_last
 from simulator.trace import Trace, TraceError
 from simulator.verify import verify
+from tests.heads import corm_last
 
 TRACE = synthetic.topics(layers=2, steps=70, kv_heads=2, group=2, length=10)
 
