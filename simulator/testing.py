@@ -98,6 +98,7 @@ def _run(check, policy, reference, implementation, examples: int) -> None:
         derandomize=True,
         database=None,
         report_multiple_bugs=False,
+        print_blob=False,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
     )
     @given(policy=policy if isinstance(policy, st.SearchStrategy) else st.just(policy), data=st.data())
