@@ -67,7 +67,6 @@ def step(
     k: Float[Array, "tokens kv_heads head_dim"],
     v: Float[Array, "tokens kv_heads head_dim"],
     count: Int[Array, ""],
-    evict: Bool[Array, ""] | bool = True,
 ) -> tuple[Float[Array, "tokens kv_heads group head_dim"], LayerCache]:
     """One chunk through one layer of one sequence: insert, attend, observe, evict.
 
@@ -76,7 +75,6 @@ def step(
       q, k, v: the chunk's queries, keys and values, rotated at positions ``cache.seen + (0, 1, ...)``. Each query sees
         the live keys and, causally, the chunk.
       count: how many of them are real; the rest pads a ragged batch, and changes nothing.
-      evict: false postpones eviction (the one-shot prompt: read it all, then evict once).
 
     Returns:
       The outputs, in the dtype of ``q``, and the cache.
@@ -99,7 +97,7 @@ def step(
     visible = (held >= 0) & (held <= position[:, None, None]) & real[:, None, None]
     output, observation = attend(q, cache.k, cache.v, visible, position + 1)
     cache = cache._replace(state=policy.observe(cache.state, observation, cache_lib.slots(cache)))
-    return output, cache_lib.evict(policy, cache, (count > 0) & jnp.asarray(evict))
+    return output, cache_lib.evict(policy, cache, count > 0)
 
 
 def read(
@@ -109,7 +107,6 @@ def read(
     k: Float[Array, "tokens kv_heads head_dim"],
     v: Float[Array, "tokens kv_heads head_dim"],
     count: Int[Array, ""],
-    evict: Bool[Array, ""] | bool = True,
     *,
     chunk: int,
 ) -> tuple[Float[Array, "tokens kv_heads group head_dim"], LayerCache, Int[Array, "chunks kv_heads"]]:
@@ -125,7 +122,7 @@ def read(
 
     def body(cache, xs):
         q, k, v, start = xs
-        output, cache = step(policy, cache, q, k, v, jnp.clip(count - start, 0, chunk), evict)
+        output, cache = step(policy, cache, q, k, v, jnp.clip(count - start, 0, chunk))
         slots = cache_lib.slots(cache)
         return cache, (output, slots.total(slots.live))
 

@@ -14,8 +14,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from corm_jax.errors import CormError
-from corm_jax.policies.options import concrete
-from corm_jax.types import EMPTY, Caches, CacheSpec, LayerCache, Policy, Slots, Usage
+from corm_jax.policies.options import concrete, whole
+from corm_jax.types import EMPTY, ENDLESS, Caches, CacheSpec, LayerCache, Policy, Slots, Usage
 
 
 def make_cache(policy: Policy, spec: CacheSpec, batch: int | None = None) -> LayerCache:
@@ -33,6 +33,7 @@ def make_cache(policy: Policy, spec: CacheSpec, batch: int | None = None) -> Lay
         position=jnp.full(spec.slots, EMPTY, jnp.int32),
         state=policy.init(spec),
         seen=jnp.zeros((), jnp.int32),
+        prompt=jnp.full((), ENDLESS, jnp.int32),
         overflow=jnp.zeros(spec.kv_heads, jnp.int32),
     )
     return cache if batch is None else jax.tree.map(lambda x: jnp.tile(x, (batch, *(1,) * x.ndim)), cache)
@@ -40,7 +41,7 @@ def make_cache(policy: Policy, spec: CacheSpec, batch: int | None = None) -> Lay
 
 def slots(cache: LayerCache) -> Slots:
     """The view of a cache that a policy gets."""
-    return Slots(cache.position, cache.seen)
+    return Slots(cache.position, cache.seen, cache.prompt)
 
 
 def insert(
@@ -59,7 +60,7 @@ def insert(
     if tokens > capacity:
         raise CormError(f"{tokens} new keys do not fit into {capacity} slots: use a smaller chunk or more capacity")
     seen = cache.seen + count
-    priority = policy.rank(cache.state, Slots(cache.position, seen))
+    priority = policy.rank(cache.state, slots(cache)._replace(seen=seen))
     slot = lowest(jnp.where(cache.position >= 0, priority, _least(priority)), cache.position, tokens)
     arrives = jnp.arange(tokens) < count
     head = jnp.arange(kv_heads)[:, None]
@@ -76,11 +77,17 @@ def insert(
         position=write(cache.position, jnp.broadcast_to(cache.seen + jnp.arange(tokens), slot.shape)),
         state=jax.tree.map(lambda leaf, new: write(leaf, new[..., head, slot]), cache.state, fresh),
         seen=seen,
+        prompt=cache.prompt,
         overflow=cache.overflow + lost.sum(-1, dtype=jnp.int32),
     )
 
 
-def evict(policy: Policy, cache: LayerCache, allowed: Bool[Array, ""] | bool = True) -> LayerCache:
+def expect(caches: Caches, tokens: Int[np.ndarray, " batch"]) -> Caches:
+    """Says how many tokens the prompt has that is read next, row by row."""
+    return tuple(cache._replace(prompt=cache.seen + tokens) for cache in caches)
+
+
+def evict(policy: Policy, cache: LayerCache, allowed: Bool[Array, ""]) -> LayerCache:
     """Frees the slots that the policy does not retain; none where ``allowed`` is false."""
     keep = policy.retain(cache.state, slots(cache)) | ~jnp.asarray(allowed)
     return cache._replace(position=jnp.where(keep, cache.position, EMPTY))
@@ -114,17 +121,28 @@ def usage(caches: Caches) -> Usage:
 
 
 def per_layer(policy: Policy | Sequence[Policy], layers: int) -> tuple[Policy, ...]:
-    """One policy a layer: the one given for all, or those given."""
-    if isinstance(policy, Policy):
-        return (policy,) * layers
-    if len(policy) != layers:
-        raise CormError(f"{len(policy)} policies for {layers} layers: give one for all, or one for each")
-    return tuple(policy)
+    """One policy a layer: those given, or the one given, as it is `for_layer` where it, or one inside it, differs."""
+    if not isinstance(policy, Policy):
+        if len(policy) != layers:
+            raise CormError(f"{len(policy)} policies for {layers} layers: give one for all, or one for each")
+        return tuple(policy)
+
+    def varies(part: Any) -> bool:
+        return hasattr(part, "for_layer")
+
+    def of_layer(layer: int) -> Policy:
+        return jax.tree.map(lambda x: x.for_layer(layer, layers) if varies(x) else x, policy, is_leaf=varies)
+
+    return tuple(of_layer(layer) for layer in range(layers))
 
 
-def slots_for(
-    policy: Policy | Sequence[Policy], capacity: int | None, tokens: int, chunk: int, oneshot: bool = False
-) -> int:
+def whole_prompt(policy: Policy | Sequence[Policy]) -> bool:
+    """Whether it keeps, in some layer, every key until the prompt has been read."""
+    policies = [policy] if isinstance(policy, Policy) else policy
+    return any(getattr(one, "whole_prompt", False) for one in policies)
+
+
+def slots_for(policy: Policy | Sequence[Policy], capacity: int | None, tokens: int, chunk: int) -> int:
     """The capacity to allocate: the one asked for, if it can work, or as much as can be needed.
 
     That is one slot for every token, or, for policies that say how many keys stay at ``most``, so many and a chunk.
@@ -132,7 +150,7 @@ def slots_for(
     policies = [policy] if isinstance(policy, Policy) else policy
     if capacity is None:
         most: list[Any] = [getattr(one, "most", None) for one in policies]
-        if oneshot or not all(concrete(one) for one in most):
+        if not all(concrete(one) for one in most):
             return max(tokens, chunk)
         return max(min(tokens, max(int(np.max(one)) for one in most) + chunk), chunk)
     check_slots(capacity, chunk, "a chunk")
@@ -142,6 +160,28 @@ def slots_for(
                 capacity, int(np.max(one.protected)), "the keys that the policy never gives up, such as its recent ones"
             )
     return capacity
+
+
+def prompt_of(policy: Policy | Sequence[Policy], prompt: int | None, tokens: int) -> int:
+    """How many of a text's tokens are the prompt: as said, or `ENDLESS` where nobody asks.
+
+    Raises:
+      CormError: for a prompt that is longer than the text, or none for a policy that waits for its end.
+    """
+    if prompt is None:
+        if whole_prompt(policy):
+            raise CormError("the policy waits for the end of the prompt: say how many of the tokens are the prompt")
+        return ENDLESS
+    whole(1, prompt=prompt)
+    if prompt > tokens:
+        raise CormError(f"a prompt of {prompt} tokens does not end within a text of {tokens}: say fewer")
+    return prompt
+
+
+def check_prompt(policy: Policy | Sequence[Policy], capacity: int, tokens: int) -> None:
+    """Raises unless there are slots for a prompt, if the policy keeps all of it."""
+    if whole_prompt(policy):
+        check_slots(capacity, tokens, "the whole prompt, which the policy keeps until it has been read")
 
 
 def check_slots(capacity: int, need: int, what: str) -> None:

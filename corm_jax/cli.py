@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from corm_jax import console, inputs, plots, recording
-from corm_jax.cache import slots_for, usage
+from corm_jax.cache import check_prompt, prompt_of, slots_for, usage
 from corm_jax.errors import CormError
 from corm_jax.files import check_writable, write_json
 from corm_jax.generation import stream
@@ -79,9 +79,12 @@ _text_options = _options(
 @_text_options
 @click.option("--policy", "specs", multiple=True, metavar="SPEC", help="name:key=value,...; repeat to compare")
 @click.option("--budget", metavar="KEYS", help="hold all but full to so many keys a head, or to a share such as 0.25")
+@click.option(
+    "--prompt", type=int, help="how many of the tokens are the prompt, for policies that wait for its end; not scored"
+)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="write the result here")
 @click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="draw it into this PNG file")
-def compare(model, dtype, capacity, chunk, overflow, text, tokens, specs, budget, json_file, plot_file):
+def compare(model, dtype, capacity, chunk, overflow, text, tokens, specs, budget, prompt, json_file, plot_file):
     """Read a text through each policy's cache: what forgetting costs, what it saves.
 
     Every token is predicted from what the cache still holds (teacher forcing). A SPEC is a name from `corm policies`
@@ -94,7 +97,7 @@ def compare(model, dtype, capacity, chunk, overflow, text, tokens, specs, budget
         specs = [on_budget(spec, keys_of(budget, tokens)) for spec in specs]
     policies = {spec: parse(spec) for spec in specs}
     for policy in policies.values():
-        slots_for(policy, capacity, tokens, chunk)
+        check_prompt(policy, slots_for(policy, capacity, tokens, chunk), prompt_of(policy, prompt, tokens - 1))
     if json_file:
         check_writable(json_file)
     if plot_file:
@@ -106,14 +109,15 @@ def compare(model, dtype, capacity, chunk, overflow, text, tokens, specs, budget
         "model": model,
         "text": name,
         "tokens": tokens,
+        "prompt": prompt,
         "dtype": dtype,
         "device": _device(),
         "chunk": chunk,
         "rows": [],
     }
     for spec, policy in policies.items():
-        reading = _read(spec, network, policy, ids, capacity=capacity, chunk=chunk, overflow=overflow)
-        result["rows"].append(_row(spec, reading, result["rows"]))
+        reading = _read(spec, network, policy, ids, capacity=capacity, chunk=chunk, prompt=prompt, overflow=overflow)
+        result["rows"].append(_row(spec, reading, prompt or 1, result["rows"]))
     result["peak_memory_bytes"] = _peak_memory()
     _print_table(result)
     if json_file:
@@ -129,7 +133,6 @@ def compare(model, dtype, capacity, chunk, overflow, text, tokens, specs, budget
 @click.option("--prompt-file", type=click.Path(path_type=Path), help="a UTF-8 file that holds it")
 @click.option("--chat", is_flag=True, help="wrap it as a user's turn of a conversation")
 @click.option("--policy", "spec", default=DEFAULT_POLICIES[1], show_default=True, metavar="SPEC")
-@click.option("--oneshot", is_flag=True, help="read the whole prompt before the first eviction")
 @click.option("--max-new-tokens", type=int, default=128, show_default=True)
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the likeliest token")
 @click.option("--top-p", type=float, default=1.0, show_default=True, help="draw from this much of the mass")
@@ -144,7 +147,6 @@ def generate(
     prompt_file,
     chat,
     spec,
-    oneshot,
     max_new_tokens,
     temperature,
     top_p,
@@ -168,7 +170,6 @@ def generate(
         max_new_tokens=max_new_tokens,
         capacity=capacity,
         chunk=chunk,
-        oneshot=oneshot,
         overflow=overflow,
         end=tokenizer.end,
         temperature=temperature,
@@ -278,8 +279,8 @@ def _read(spec: str, *arguments, **options) -> Reading:
         return read(*arguments, **options, progress=lambda done: progress.update(task, completed=done))
 
 
-def _row(spec: str, reading: Reading, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    nll = float(reading.nll.mean(dtype=np.float64))
+def _row(spec: str, reading: Reading, scored_from: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    nll = float(reading.nll[scored_from - 1 :].mean(dtype=np.float64))
     return {
         "policy": spec,
         "nll": nll,
@@ -328,10 +329,10 @@ def _print_table(result: dict[str, Any]) -> None:
             f"{row['seconds']:.1f}",
         )
     peaks = ", ".join(f"{peak / 2**30:.2f} GiB ({where})" for where, peak in result["peak_memory_bytes"].items())
-    out = console.output()
+    out, scored = console.output(), result["tokens"] - (result["prompt"] or 1)
     out.print(table)
     out.print(
-        f"NLL: nats a token over {result['tokens'] - 1:,} predictions; Δ against the first row. kept: live / seen, "
+        f"NLL: nats a token over {scored:,} predictions; Δ against the first row. kept: live / seen, "
         f"mean over layers and heads, at the end and over time. {result['dtype']}, chunks of {result['chunk']}, "
         f"{result['device']}, peak memory {peaks}."
     )

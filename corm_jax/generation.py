@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from corm_jax import cache
 from corm_jax.errors import CacheOverflowError, CormError
 from corm_jax.model import Llama
-from corm_jax.types import Caches, LayerCache, Policy
+from corm_jax.types import Caches, Policy
 
 BLOCK = 256
 """Tokens that go through the model at once, rounded up to a multiple of the chunk. Does not change results."""
@@ -75,7 +75,6 @@ def prefill(
     prompts: Sequence[Sequence[int]],
     *,
     chunk: int = 1,
-    oneshot: bool = False,
     overflow: Overflow = "evict",
 ) -> tuple[Float[Array, "batch vocab"], Caches]:
     """Reads prompts of any lengths, each row with its own clock.
@@ -84,45 +83,31 @@ def prefill(
       caches: as `Llama.make_caches` returns them, or after an earlier call; donated.
       prompts: token ids, one list a row.
       chunk: tokens between evictions. 1 is the exact recurrence; more is faster and remembers a little longer.
-      oneshot: attend over the whole prompt first and evict once at its end, from the last w queries.
       overflow: what happens when no slot is free: the policy's lowest rank goes, counted; or `CacheOverflowError`.
 
     Returns:
       Logits of each row's next token, and the caches.
 
     Raises:
-      CormError: for bad token ids, or a capacity that cannot hold a chunk (one-shot: the prompt).
+      CormError: for bad token ids, or a capacity that cannot hold a chunk, or the prompt if the policy keeps all of it.
     """
     blocks = Blocks.cut(prompts, model.config.vocab, chunk)
-    if oneshot:
-        cache.check_slots(
-            min(one.position.shape[-1] for one in caches), int(blocks.count.sum(0).max()), "a one-shot prompt"
-        )
+    lengths = blocks.count.sum(0, dtype=np.int32)
+    cache.check_prompt(policy, min(one.position.shape[-1] for one in caches), int(lengths.max()))
     check_overflow(caches, overflow)
+    caches = cache.expect(caches, lengths)
     logits = jnp.zeros((len(prompts), model.config.vocab), jnp.float32)
     for index, count in enumerate(blocks.count):
-        logits, caches = _prefill_block(
-            model, policy, caches, logits, blocks.tokens[:, index], count, np.bool_(not oneshot), chunk=chunk
-        )
+        logits, caches = _prefill_block(model, policy, caches, logits, blocks.tokens[:, index], count, chunk=chunk)
         check_overflow(caches, overflow)
-    if oneshot:
-        caches = _evict_all(policy, caches)
     return logits, caches
 
 
 @partial(jax.jit, static_argnames="chunk", donate_argnames="caches")
-def _prefill_block(model, policy, caches, logits, tokens, count, evict, *, chunk):
-    x, caches, _ = model(policy, caches, tokens, count, evict, chunk=chunk)
+def _prefill_block(model, policy, caches, logits, tokens, count, *, chunk):
+    x, caches, _ = model(policy, caches, tokens, count, chunk=chunk)
     last = jnp.take_along_axis(x, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
     return jnp.where(count[:, None] > 0, model.logits(last), logits), caches
-
-
-@partial(jax.jit, donate_argnames="caches")
-def _evict_all(policy: Policies, caches: Caches) -> Caches:
-    def evict(one: Policy, layer: LayerCache) -> LayerCache:
-        return jax.vmap(partial(cache.evict, one))(layer)
-
-    return tuple(evict(one, layer) for one, layer in zip(cache.per_layer(policy, len(caches)), caches, strict=True))
 
 
 @partial(jax.jit, static_argnames="steps", donate_argnames="caches")
@@ -188,7 +173,6 @@ def stream(
     max_new_tokens: int,
     capacity: int | None = None,
     chunk: int = 1,
-    oneshot: bool = False,
     overflow: Overflow = "evict",
     end: Sequence[int] = (),
     temperature: float = 0.0,
@@ -205,9 +189,9 @@ def stream(
         raise CormError(f"temperature must be >= 0 and top_p in (0, 1], not {temperature} and {top_p}")
     Blocks.cut(prompts, model.config.vocab, chunk)  # complain before anything is allocated
     length = max(len(prompt) for prompt in prompts) + max_new_tokens
-    capacity = cache.slots_for(policy, capacity, length, chunk, oneshot)
+    capacity = cache.slots_for(policy, capacity, length, chunk)
     caches = model.make_caches(policy, batch=len(prompts), capacity=capacity)
-    logits, caches = prefill(model, policy, caches, prompts, chunk=chunk, oneshot=oneshot, overflow=overflow)
+    logits, caches = prefill(model, policy, caches, prompts, chunk=chunk, overflow=overflow)
     done = jnp.zeros(len(prompts), bool)
     for start in range(0, max_new_tokens, STRETCH):
         tokens, logits, done, caches = decode(
@@ -238,7 +222,7 @@ def generate(model: Llama, policy: Policies, prompts: Sequence[Sequence[int]], *
       prompts: token ids, one list a row; lengths may differ.
       max_new_tokens: the most to draw for each.
       capacity: slots a key-value head; by default as many as could ever be needed.
-      chunk, oneshot, overflow: how the prompt is read, see `prefill`.
+      chunk, overflow: how the prompt is read, see `prefill`.
       end: ids after which a row stops, usually ``tokenizer.end``.
       temperature, top_p, seed: see `sample`; greedy by default.
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from corm_jax import attention, cache, positions
 from corm_jax.types import Caches, CacheSpec, LayerCache, Policy
@@ -54,13 +54,12 @@ class Attention(nnx.Module):
         cache: LayerCache,
         policy: Policy,
         count: Int[Array, " batch"],
-        evict: Bool[Array, ""],
         chunk: int,
     ) -> tuple[Float[Array, "batch tokens dim"], LayerCache, Int[Array, "batch chunks kv_heads"]]:
         batch, tokens, _ = x.shape
         q, k, v = self.project(x, cache.seen[:, None] + jnp.arange(tokens)[None])
-        read = jax.vmap(partial(attention.read, chunk=chunk), in_axes=(None, 0, 0, 0, 0, 0, None))
-        output, cache, live = read(policy, cache, q, k, v, count, evict)
+        read = jax.vmap(partial(attention.read, chunk=chunk), in_axes=(None, 0, 0, 0, 0, 0))
+        output, cache, live = read(policy, cache, q, k, v, count)
         return self.out(output.reshape(batch, tokens, -1)), cache, live
 
     def project(
@@ -100,8 +99,8 @@ class Layer(nnx.Module):
         self.attention_norm, self.attention = norm(), Attention(config, dtype, rngs)
         self.feed_forward_norm, self.feed_forward = norm(), FeedForward(config, dtype, rngs)
 
-    def __call__(self, x, cache, policy, count, evict, chunk):
-        output, cache, live = self.attention(self.attention_norm(x), cache, policy, count, evict, chunk)
+    def __call__(self, x, cache, policy, count, chunk):
+        output, cache, live = self.attention(self.attention_norm(x), cache, policy, count, chunk)
         x = x + output
         return x + self.feed_forward(self.feed_forward_norm(x)), cache, live
 
@@ -145,7 +144,6 @@ class Llama(nnx.Module):
         caches: Caches,
         tokens: Int[Array, "batch tokens"],
         count: Int[Array, " batch"],
-        evict: Bool[Array, ""] | bool = True,
         *,
         chunk: int,
     ) -> tuple[Float[Array, "batch tokens dim"], Caches, Int[Array, "layer batch chunks kv_heads"]]:
@@ -156,7 +154,6 @@ class Llama(nnx.Module):
           caches: what `make_caches` or an earlier call returned.
           tokens: int32 ``[batch, tokens]``; positions go on from each row's clock.
           count: how many tokens of each row are real; the rest is padding, and changes nothing.
-          evict: false postpones eviction (the one-shot prompt).
           chunk: tokens between evictions; it divides the number of tokens. 1 is the exact recurrence.
 
         Returns:
@@ -165,7 +162,7 @@ class Llama(nnx.Module):
         x = self.embed(tokens)
         updated, live = [], []
         for layer, cache_in, one in zip(self.layers, caches, cache.per_layer(policy, self.config.layers), strict=True):
-            x, cache_out, live_in_layer = layer(x, cache_in, one, count, jnp.asarray(evict), chunk)
+            x, cache_out, live_in_layer = layer(x, cache_in, one, count, chunk)
             updated.append(cache_out)
             live.append(live_in_layer)
         return self.norm(x), tuple(updated), jnp.stack(live)

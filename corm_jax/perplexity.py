@@ -51,6 +51,7 @@ def read(
     *,
     capacity: int | None = None,
     chunk: int = 1,
+    prompt: int | None = None,
     overflow: Overflow = "evict",
     progress: Callable[[int], None] = lambda done: None,
 ) -> Reading:
@@ -60,19 +61,23 @@ def read(
       tokens: ids, at least two.
       capacity: slots a key-value head; by default one for every token, so that nothing overflows.
       chunk: tokens between evictions; 1 is the exact recurrence.
+      prompt: how many of the tokens are the prompt, for policies that wait for its end.
       overflow: as in `generation.prefill`.
       progress: called with the number of tokens read so far.
 
     Raises:
-      CormError: for too few tokens, ids outside the vocabulary, a capacity that cannot hold a chunk, or a
-        model whose predictions are not numbers.
+      CormError: for too few tokens, ids outside the vocabulary, a capacity that cannot hold a chunk, no
+        ``prompt`` or a wrong one, or a model whose predictions are not numbers.
     """
     if len(tokens) < 2:
         raise CormError(f"a text of {len(tokens)} tokens leaves nothing to predict: it takes at least 2")
     blocks = Blocks.cut([tokens], model.config.vocab, chunk)
     size = blocks.tokens.shape[-1]
     targets = np.roll(blocks.tokens.reshape(-1), -1).reshape(-1, 1, size)
-    caches = model.make_caches(policy, batch=1, capacity=cache.slots_for(policy, capacity, len(tokens), chunk))
+    capacity = cache.slots_for(policy, capacity, len(tokens), chunk)
+    cache.check_prompt(policy, capacity, prompt := cache.prompt_of(policy, prompt, len(tokens)))
+    caches = model.make_caches(policy, batch=1, capacity=capacity)
+    caches = cache.expect(caches, np.array([prompt], np.int32))
     check_overflow(caches, overflow)
     # A block without tokens changes nothing, but it compiles: the clock starts after it.
     _, _, caches = _score(model, policy, caches, blocks.tokens[:, 0], targets[0], np.zeros(1, np.int32), chunk=chunk)

@@ -120,7 +120,7 @@ def resume(
 def _layer(layer, cache, x, count):
     position = cache.seen[:, None] + jnp.arange(x.shape[1])[None]
     qkv = layer.attention.project(layer.attention_norm(x), position)  # once more, for the compiler to merge
-    x, cache, _ = layer(x, cache, Full(), count, jnp.asarray(False), x.shape[1])
+    x, cache, _ = layer(x, cache, Full(), count, x.shape[1])
     return x, cache, *qkv
 
 

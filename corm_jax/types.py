@@ -15,6 +15,12 @@ from jaxtyping import Array, Bool, Float, Int, Num, PyTree, Shaped
 EMPTY = -1
 """The position of a slot that holds no key. Nothing else marks a slot as free."""
 
+ENDLESS = 2**31 - 1
+"""The length of a prompt of which nobody said where it ends: all that is read belongs to it."""
+
+FEW = 8
+"""Up to so many keys are cheaper found one by one than by sorting."""
+
 State: TypeAlias = PyTree[Any]
 """What a policy remembers: a pytree of arrays that each end in the slot axes, ``[..., *slots]``."""
 
@@ -46,10 +52,12 @@ class Slots(NamedTuple):
     Attributes:
       position: int32 ``[*slots]``, where in the sequence the slot's key stands; `EMPTY` if there is none.
       seen: int32 scalar, the clock: tokens read so far.
+      prompt: int32 scalar, the clock at which the prompt ends; `ENDLESS` if nobody said.
     """
 
     position: Int[Array, "kv_heads capacity"]
     seen: Int[Array, ""]
+    prompt: Int[Array, ""]
 
     @property
     def live(self) -> Bool[Array, "kv_heads capacity"]:
@@ -65,22 +73,67 @@ class Slots(NamedTuple):
         per_head = jnp.asarray(per_head)
         return per_head[..., None] if per_head.ndim else per_head
 
+    def only(self, some: Bool[Array, "kv_heads capacity"]) -> "Slots":
+        """The same with those slots alone; the others count as empty."""
+        return self._replace(position=jnp.where(some, self.position, EMPTY))
+
     def lowest(self, rank: Num[Array, "kv_heads capacity"], count: PerHead) -> Bool[Array, "kv_heads capacity"]:
         """Which live slots are among the ``count`` of their head that rank lowest, among equals the oldest first.
 
-        ``count`` may differ by head. One pass for each key that goes: a policy on a budget loses one a step.
+        ``count`` may differ by head. A few are found one by one (a policy on a budget loses one a step), many by
+        sorting. Both are loops that need not run at all, which `jax.lax.cond` under `jax.vmap` cannot be.
         """
-        left = jnp.broadcast_to(jnp.asarray(count, jnp.int32), self.position.shape[:1])
+        count = jnp.broadcast_to(jnp.asarray(count, jnp.int32), self.position.shape[:1])
+        count = jnp.clip(count, 0, self.total(self.live))
 
-        def lower(found):
+        def some(found):
             candidates = self.live & ~found[0]
             lowest = jnp.where(candidates, rank, largest(rank)).min(-1, keepdims=True)
             tied = jnp.where(candidates & (rank == lowest), self.position, largest(self.position))
             hit = candidates & (tied == tied.min(-1, keepdims=True)) & (self.spread(found[1]) > 0)
             return found[0] | hit, found[1] - 1
 
-        left = jnp.minimum(left, self.total(self.live))
-        return jax.lax.while_loop(lambda found: (found[1] > 0).any(), lower, (jnp.zeros_like(self.live), left))[0]
+        def many(_):
+            index = jax.lax.broadcasted_iota(jnp.int32, self.position.shape, 1)
+            _, _, _, order = jax.lax.sort((~self.live, rank, self.position, index), num_keys=3)
+            head = jax.lax.broadcasted_iota(jnp.int32, order.shape, 0)
+            place = jnp.zeros_like(index).at[head, order].set(index)
+            return self.live & (place < self.spread(count)), jnp.zeros_like(count)
+
+        found = jnp.zeros_like(self.live), count
+        found = jax.lax.while_loop(lambda found: (found[1] > FEW).any(), many, found)
+        return jax.lax.while_loop(lambda found: (found[1] > 0).any(), some, found)[0]
+
+    def lowest_of_layer(self, rank: Num[Array, "kv_heads capacity"], count: PerHead) -> Int[Array, " kv_heads"]:
+        """How many of the ``count`` live slots of the layer that rank lowest belong to each head.
+
+        Among equals the oldest key comes first, then that of the first head.
+        """
+        head = jax.lax.broadcasted_iota(jnp.int32, self.position.shape, 0)
+        columns = (x.reshape(-1) for x in (~self.live, rank, self.position, head))
+        dead, _, _, head = jax.lax.sort(tuple(columns), num_keys=4)
+        first = ~dead & (jnp.arange(head.size) < count)
+        return jnp.zeros(self.position.shape[0], jnp.int32).at[head].add(first.astype(jnp.int32))
+
+    def neighbours(
+        self, per_slot: Float[Array, "kv_heads capacity"], radius: int, absent: float
+    ) -> Float[Array, "neighbours kv_heads capacity"]:
+        """What a head's live keys hold that stand at most ``radius`` positions away, each slot's own key included.
+
+        In no particular order, and filled up with ``absent`` to 2 ``radius`` + 1 of them.
+        """
+        index = jax.lax.broadcasted_iota(jnp.int32, self.position.shape, 1)
+        place = jnp.where(self.live, self.position, largest(self.position))
+        place, per_slot, order = jax.lax.sort((place, per_slot, index), num_keys=1)
+        capacity = place.shape[1]
+        found = []
+        for shift in range(-radius, radius + 1):
+            other = jnp.clip(index + shift, 0, capacity - 1)
+            near = jnp.abs(place[:, other[0]] - place) <= radius
+            inside = (index + shift >= 0) & (index + shift < capacity) & (place < largest(place))
+            found.append(jnp.where(near & inside, per_slot[:, other[0]], absent))
+        head = jax.lax.broadcasted_iota(jnp.int32, order.shape, 0)
+        return jnp.stack(found).at[:, head, order].set(jnp.stack(found))
 
     def mean_over_heads(self, per_slot: Num[Array, "kv_heads capacity"]) -> Num[Array, "kv_heads capacity"]:
         """The mean over the heads of a layer, for policies whose heads all keep the same tokens."""
@@ -128,8 +181,12 @@ class Policy(Protocol):
     chunk of newest tokens: `rank` while there are fewer free slots than new keys, `observe` after attention, then
     `retain`.
 
-    Two attributes are voluntary. ``most``: how many keys of a head stay at most, after which caches are sized.
-    ``recent``: a promise that the newest so many stay, to which `simulator.testing` holds the policy.
+    The rest is voluntary:
+
+    - ``most``: how many keys of a head stay at most, after which caches are sized.
+    - ``recent``: a promise that the newest so many stay, to which `simulator.testing` holds the policy.
+    - ``whole_prompt``: true if it keeps every key until the prompt has been read. It has to be told where that is.
+    - ``for_layer(layer, layers)``: the policy of one layer of so many, where they differ.
     """
 
     @property
@@ -165,6 +222,7 @@ class LayerCache(NamedTuple):
       position: int32 ``[kv_heads, capacity]``, `EMPTY` where no key is.
       state: the policy's state.
       seen: int32 scalar, tokens read so far.
+      prompt: int32 scalar, how many there are when the prompt has been read; `ENDLESS` if nobody said.
       overflow: int32 ``[kv_heads]``, keys that went because no slot was free.
     """
 
@@ -173,6 +231,7 @@ class LayerCache(NamedTuple):
     position: Int[Array, "kv_heads capacity"]
     state: State
     seen: Int[Array, ""]
+    prompt: Int[Array, ""]
     overflow: Int[Array, " kv_heads"]
 
 

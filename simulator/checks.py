@@ -71,7 +71,7 @@ def shapes(subject: Subject, data: st.DataObject) -> None:
     jax.tree_util.register_dataclass(twin, data_fields=leaves, meta_fields=fixed)
     if jax.tree.structure(policy) == jax.tree.structure(twin(*(getattr(policy, name) for name in fields))):
         raise InvariantError("shapes", "jax.jit may take another class for this one: make it with corm_jax.policy")
-    view = Slots(before.position, before.seen)
+    view = Slots(before.position, before.seen, before.prompt)
     for name in ("retain", "rank"):
         value = jax.eval_shape(getattr(policy, name), before.state, view)
         if value.shape != slots or (value.dtype == bool) != (name == "retain"):
@@ -136,8 +136,9 @@ def specification(subject: Subject, data: st.DataObject) -> None:
         history = subject.read(case, capacity)
         outputs = np.concatenate([out[:count] for out, count in zip(history.outputs, case.counts, strict=True)])
         expected = readings(
-            policy, case.q[:n], case.k[:n], case.v[:n], chunks=pieces, capacity=capacity, reference=subject.reference
-        )
+            policy, case.q[:n], case.k[:n], case.v[:n],
+            chunks=pieces, capacity=capacity, prompt=case.prompt, reference=subject.reference,
+        )  # fmt: skip
         assume(min(reading.margin for reading in expected) > CLOSE)
         kept = np.zeros((1, KV_HEADS, len(pieces), TOKENS + CHUNK), bool)
         for head, reading in enumerate(expected):
@@ -155,7 +156,7 @@ def overflow_is_counted(subject: Subject, data: st.DataObject) -> None:
     """While eviction is postponed, each key that is missing went for want of a slot, and was counted."""
     case = data.draw(cases())
     for capacity in (None, subject.few):
-        history = subject.read(case, capacity, evict=False)
+        history = subject.hoard(case, capacity)
         live = history.kept[0].sum(-1)
         for head, step_ in np.argwhere(case.clock - live != np.asarray(history.overflow).T):
             missing, counted = int(case.clock[step_] - live[head, step_]), int(history.overflow[step_, head])
@@ -183,8 +184,8 @@ def enough_is_enough(subject: Subject, data: st.DataObject) -> None:
 def chunks(subject: Subject, data: st.DataObject) -> None:
     """While nothing goes, it is all the same in which pieces a text is read: same outputs, same state."""
     case = data.draw(cases())
-    ones = Case(case.logits, np.where(np.arange(TOKENS) < case.tokens, 1, 0).astype(np.int32))
-    pieces, single = (subject.read(each, evict=False) for each in (case, ones))
+    ones = dataclasses.replace(case, counts=np.where(np.arange(TOKENS) < case.tokens, 1, 0).astype(np.int32))
+    pieces, single = (subject.hoard(each) for each in (case, ones))
     rows = [np.concatenate([out[:count] for out, count in zip(history.outputs, each.counts, strict=True)])
             for history, each in ((pieces, case), (single, ones))]  # fmt: skip
     _close("chunks", rows[0], rows[1], "token by token")
@@ -200,14 +201,14 @@ def padding(subject: Subject, data: st.DataObject) -> None:
     """What pads a chunk changes nothing, and neither do steps without tokens."""
     case = data.draw(cases())
     order = np.argsort(case.counts == 0, kind="stable")  # empty steps last
-    other = Case(case.logits, case.counts[order])
+    other = dataclasses.replace(case, counts=case.counts[order])
     one = subject.read(case, subject.few)
     for name, x in (("zeros", 0.0), ("large numbers", 1e6)):
         q, k, v = (
             np.where(np.arange(TOKENS + CHUNK) < case.tokens, y.T, x).T.astype(np.float32)
             for y in (case.q, case.k, case.v)
         )
-        two = subject.go_on(subject.cache(subject.few), q, k, v, other.counts)
+        two = subject.go_on(subject.cache(subject.few, case.prompt), q, k, v, other.counts)
         steps, what = other.counts > 0, f"when {name} pad it"
         kept = one.kept[:, :, order[steps]]
         invariants.same_decisions("padding", kept, two.kept[:, :, steps], what, other.clock[steps])
@@ -239,7 +240,7 @@ def head_order(subject: Subject, data: st.DataObject) -> None:
         policy=jax.tree.map(lambda x: x[::-1] if np.shape(x) == (KV_HEADS,) else x, subject.policy)
     )
     q, k, v = (x[:, ::-1] for x in (case.q[:, :, ::-1], case.k, case.v))
-    two = other.go_on(other.cache(subject.few), q, k, v, case.counts)
+    two = other.go_on(other.cache(subject.few, case.prompt), q, k, v, case.counts)
     invariants.same_decisions("head_order", one.kept, two.kept[:, ::-1], "in another order of heads", case.clock)
     _close("head_order", one.outputs, two.outputs[:, :, ::-1, ::-1], "in another order of heads")
 
@@ -260,7 +261,7 @@ def empty_slots(subject: Subject, data: st.DataObject) -> None:
 def jit_eager_vmap(subject: Subject, data: st.DataObject) -> None:
     """One step gives the same compiled, uncompiled and vectorized."""
     case = data.draw(cases(counts=[1] * TOKENS))
-    cache = subject.read(Case(case.logits, np.where(np.arange(TOKENS) < 10, 1, 0)), subject.few).cache
+    cache = subject.read(dataclasses.replace(case, counts=np.where(np.arange(TOKENS) < 10, 1, 0)), subject.few).cache
     arguments = cache, *(jnp.asarray(x[10:11]) for x in (case.q, case.k, case.v)), jnp.int32(1)
     step, policy = subject.implementation.step, subject.policy
     compiled = _step(policy, *arguments, step=step)
@@ -300,7 +301,8 @@ def replays_alike(subject: Subject, data: st.DataObject) -> None:
     steps = case.counts > 0
     for capacity in (None, subject.few):
         history = subject.read(case, capacity)
-        other = replay(case.trace(), subject.policy, capacity=capacity, chunk=chunk, errors=False)
+        options = {"capacity": capacity, "chunk": chunk, "prompt": case.prompt}
+        other = replay(case.trace(), subject.policy, **options, errors=False)
         kept, replayed = history.kept[:, :, steps, :TOKENS], other.history()[:, :, case.clock[steps] - 1]
         invariants.same_decisions("replays_alike", kept, replayed, "in the replay", case.clock[steps])
         invariants.within_capacity(replayed, capacity or TOKENS, case.clock[steps])
@@ -333,7 +335,7 @@ def _step_twice(policy, *arguments, step):
 def _goes_on(name, subject, data, change, what) -> None:
     case = data.draw(cases(counts=[1] * TOKENS))
     half, seed = TOKENS // 2, data.draw(st.integers(0, 99))
-    cache = subject.read(Case(case.logits, np.where(np.arange(TOKENS) < half, 1, 0)), subject.few).cache
+    cache = subject.read(dataclasses.replace(case, counts=np.where(np.arange(TOKENS) < half, 1, 0)), subject.few).cache
     rest = [
         np.concatenate([x[half:TOKENS], np.full_like(x[: half + CHUNK], GARBAGE)]) for x in (case.q, case.k, case.v)
     ]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 
 from corm_jax import console
-from corm_jax.cache import slots_for
+from corm_jax.cache import prompt_of, slots_for
 from corm_jax.errors import CormError
 from corm_jax.files import check_writable, write_json
 from corm_jax.plots import check_picture
@@ -41,7 +41,7 @@ class Job(NamedTuple):
     Attributes:
       trace: the part of the trace.
       layers: the numbers that its layers have in the whole.
-      options: ``fidelity``, ``capacity`` and ``chunk``.
+      options: ``fidelity``, ``capacity``, ``chunk`` and ``prompt``.
       about: all that in the report.
       json_file: where the report goes, or None.
     """
@@ -69,6 +69,7 @@ class Job(NamedTuple):
         policies = {spec: parse(spec) for spec in specs}
         for policy in policies.values():
             slots_for(policy, self.options["capacity"], self.trace.meta.steps, self.options["chunk"])
+            prompt_of(policy, self.options["prompt"], self.trace.meta.steps)
         return policies
 
     def replay(self, spec: str, policy: Policy, errors: bool) -> tuple[Replay, dict[str, Any]]:
@@ -103,11 +104,12 @@ def _command(name: str, sample: bool = False):
 
     def decorate(function):
         @wraps(function)
-        def run(path, layers, tokens, capacity, chunk, json_file, fidelity=FIDELITIES[0], **own):
+        def run(path, layers, tokens, capacity, chunk, prompt, json_file, fidelity=FIDELITIES[0], **own):
             if json_file:
                 check_writable(json_file)
             trace, chosen = _part(path, layers, tokens, sample)
-            meta, options = trace.meta, {"fidelity": fidelity, "capacity": capacity, "chunk": chunk}
+            meta = trace.meta
+            options = {"fidelity": fidelity, "capacity": capacity, "chunk": chunk, "prompt": prompt}
             about = {"trace": str(path), "model": meta.model, "kind": meta.kind, "tokens": meta.steps}
             about |= {"layers": chosen, "q_heads": meta.q_heads, "kv_heads": meta.kv_heads, **options}
             return function(Job(trace, chosen, options, about, json_file), **own)
@@ -139,6 +141,7 @@ _shared = (
     click.option("--json", "json_file", type=_file, help="write the result here"),
     click.option("--chunk", type=_at_least_1, default=1, show_default=True, help="tokens between evictions"),
     click.option("--capacity", type=_at_least_1, help="slots a key-value head  [default: all that could be needed]"),
+    click.option("--prompt", type=_at_least_1, help="how many of them are the prompt  [default: nobody asks]"),
     click.option("--tokens", type=_at_least_1, help=f"how many, from the start  [default: all; check: {CHECKED}]"),
     click.option("--layers", metavar="N,N,...", help="which, from 0  [default: all; check: first, middle and last]"),
     click.argument("path", metavar="TRACE", type=_file),
@@ -233,7 +236,7 @@ def _bounds(job: Job, specs, exact, plot_file):
 def _check(job: Job, spec) -> int:
     """Prove a policy on a trace: replay, cache and specification must agree. Exit code 1 if anything does not hold."""
     policy = job.policies([spec])[spec]
-    options = {name: job.options[name] for name in ("chunk", "capacity")}
+    options = {name: job.options[name] for name in ("chunk", "capacity", "prompt")}
     with _bar(spec, len(job.layers)) as progress:
         findings = verify(job.trace, policy, **options, progress=progress)
     rows = [{"name": finding.name, "held": finding.held, "detail": finding.detail} for finding in findings]

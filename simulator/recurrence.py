@@ -22,7 +22,7 @@ SEGMENTS = 8
 """A trace is read in so many parts, each over the keys up to its own end, which skips most of the causal half."""
 
 
-def read(policy, layer, scale, steps, capacity, *, chunk, block, fidelity, errors):
+def read(policy, layer, scale, steps, capacity, prompt, *, chunk, block, fidelity, errors):
     """One layer through a policy.
 
     Args:
@@ -32,6 +32,7 @@ def read(policy, layer, scale, steps, capacity, *, chunk, block, fidelity, error
       scale: of the logits.
       steps: how many of the padded steps are real.
       capacity: slots a head, or None.
+      prompt: how many of the steps are the prompt.
       chunk, block, fidelity, errors: static, see `simulator.replay`; ``block`` divides ``padded``.
 
     Returns:
@@ -58,7 +59,7 @@ def read(policy, layer, scale, steps, capacity, *, chunk, block, fidelity, error
         if begin:
             fresh = jax.tree.map(lambda new, old: new.at[..., : old.shape[-1]].set(old), fresh, carry)
         body = partial(
-            _block, policy, _first_keys(layer, extent), scale, steps, capacity, chunk, block, fidelity, errors
+            _block, policy, _first_keys(layer, extent), scale, steps, capacity, prompt, chunk, block, fidelity, errors
         )
         carry, out = jax.lax.scan(body, fresh, jnp.arange(begin, end) * block)
         measured.append(out)
@@ -74,7 +75,7 @@ def _first_keys(layer: QKV | Rows, extent: int) -> QKV | Rows:
     return QKV(layer.q, layer.k[:extent], layer.v[:extent])
 
 
-def _block(policy, layer, scale, steps, capacity, chunk, block, fidelity, errors, carry, start):
+def _block(policy, layer, scale, steps, capacity, prompt, chunk, block, fidelity, errors, carry, start):
     """A block of queries: logits and the full cache's attention for all at once, then the policy chunk by chunk."""
     logits = _logits(layer, scale, start, block)  # [kv_heads, group, block, keys]
     key = jnp.arange(logits.shape[-1])
@@ -89,11 +90,11 @@ def _block(policy, layer, scale, steps, capacity, chunk, block, fidelity, errors
         state, until, lost = carry
         before, seen = jnp.minimum(start + begin, steps), jnp.minimum(start + begin + chunk, steps)
         if capacity is not None:
-            slots = Slots(jnp.where((until == FOREVER) & (key < before), key, EMPTY), seen)
+            slots = Slots(jnp.where((until == FOREVER) & (key < before), key, EMPTY), seen, prompt)
             out = slots.lowest(policy.rank(state, slots), slots.total(slots.live) + (seen - before) - capacity)
             until, lost = jnp.where(out, before, until), lost | out
         live = (until == FOREVER) & (key < seen)
-        slots = Slots(jnp.where(live, key, EMPTY), seen)
+        slots = Slots(jnp.where(live, key, EMPTY), seen, prompt)
         now = start + begin + 1 + jnp.arange(chunk)[:, None, None]
         visible = live & (key < now) & (now <= steps)  # [chunk, kv_heads, keys]
         mask = visible.transpose(1, 0, 2)[:, None]

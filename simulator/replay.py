@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from corm_jax.cache import per_layer, slots_for
+from corm_jax.cache import per_layer, prompt_of, slots_for
 from corm_jax.errors import CormError
 from corm_jax.policies.options import whole
 from corm_jax.types import Policy
@@ -108,6 +108,7 @@ def replay(
     fidelity: str = "renormalized",
     capacity: int | None = None,
     chunk: int = 1,
+    prompt: int | None = None,
     errors: bool = True,
     keep_history: bool = False,
     progress: Callable[[int], None] = lambda done: None,
@@ -120,12 +121,13 @@ def replay(
       fidelity: ``"renormalized"`` or ``"recorded"``, see above.
       capacity: slots a key-value head; without one, nothing overflows.
       chunk: tokens between evictions; 1 is the exact recurrence.
+      prompt: how many of the tokens are the prompt, for policies that wait for its end.
       errors: measure the outputs' errors too, where the trace holds values. Takes about half as much time again.
       keep_history: fill in ``kept``: layers x kv_heads x steps^2 bytes.
       progress: called with the number of layers done.
 
     Raises:
-      CormError: for an unknown fidelity, or a capacity or chunk that cannot work.
+      CormError: for an unknown fidelity, or a capacity, chunk or prompt that cannot work.
       TraceError: when a layer of the trace cannot be read.
 
     >>> import numpy as np
@@ -138,9 +140,10 @@ def replay(
     >>> int(result.regretted.sum())
     1
     """
-    chunk = _checked(trace, [policy] if isinstance(policy, Policy | str | type) else policy, fidelity, capacity, chunk)
+    given = [policy] if isinstance(policy, Policy | str | type) else policy
+    chunk, prompt = _checked(trace, given, fidelity, capacity, chunk, prompt)
     policies = per_layer(policy, trace.meta.layers)
-    result = _run(trace, policies, _compiled, fidelity, capacity, chunk, errors, progress)
+    result = _run(trace, policies, _compiled, fidelity, capacity, chunk, prompt, errors, progress)
     return result._replace(kept=result.history()) if keep_history else result
 
 
@@ -152,6 +155,7 @@ def sweep(
     fidelity: str = "renormalized",
     capacity: int | None = None,
     chunk: int = 1,
+    prompt: int | None = None,
     errors: bool = False,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Replay:
@@ -180,10 +184,12 @@ def sweep(
         raise CormError(
             f"the grid over {', '.join(grid)} varies a choice that is static in the policy: sweep each value by itself"
         )
-    chunk = _checked(trace, points, fidelity, capacity, chunk)
-    policy = jax.tree.map(lambda *leaves: jnp.stack(jnp.broadcast_arrays(*leaves)), *points)
-    policies = (policy,) * trace.meta.layers
-    result = _run(trace, policies, _compiled_grid, fidelity, capacity, chunk, errors, progress)
+    chunk, prompt = _checked(trace, points, fidelity, capacity, chunk, prompt)
+    policies = [
+        jax.tree.map(lambda *leaves: jnp.stack(jnp.broadcast_arrays(*leaves)), *layer)
+        for layer in zip(*(per_layer(point, trace.meta.layers) for point in points), strict=True)
+    ]
+    result = _run(trace, policies, _compiled_grid, fidelity, capacity, chunk, prompt, errors, progress)
     shape = tuple(len(values) for values in grid.values())
 
     def arrange(x):  # [layers, points, ...] -> [*grid, layers, ...]
@@ -193,8 +199,10 @@ def sweep(
     return jax.tree.map(arrange, result)
 
 
-def _checked(trace, policies: Sequence[Any], fidelity: str, capacity: int | None, chunk: int) -> int:
-    """Raises for arguments that cannot work. Returns the chunk, which need not be longer than the trace."""
+def _checked(
+    trace, policies: Sequence[Any], fidelity: str, capacity: int | None, chunk: int, prompt: int | None
+) -> tuple[int, int]:
+    """Raises for arguments that cannot work. Returns the chunk, no longer than the trace, and where the prompt ends."""
     if not isinstance(trace, Trace):
         raise CormError(f"{trace!r} is not a Trace: read one with Trace.open(path)")
     if fidelity not in FIDELITIES:
@@ -216,10 +224,10 @@ def _checked(trace, policies: Sequence[Any], fidelity: str, capacity: int | None
                 )
     chunk = min(chunk, trace.meta.steps)
     slots_for(policies, capacity, trace.meta.steps, chunk)
-    return chunk
+    return chunk, prompt_of(policies, prompt, trace.meta.steps)
 
 
-def _run(trace, policies, compiled, fidelity, capacity, chunk, errors, progress) -> Replay:
+def _run(trace, policies, compiled, fidelity, capacity, chunk, prompt, errors, progress) -> Replay:
     meta = trace.meta
     block = -(-BLOCK // chunk) * chunk
     padding = -meta.steps % block
@@ -233,6 +241,7 @@ def _run(trace, policies, compiled, fidelity, capacity, chunk, errors, progress)
                 jnp.float32(meta.scale or 1),
                 jnp.int32(meta.steps),
                 None if capacity is None else jnp.int32(capacity),
+                jnp.int32(prompt),
                 chunk=chunk,
                 block=block,
                 fidelity=fidelity,
@@ -264,9 +273,9 @@ _compiled = jax.jit(read, static_argnames=_STATIC)
 
 
 @partial(jax.jit, static_argnames=_STATIC)
-def _compiled_grid(policies, layer, scale, steps, capacity, **static):
+def _compiled_grid(policies, layer, scale, steps, capacity, prompt, **static):
     one = partial(read, **static)
-    return jax.vmap(one, in_axes=(0, None, None, None, None))(policies, layer, scale, steps, capacity)
+    return jax.vmap(one, in_axes=(0, None, None, None, None, None))(policies, layer, scale, steps, capacity, prompt)
 
 
 def _cumulative(clock: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ position ``i + 1``; the clock ``t`` is the number of tokens seen.
 
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 
 import numpy as np
 
@@ -17,10 +18,16 @@ class Rule:
     """Keep everything; without room the oldest key goes. The base of all others.
 
     Attributes:
+      prompt: the clock at which the prompt ends; infinity if nobody said.
       margin: see `Reading`; also the smallest relative difference between two keys, one of which had to go.
     """
 
+    prompt = math.inf
     margin = math.inf
+
+    def begins(self, prompt: float) -> None:
+        """A text is about to be read, of which so many tokens are the prompt."""
+        self.prompt = prompt
 
     def arrives(self, i: int, key: np.ndarray) -> None:
         """Key i was read."""
@@ -188,12 +195,106 @@ class Random(Rule):
         return i + 1 > t - self.recent
 
 
+class SnapKV(Rule):
+    """SnapKV (arXiv 2404.14469), section 4: the prompt's last queries score its keys, each with its neighbours."""
+
+    def __init__(self, *, budget, window, kernel, pool):
+        self.budget, self.window, self.kernel, self.pool = budget, window, kernel, pool
+        self.scores: list[dict[int, float]] = []  # one dictionary a head of the layer
+        self.out: set[int] | None = None
+
+    def attended(self, t, head, rows):
+        self.head, self.scores = head, self.scores or [{} for _ in rows]
+        for scores, group in zip(self.scores, rows, strict=True):
+            for i in group[0]:
+                if self.prompt - self.window < t <= self.prompt:
+                    scores[i] = scores.get(i, 0.0) + sum(row[i] for row in group) / len(group)
+        if t == self.prompt:
+            self.scores = [self._pooled(scores, group[0]) for scores, group in zip(self.scores, rows, strict=True)]
+
+    def keeps(self, live, t):
+        if t < self.prompt:
+            return live
+        if self.out is None:
+            early = [i for i in live if not self.exempt(i, t)]
+            self.out = set(early) - set(self.without(early, t, max(len(early) - self.allowed(), 0)))
+        return [i for i in live if i not in self.out]
+
+    def allowed(self):
+        """How many keys stay of those before the window."""
+        return self.budget - self.window
+
+    def order(self, i, t):
+        return -1.0 if self.out and i in self.out else self.scores[self.head].get(i, 0.0) if self.scores else 0.0
+
+    def exempt(self, i, t):
+        return i >= self.prompt - self.window
+
+    def _pooled(self, scores, live):
+        early = [i for i in live if i < self.prompt - self.window]
+        pooled = {}
+        for i in early:
+            around = [scores[j] for j in early if abs(i - j) <= self.kernel // 2]
+            pooled[i] = max(around) if self.pool == "max" else math.fsum(around) / self.kernel
+        return pooled
+
+
+class PyramidKV(SnapKV):
+    """PyramidKV (arXiv 2406.02069), section 4.2: SnapKV, with an arithmetic sequence of budgets over the layers."""
+
+    def __init__(self, *, budget, layer, layers, **options):
+        super().__init__(budget=budget, **options)
+        b = budget - self.window
+        low = b // 20
+        high = 2 * b - low
+        each = [Fraction(high) - Fraction((high - low) * i, max(layers - 1, 1)) for i in range(layers)]
+        if layers == 1:
+            each = [Fraction(b)]
+        self.budget = math.floor(sum(each[: layer + 1])) - math.floor(sum(each[:layer])) + self.window
+
+
+class AdaKV(SnapKV):
+    """Ada-KV (arXiv 2407.11550), algorithm 1: the heads of a layer compete for one budget, above a common floor."""
+
+    def __init__(self, *, floor, **options):
+        super().__init__(**options)
+        self.floor = floor
+
+    def allowed(self):
+        even = self.budget - self.window
+        every = sorted((score, i, head) for head, scores in enumerate(self.scores) for i, score in scores.items())
+        cut = max(len(every) - len(self.scores) * even, 0)
+        for (low, *_), (high, *_) in zip(every[:cut][-1:], every[cut:], strict=False):
+            if low != high:
+                self.margin = min(self.margin, (high - low) / high)
+        mine = sum(head == self.head for _, _, head in every[cut:])
+        share = Fraction(round(1000 * self.floor), 1000)
+        return math.floor((1 - share) * mine + share * even + Fraction(1, 2))
+
+
+class Oneshot(Rule):
+    """Another rule, which is not asked before the prompt has been read."""
+
+    def __init__(self, rule: Rule):
+        self.rule = rule
+        self.arrives, self.attended, self.order, self.exempt = rule.arrives, rule.attended, rule.order, rule.exempt
+
+    def begins(self, prompt):
+        super().begins(prompt)
+        self.rule.begins(prompt)
+
+    def keeps(self, live, t):
+        live = live if t < self.prompt else self.rule.keeps(live, t)
+        self.margin = min(self.margin, self.rule.margin)
+        return live
+
+
 class Protect(Rule):
     """Another rule, which neither drops nor gives up the first ``sinks`` and the newest ``recent`` keys."""
 
     def __init__(self, rule: Rule, *, sinks, recent):
         self.rule, self.sinks, self.recent = rule, sinks, recent
-        self.arrives, self.attended, self.order = rule.arrives, rule.attended, rule.order
+        self.begins, self.arrives, self.attended, self.order = rule.begins, rule.arrives, rule.attended, rule.order
 
     def keeps(self, live, t):
         kept = self.rule.keeps(live, t)
@@ -212,7 +313,8 @@ class Budget(Rule):
 
     def __init__(self, rule: Rule, *, tokens, per_mille, least):
         self.rule, self.tokens, self.per_mille, self.least = rule, tokens, per_mille, max(least, 1)
-        self.arrives, self.attended, self.order, self.exempt = rule.arrives, rule.attended, rule.order, rule.exempt
+        self.begins, self.arrives, self.attended = rule.begins, rule.arrives, rule.attended
+        self.order, self.exempt = rule.order, rule.exempt
 
     def keeps(self, live, t):
         live = self.rule.keeps(live, t)
@@ -234,6 +336,7 @@ def read(
     *,
     chunks: Sequence[int] | None = None,
     capacity: int | None = None,
+    prompt: float = math.inf,
 ) -> list[Reading]:
     """Reads one sequence through the heads of a layer.
 
@@ -242,7 +345,10 @@ def read(
       queries: ``[tokens, kv_heads, group, head_dim]``.
       keys, values: ``[tokens, kv_heads, head_dim]``.
       chunks, capacity: as in `simulator.reference.corm_messages`.
+      prompt: how many of the tokens are the prompt, if anybody said.
     """
+    for rule in rules:
+        rule.begins(prompt)
     tokens, heads, group, _ = queries.shape
     live: list[list[int]] = [[] for _ in rules]
     kept: list[list[set[int]]] = [[] for _ in rules]

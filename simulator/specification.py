@@ -1,12 +1,14 @@
 """Which rule in NumPy and plain Python specifies which policy of `corm_jax`."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from corm_jax import policies
+from corm_jax.cache import whole_prompt
 from corm_jax.errors import CormError
 from corm_jax.types import Policy
 from simulator import rules
@@ -15,7 +17,8 @@ from simulator.reference import Reading, corm_messages
 Reference = Callable[..., Reading]
 """A specification: ``(q [tokens, group, head_dim], k, v [tokens, head_dim], *, chunks, capacity, **fields)``.
 
-The fields are those of the policy's dataclass; as in `simulator.reference.corm_messages`.
+The fields are those of the policy's dataclass; as in `simulator.reference.corm_messages`. If the policy waits for the
+end of the prompt (`whole_prompt`), there is also ``prompt``, the number of its tokens.
 """
 
 WHOLE: dict[type, Reference] = {policies.Corm: corm_messages}
@@ -30,13 +33,18 @@ RULES: dict[type, type[rules.Rule]] = {
     policies.TOVA: rules.TOVA,
     policies.L2Norm: rules.L2Norm,
     policies.Random: rules.Random,
+    policies.SnapKV: rules.SnapKV,
+    policies.PyramidKV: rules.PyramidKV,
+    policies.AdaKV: rules.AdaKV,
 }
+
+COMBINATORS = policies.Budget | policies.Protect | policies.Oneshot
 
 
 def specified(policy: Policy) -> bool:
     """Whether the policy has a specification here."""
     inner = policy
-    while isinstance(inner, policies.Budget | policies.Protect):
+    while isinstance(inner, COMBINATORS):
         inner = inner.policy
     return type(inner) in RULES
 
@@ -49,6 +57,9 @@ def readings(
     *,
     chunks: Sequence[int] | None = None,
     capacity: int | None = None,
+    prompt: float = math.inf,
+    layer: int = 0,
+    layers: int = 1,
     reference: Reference | None = None,
 ) -> list[Reading]:
     """What the specification says of a layer, head by head.
@@ -56,6 +67,8 @@ def readings(
     Args:
       q: ``[tokens, kv_heads, group, head_dim]``; k, v: ``[tokens, kv_heads, head_dim]``.
       chunks, capacity: as in `simulator.reference.corm_messages`.
+      prompt: how many of the tokens are the prompt, if anybody said.
+      layer, layers: which layer it is, of how many.
       reference: a specification of one head to ask instead.
 
     Raises:
@@ -63,21 +76,23 @@ def readings(
     """
     how, heads = {"chunks": chunks, "capacity": capacity}, range(q.shape[1])
     if reference := reference or WHOLE.get(type(policy)):
+        how |= {"prompt": prompt} if whole_prompt(policy) else {}
         return [reference(q[:, h], k[:, h], v[:, h], **how, **fields_of(policy, h)) for h in heads]
-    return rules.read([rule_of(policy, head) for head in heads], q, k, v, **how)
+    return rules.read([rule_of(policy, head, layer, layers) for head in heads], q, k, v, prompt=prompt, **how)
 
 
-def rule_of(policy: Policy, head: int) -> rules.Rule:
-    """A fresh rule for one head."""
+def rule_of(policy: Policy, head: int, layer: int = 0, layers: int = 1) -> rules.Rule:
+    """A fresh rule for one head of one layer."""
     fields = fields_of(policy, head)
-    if isinstance(policy, policies.Budget):
-        least = np.broadcast_to(policy.protected, head + 1)[head]
-        return rules.Budget(rule_of(fields.pop("policy"), head), least=int(least), **fields)
-    if isinstance(policy, policies.Protect):
-        return rules.Protect(rule_of(fields.pop("policy"), head), **fields)
+    if isinstance(policy, COMBINATORS):
+        inner = rule_of(fields.pop("policy"), head, layer, layers)
+        if isinstance(policy, policies.Budget):
+            return rules.Budget(inner, least=int(np.broadcast_to(policy.protected, head + 1)[head]), **fields)
+        return (rules.Protect if isinstance(policy, policies.Protect) else rules.Oneshot)(inner, **fields)
     if type(policy) not in RULES:
         raise CormError(f"{type(policy).__name__} has no specification in simulator.rules")
-    return RULES[type(policy)](**fields)
+    where = {"layer": layer, "layers": layers} if hasattr(policy, "for_layer") else {}
+    return RULES[type(policy)](**fields, **where)
 
 
 def fields_of(policy: Any, head: int) -> dict[str, Any]:

@@ -31,10 +31,12 @@ class Case:
     Attributes:
       logits: float32 ``[kv_heads, group, queries, keys]``, of all `TOKENS`.
       counts: int32 ``[steps]``, tokens read in each step, 0 to `CHUNK`; their sum is the length of the sequence.
+      prompt: how many of the tokens are the prompt.
     """
 
     logits: np.ndarray
     counts: np.ndarray
+    prompt: int
 
     @property
     def tokens(self) -> int:
@@ -83,9 +85,9 @@ class Case:
             for h, g, t, i in np.argwhere(self.logits)
             if i < t + (not selfish) and t < self.tokens
         ]
-        return (
-            f"Case(reads {[int(n) for n in self.counts if n]} tokens; " + "; ".join(looks or ["all look alike"]) + ")"
-        )
+        prompt = f", {self.prompt} of them the prompt" if self.prompt < self.tokens else ""
+        reads = f"reads {[int(n) for n in self.counts if n]} tokens{prompt}"
+        return f"Case({reads}; " + "; ".join(looks or ["all look alike"]) + ")"
 
 
 @st.composite
@@ -104,7 +106,8 @@ def cases(draw: st.DrawFn, *, counts: Sequence[int] | None = None) -> Case:
     place = st.tuples(*(st.integers(0, size - 1) for size in shape))
     for where, level in draw(st.lists(st.tuples(place, st.integers(1, 6)), max_size=40)):
         logits[where] = level
-    return Case(logits, np.asarray(draw(_counts()) if counts is None else counts, np.int32))
+    pieces = np.asarray(draw(_counts()) if counts is None else counts, np.int32)
+    return Case(logits, pieces, prompt=max(int(pieces.sum()) - draw(st.integers(0, TOKENS)), 1))
 
 
 @st.composite

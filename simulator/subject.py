@@ -1,5 +1,6 @@
 """A policy in a cache, as the conformance suite drives it: short histories of one layer, read piece by piece."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,7 +11,8 @@ import numpy as np
 
 from corm_jax.attention import step
 from corm_jax.cache import make_cache
-from corm_jax.types import CacheSpec, LayerCache
+from corm_jax.policies import oneshot
+from corm_jax.types import ENDLESS, CacheSpec, LayerCache
 from simulator.specification import Reference
 from simulator.strategies import CHUNK, KV_HEADS, TOKENS, Case
 
@@ -56,22 +58,27 @@ class Subject(NamedTuple):
         """A capacity for half of the tokens, or for what the policy never gives up."""
         return max(TOKENS // 2, int(np.max(self.policy.protected)) + CHUNK)
 
-    def cache(self, capacity: int | None = None, **batch: int) -> LayerCache:
+    def cache(self, capacity: int | None = None, prompt: int | np.ndarray = ENDLESS, **batch: int) -> LayerCache:
         """An empty cache; without a capacity, one in which nothing overflows."""
-        return self.implementation.make_cache(self.policy, spec(capacity), **batch)
+        cache = self.implementation.make_cache(self.policy, spec(capacity), **batch)
+        return cache._replace(prompt=jnp.asarray(prompt, jnp.int32))
 
-    def read(self, case: Case, capacity: int | None = None, evict: bool = True) -> History:
+    def read(self, case: Case, capacity: int | None = None) -> History:
         """Reads a case from its beginning to its end."""
-        return self.go_on(self.cache(capacity), case.q, case.k, case.v, case.counts, evict)
+        return self.go_on(self.cache(capacity, case.prompt), case.q, case.k, case.v, case.counts)
 
-    def go_on(self, cache: LayerCache, q, k, v, counts, evict: bool = True) -> History:
+    def hoard(self, case: Case, capacity: int | None = None) -> History:
+        """The same while nothing is evicted, because the prompt goes on."""
+        return self._replace(policy=oneshot(self.policy)).read(dataclasses.replace(case, prompt=ENDLESS), capacity)
+
+    def go_on(self, cache: LayerCache, q, k, v, counts) -> History:
         """Reads ``counts [steps]`` tokens in turn into a cache that may hold some already."""
-        return _read(self.policy, cache, q, k, v, counts, evict, step=self.implementation.step)
+        return _read(self.policy, cache, q, k, v, counts, step=self.implementation.step)
 
     def read_batch(self, cases: tuple[Case, ...], capacity: int) -> History:
         """Several cases at once: every array of the history has a leading ``batch`` axis."""
         q, k, v, counts = (np.stack([getattr(case, name) for case in cases]) for name in ("q", "k", "v", "counts"))
-        cache = self.cache(capacity, batch=len(cases))
+        cache = self.cache(capacity, np.array([case.prompt for case in cases]), batch=len(cases))
         return _read_batch(self.policy, cache, q, k, v, counts, step=self.implementation.step)
 
 
@@ -81,11 +88,11 @@ def spec(capacity: int | None) -> CacheSpec:
 
 
 @partial(jax.jit, static_argnames="step")
-def _read(policy, cache, q, k, v, counts, evict, *, step) -> History:
+def _read(policy, cache, q, k, v, counts, *, step) -> History:
     def body(carry, count):
         cache, start = carry
         pieces = (jax.lax.dynamic_slice_in_dim(x, start, CHUNK) for x in (q, k, v))
-        output, cache = step(policy, cache, *pieces, count, evict)
+        output, cache = step(policy, cache, *pieces, count)
         real = (jnp.arange(CHUNK) < count)[:, None, None, None]
         return (cache, start + count), (cache.position, cache.overflow, jnp.where(real, output, 0))
 
@@ -95,4 +102,4 @@ def _read(policy, cache, q, k, v, counts, evict, *, step) -> History:
 
 @partial(jax.jit, static_argnames="step")
 def _read_batch(policy, cache, q, k, v, counts, *, step) -> History:
-    return jax.vmap(lambda *row: _read(policy, *row, True, step=step))(cache, q, k, v, counts)
+    return jax.vmap(lambda *row: _read(policy, *row, step=step))(cache, q, k, v, counts)

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from corm_jax.attention import step
-from corm_jax.cache import make_cache
+from corm_jax.cache import make_cache, per_layer
 from corm_jax.errors import CormError
 from corm_jax.policies import Corm
-from corm_jax.types import CacheSpec, Policy
+from corm_jax.types import ENDLESS, CacheSpec, Policy
 from simulator import invariants
 from simulator.invariants import InvariantError
 from simulator.replay import Replay, replay
@@ -38,6 +38,7 @@ def verify(
     reference: Reference | None = None,
     chunk: int = 1,
     capacity: int | None = None,
+    prompt: int | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[Finding]:
     """Replays a policy over a ``qkv`` trace and checks what came out, layer by layer.
@@ -62,13 +63,14 @@ def verify(
         raise TraceError("an attention trace holds no queries and keys: the cache and the specification need them")
     if not isinstance(policy, Policy):
         raise CormError(f"{policy!r} is not a policy: verify one at a time, on layers that it is meant for")
-    result = replay(trace, policy, chunk=chunk, capacity=capacity, errors=False)
-    chunk = min(chunk, trace.meta.steps)
+    result = replay(trace, policy, chunk=chunk, capacity=capacity, prompt=prompt, errors=False)
+    chunk, prompt = min(chunk, trace.meta.steps), prompt or ENDLESS
     ends = np.minimum(np.arange(chunk, trace.meta.steps + chunk, chunk), trace.meta.steps)
     replayed = result.history()[:, :, ends - 1]
-    findings, cached = [], _cached(trace, policy, ends, chunk, capacity)
+    findings, cached = [], _cached(trace, policy, ends, chunk, capacity, prompt)
     if reference or specified(policy):
-        findings.append(_specification(trace, policy, result, replayed, ends, chunk, capacity, reference, progress))
+        how = {"chunks": np.diff(ends, prepend=0).tolist(), "capacity": capacity, "prompt": prompt}
+        findings.append(_specification(trace, policy, result, replayed, ends, how, reference, progress))
     claims = _claims(trace, policy, result, cached, ends, chunk, capacity)
     for name, claim in [("cache", partial(_alike, cached, replayed, ends)), *claims]:
         try:
@@ -84,11 +86,11 @@ def _alike(cached, replayed, ends) -> None:
     invariants.same_decisions("cache", cached, replayed, "in the replay", ends)
 
 
-def _specification(trace, policy, result: Replay, kept, ends, chunk, capacity, reference, progress) -> Finding:
-    chunks, margin, heads = np.diff(ends, prepend=0).tolist(), np.inf, 0
+def _specification(trace, policy, result: Replay, kept, ends, how, reference, progress) -> Finding:
+    margin, heads = np.inf, 0
     for index in range(trace.meta.layers):
         q, k, v = (x.astype(np.float64) for x in _heads(trace, index))
-        layer = readings(policy, q, k, v, chunks=chunks, capacity=capacity, reference=reference)
+        layer = readings(policy, q, k, v, **how, layer=index, layers=trace.meta.layers, reference=reference)
         for head, expected in enumerate(layer):
             margin, heads = min(margin, expected.margin), heads + 1
             differs = [i for i, keys in enumerate(expected.kept) if keys != set(np.flatnonzero(kept[index, head, i]))]
@@ -111,14 +113,15 @@ def _heads(trace: Trace, index: int) -> QKV:
     return QKV(q.reshape(meta.steps, meta.kv_heads, -1, meta.head_dim or 1), layer.k, layer.v)
 
 
-def _cached(trace, policy, ends, chunk, capacity) -> np.ndarray:
+def _cached(trace, policy, ends, chunk, capacity, prompt) -> np.ndarray:
     """What the cache holds after each chunk: bool ``[layers, kv_heads, chunks, keys]``."""
     meta = trace.meta
     held = np.zeros((meta.layers, meta.kv_heads, len(ends), meta.steps), bool)
-    for index in range(meta.layers):
+    for index, one in enumerate(per_layer(policy, meta.layers)):
         padding = [(0, -meta.steps % chunk)]
         q, k, v = (np.pad(x, padding + [(0, 0)] * (x.ndim - 1)) for x in _heads(trace, index))
-        _, position, _ = drive(policy, q, k, v, meta.steps, capacity=capacity or meta.steps + chunk, chunk=chunk)
+        slots = capacity or meta.steps + chunk
+        _, position, _ = drive(one, q, k, v, meta.steps, prompt, capacity=slots, chunk=chunk)
         position = np.asarray(position)
         at, head, slot = np.nonzero(position >= 0)
         held[index, head, at, position[at, head, slot]] = True
@@ -126,17 +129,19 @@ def _cached(trace, policy, ends, chunk, capacity) -> np.ndarray:
 
 
 @partial(jax.jit, static_argnames=("capacity", "chunk"))
-def drive(policy, q, k, v, count, *, capacity, chunk):
+def drive(policy, q, k, v, count, prompt=ENDLESS, *, capacity, chunk):
     """Reads one layer through the cache, chunk by chunk.
 
     Args:
       q: ``[padded, kv_heads, group, head_dim]``; k, v: ``[padded, kv_heads, head_dim]``. ``chunk`` divides ``padded``.
       count: how many tokens are real.
+      prompt: how many are the prompt.
 
     Returns:
       Outputs, as ``q``; positions ``[chunks, kv_heads, capacity]`` after each chunk; the final cache.
     """
     cache = make_cache(policy, CacheSpec(k.shape[1], capacity, k.shape[2]))
+    cache = cache._replace(prompt=jnp.int32(prompt))
 
     def body(cache, xs):
         q, k, v, start = xs

@@ -116,7 +116,8 @@ def test_generate(corm, model, tmp_path):
     assert "[cache: " in out.splitlines()[-1]
     assert corm(*common, "--prompt-file", tmp_path / "prompt")[1] == out
     assert corm(*common, "--prompt", "It was the", "--chat")[1] != out
-    assert corm(*common, "--prompt", "It was the", "--oneshot", "--temperature", 1, "--top-p", 0.9, "--seed", 2)[0] == 0
+    assert corm(*common, "--prompt", "It was the", "--temperature", 1, "--top-p", 0.9, "--seed", 2)[0] == 0
+    assert corm(*common[:-1], "snapkv:budget=4,window=2", "--prompt", "It was the" * 9)[0] == 0
 
 
 def test_record(corm, model, text, tmp_path):

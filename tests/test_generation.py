@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corm_jax import CacheOverflowError, Corm, CormError, Full, decode, generate, parse, prefill, stream, usage
+from corm_jax import CacheOverflowError, Corm, CormError, Full, decode, generate, oneshot, parse, prefill, stream, usage
 from corm_jax.generation import sample
 from tests.heads import live_sets
 from tests.models import tiny
@@ -56,7 +56,7 @@ def test_a_window_beyond_the_sequence_is_the_full_cache():
 def test_one_shot_is_one_chunk_of_the_whole_prompt(length):
     """Read in blocks with eviction put off, a prompt keeps what a single chunk of its length keeps."""
     policy, prompt = Corm(window=9, recent=3), [np.random.default_rng(1).integers(0, 97, length).tolist()]
-    logits, caches = read(policy, prompt, oneshot=True)
+    logits, caches = read(oneshot(policy), prompt)
     whole_logits, whole = read(policy, prompt, chunk=length)
     assert kept(caches, 0) == kept(whole, 0)
     assert int(usage(caches).live.sum()) < length * 4
@@ -130,7 +130,7 @@ def test_caches_are_updated_in_place():
     policy = Corm(window=4, recent=2)
     before = MODEL.make_caches(policy, batch=1, capacity=64)
     _, after = prefill(MODEL, policy, before, [[1, 2, 3]])
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
+    assert all(leaf.is_deleted() for one in before for leaf in jax.tree.leaves(one._replace(prompt=None)))
     arguments = (np.zeros((1, 97), np.float32), jax.random.key(0), np.zeros(1, bool), np.int32(3))
     options = (np.zeros(0, np.int32), np.float32(0), np.float32(1))
     compiled = decode.lower(MODEL, policy, after, *arguments, *options, steps=4).compile().as_text()
@@ -166,7 +166,9 @@ def test_usage_counts_bytes():
     assert used.bytes_live == int(used.live.sum()) * per_key
     assert used.bytes_full == 2 * 2 * 32 * per_key  # layers, heads, 30 + 2 tokens
     slots = 2 * 2 * 2 * 40  # layers, rows, heads, capacity
-    assert used.bytes_allocated == slots * (per_key + 4 + 4) + 2 * 2 * (4 + 2 * 4)  # position, last; seen, overflow
+    assert used.bytes_allocated == slots * (per_key + 4 + 4) + 2 * 2 * (
+        4 + 4 + 2 * 4
+    )  # position, last; seen, prompt, overflow
     assert used.seen.tolist() == [30, 2]
 
 
@@ -191,7 +193,10 @@ def test_bfloat16_models_have_bfloat16_caches():
             r"capacity 4 cannot hold the keys that the policy never gives up, such as its recent ones \(5 keys\)",
         ),
         ({"capacity": 8, "chunk": 16}, r"capacity 8 cannot hold a chunk \(16 keys\)"),
-        ({"capacity": 8, "oneshot": True}, r"capacity 8 cannot hold a one-shot prompt \(9 keys\)"),
+        (
+            {"policy": oneshot(Corm(window=9, recent=5)), "capacity": 8},
+            r"capacity 8 cannot hold the whole prompt, which the policy keeps until it has been read \(9 keys\)",
+        ),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, not 0"),
         ({"temperature": -1.0}, "temperature must be >= 0"),
         ({"top_p": 0.0}, r"top_p in \(0, 1\]"),
@@ -201,7 +206,7 @@ def test_bfloat16_models_have_bfloat16_caches():
 def test_bad_input(options, message):
     options = {"prompts": [list(range(9))], "max_new_tokens": 3, **options}
     with pytest.raises(CormError, match=message):
-        generate(MODEL, Corm(window=9, recent=5), options.pop("prompts"), **options)
+        generate(MODEL, options.pop("policy", Corm(window=9, recent=5)), options.pop("prompts"), **options)
 
 
 def test_a_block_is_whole_chunks():

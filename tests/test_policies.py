@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 
 from corm_jax import CormError, Random, budget, parse, protect
-from simulator.replay import replay
-from simulator.specification import readings
+from simulator.replay import replay, sweep
+from simulator.specification import readings, rule_of
 from simulator.synthetic import noise
 from simulator.testing import parametrize_checks
 from simulator.trace import Trace
+from simulator.verify import verify
 from tests.test_nine_tokens import head, words
 
 SPECS = [
@@ -22,6 +23,13 @@ SPECS = [
     "l2norm:budget=5",
     "random:budget=5",
     "corm:window=4,recent=2,budget=4,sinks=1",
+    "corm:window=3,recent=2,oneshot=true",
+    "h2o:recent=2,budget=5,oneshot=true",
+    "snapkv:budget=5,window=2,kernel=3",
+    "snapkv:budget=4,window=1,kernel=5,pool=mean,sinks=1",
+    "pyramidkv:budget=6,window=3,kernel=1",
+    "adakv:budget=5,window=2,kernel=3",
+    "adakv:budget=4,window=1,kernel=1,floor=0.5",
 ]
 
 
@@ -78,14 +86,88 @@ NINE = {
 }
 
 
-@pytest.mark.parametrize("spec", NINE)
-def test_nine_tokens_by_hand(spec):
+PROMPTS = {
+    # Queries 6 and 7 judge: The gets 1/3 + 1/2, on 1/3. Three stay beside their own keys: with The and on the newest of
+    # those that got nothing.
+    ("snapkv:budget=5,window=2,kernel=1", 7): {
+        6: "The cat sat on the mat",
+        7: "The on the mat because",
+        9: "The on the mat because it purred",
+    },
+    # With its neighbours cat is worth 5/6 as well; sat, on and the 1/3 each, so the older two go.
+    ("snapkv:budget=5,window=2,kernel=3", 7): {
+        6: "The cat sat on the mat",
+        7: "The cat the mat because",
+        9: "The cat the mat because it purred",
+    },
+    # Queries 7 and 8: The 1/2 + 1/3, cat 1/3; in the mean with their neighbours 7/18 both, sat 1/9, others nothing.
+    ("snapkv:budget=4,window=2,kernel=3,pool=mean", 8): {
+        7: "The cat sat on the mat because",
+        8: "The cat because it",
+        9: "The cat because it purred",
+    },
+    # CORM, once seven were read: nobody asked for cat and the in queries 4 to 7.
+    ("corm:window=4,recent=2,oneshot=true", 7): {
+        6: "The cat sat on the mat",
+        7: "The sat on mat because",
+        8: "The on mat because it",
+    },
+}
+
+
+@pytest.mark.parametrize(("spec", "prompt"), [*((spec, None) for spec in NINE), *PROMPTS])
+def test_nine_tokens_by_hand(spec, prompt):
     q, k, v = (x[:, None] for x in head())
-    policy = parse(spec)
-    (expected,) = readings(policy, q, k, v)
-    assert {t: words(expected.kept[t - 1]) for t in range(5, 10)} == NINE[spec]
-    kept = replay(Trace.from_qkv(q[None, :, 0], k[None], v[None]), policy).history()[0, 0]
-    assert {t: words(np.flatnonzero(kept[t - 1])) for t in range(5, 10)} == NINE[spec]
+    policy, survivors = parse(spec), PROMPTS[spec, prompt] if prompt else NINE[spec]
+    (expected,) = readings(policy, q, k, v, prompt=prompt or np.inf)
+    assert {t: words(expected.kept[t - 1]) for t in survivors} == survivors
+    kept = replay(Trace.from_qkv(q[None, :, 0], k[None], v[None]), policy, prompt=prompt).history()[0, 0]
+    assert {t: words(np.flatnonzero(kept[t - 1])) for t in survivors} == survivors
+
+
+def test_heads_that_share_a_budget_by_hand():
+    """The last of six queries judges: four keys of the first head get 1/4, one of the second head all.
+
+    Of ten keys the best four are the latter and three of the former: c = 3 and 1. With floor 0.2 and b = 2 that is
+    2.8 and 1.2, so 3 and 1 stay, and the last.
+    """
+    looks = [[0, 1, 2, 3], [4]]
+    k = 30 * np.repeat(np.eye(6, dtype=np.float32)[:, None], 2, axis=1)
+    q = np.zeros_like(k)
+    for head_, keys in enumerate(looks):
+        q[5, head_, keys] = 30
+    policy = parse("adakv:budget=3,window=1,kernel=1")
+    survivors = [{1, 2, 3, 5}, {4, 5}]
+    assert [one.kept[-1] for one in readings(policy, q[:, :, None], k, k, prompt=6)] == survivors
+    kept = replay(Trace.from_qkv(q[None], k[None], k[None]), policy, prompt=6).history()[0, :, -1]
+    assert [set(np.flatnonzero(row)) for row in kept] == survivors
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3, 30])
+@pytest.mark.parametrize("budget_", [32, 33, 52, 100, 512, 1001])
+def test_a_pyramid_of_budgets(layers, budget_):
+    policy = parse(f"pyramidkv:budget={budget_}")
+    budgets = [policy.for_layer(layer, layers).budget for layer in range(layers)]
+    assert budgets == [rule_of(policy, 0, layer, layers).budget for layer in range(layers)]
+    assert sum(budgets) == layers * budget_
+    if layers == 30 and budget_ == 512:  # b = 480: from 936 to 24, and the window
+        assert (budgets[0], budgets[-1]) == (968, 56)
+
+
+def test_each_layer_has_its_own_budget():
+    """b = 16: an arithmetic sequence from 32 to 0, and the window."""
+    trace, spec = noise(layers=4, steps=60), "pyramidkv:budget=20,window=4"
+    assert replay(trace, parse(spec), prompt=50).live[:, 0, 49].tolist() == [36, 25, 15, 4]
+    grid = sweep(trace, lambda budget: parse(f"pyramidkv:window=4,budget={budget}"), {"budget": [12, 20]}, prompt=50)
+    assert grid.live[1, :, 0, 49].tolist() == [36, 25, 15, 4]
+    for options in ("", ",oneshot=true,sinks=1"):
+        assert all(finding.held for finding in verify(trace, parse(spec + options), prompt=50))
+
+
+def test_a_prompt_shorter_than_the_budget_stays_whole():
+    for spec in ("snapkv", "adakv", "snapkv:pool=mean,budget=40"):
+        result = replay(noise(steps=40), parse(spec), prompt=39)
+        assert (result.live[..., -1] == 40).all()
 
 
 def test_norms_by_hand():
@@ -139,11 +221,29 @@ def test_a_share_grows_with_the_text():
         ),
         ("scissorhands:drop=0", "drop must be above 0 and at most 1, not 0.0"),
         ("keyformer:budget=9", "unknown policy 'keyformer'"),
+        ("snapkv:budget=16", "a budget of 16 keys is below the window of 32: raise it"),
+        ("snapkv:kernel=4", "kernel must be odd, not 4"),
+        ("adakv:floor=1.5", r"floor must be in \[0, 1\], not 1.5"),
+        ("tova:oneshot=1", "oneshot must be true or false, not '1'"),
     ],
 )
 def test_what_cannot_work_is_said(spec, message):
     with pytest.raises(CormError, match=message):
         parse(spec)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (None, "waits for the end of the prompt: say how many of the tokens are the prompt"),
+        (0, "prompt must be a whole number from 1"),
+        (41, "a prompt of 41 tokens does not end within a text of 40: say fewer"),
+    ],
+)
+def test_who_waits_for_the_prompt_must_know_where_it_ends(prompt, message):
+    for spec in ("snapkv", "corm:oneshot=true"):
+        with pytest.raises(CormError, match=message):
+            replay(noise(steps=40), parse(spec), prompt=prompt)
 
 
 def test_guards_add_up():

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from corm_jax import Corm, attention, cache, make_cache, policy
+from corm_jax import AdaKV, Corm, SnapKV, attention, cache, make_cache, policy
 from corm_jax.policies.corm import NEVER
 from corm_jax.types import EMPTY, CacheSpec
-from simulator import reference
+from simulator import reference, specification
 from simulator.invariants import InvariantError
 from simulator.testing import CHECKS, Implementation, check_policy
 
@@ -165,19 +165,59 @@ class OwnClock(Corm):
         return Corm.rank(self, state[0], slots)
 
 
-def step_of(
-    insert=cache.insert, evict=cache.evict, attend=attention.attend, mask=None, evict_first=False, always=False
-):
+@policy
+class JudgesEarlier(SnapKV):
+    """One query more than there should be has a say."""
+
+    def observe(self, state, observation, slots):
+        return SnapKV.observe(replace(self, window=self.window + 1), state, observation, slots)
+
+
+@policy
+class NeighboursBySlot(SnapKV):
+    """Pools over slots that lie side by side, whatever keys they hold."""
+
+    def verdict(self, scores, slots):
+        by_slot = jax.lax.broadcasted_iota(jnp.int32, slots.position.shape, 1)
+        return SnapKV.verdict(self, scores, slots._replace(position=jnp.where(slots.live, by_slot, EMPTY)))
+
+
+@policy
+class NeverStops(SnapKV):
+    """Holds the tokens that are generated to the budget, too."""
+
+    def retain(self, state, slots):
+        over = slots.total(slots.live) - self.budget
+        return SnapKV.retain(self, state, slots) & ~((slots.seen > slots.prompt) & slots.lowest(slots.position, over))
+
+
+@policy
+class ForgetsTheFloor(AdaKV):
+    """Leaves a head with what it wins."""
+
+    def allowed(self, pooled, early):
+        return AdaKV.allowed(replace(self, floor=0.0), pooled, early)
+
+
+@policy
+class CannotWait(SnapKV):
+    """Takes the last token but one for the end of the prompt."""
+
+    def observe(self, state, observation, slots):
+        return SnapKV.observe(self, state, observation, slots._replace(prompt=slots.prompt - 1))
+
+
+def step_of(insert=cache.insert, evict=cache.evict, attend=attention.attend, mask=None, evict_first=False):
     """`corm_jax.step` out of parts that may be broken."""
 
-    def step(policy, one, q, k, v, count, evict_now=True):
+    def step(policy, one, q, k, v, count):
         position = one.seen + jnp.arange(q.shape[0])
         real = jnp.arange(q.shape[0]) < count
         one = insert(policy, one, k, v, count)
         held = one.position[None]
         visible = (held >= 0) & (held <= position[:, None, None]) & real[:, None, None]
         visible = visible if mask is None else mask(held, real)
-        allowed = (count > 0) & (jnp.asarray(evict_now) | always)
+        allowed = count > 0
         if evict_first:
             one = evict(policy, one, allowed)
             visible &= (one.position >= 0)[None]
@@ -269,8 +309,8 @@ def otherwise_when_compiled(q, k, v, visible, seen):
     return (output * 1.01 if isinstance(q, jax.core.Tracer) else output), observation
 
 
-def grows(policy, one, q, k, v, count, evict_now=True):
-    output, one = attention.step(policy, one, q, k, v, count, evict_now)
+def grows(policy, one, q, k, v, count):
+    output, one = attention.step(policy, one, q, k, v, count)
     wider = cache.make_cache(policy, CacheSpec(k.shape[1], 1, k.shape[2]))._replace(
         seen=one.seen, overflow=one.overflow
     )
@@ -323,7 +363,6 @@ SABOTAGES = {  # what is broken: the check that finds it, and the invariant that
     "a row leaks": (cache_of(insert=state_of_the_first_row), "batch_rows", "batch_rows"),
     "evicted keys come back": (cache_of(evict=evicted_come_back), "histories", "none_returns"),
     "evicts before it attends": (cache_of(evict_first=True), "specification", "specification"),
-    "evicts though it must not": (cache_of(always=True), "overflow_is_counted", "overflow_is_counted"),
     "chunks are not causal": (
         cache_of(mask=lambda held, real: (held >= 0) & real[:, None, None]), "specification", "specification",
     ),
@@ -347,6 +386,14 @@ def test_sabotage_is_caught(sabotage):
             policy, reference.corm_messages, implementation=(implementation or [SOUND])[0], only=check, examples=300
         )
     assert caught.value.invariant == invariant
+
+
+@pytest.mark.parametrize("sabotage", [JudgesEarlier, NeighboursBySlot, NeverStops, ForgetsTheFloor, CannotWait])
+def test_sabotage_of_the_prompt_is_caught(sabotage, monkeypatch):
+    monkeypatch.setitem(specification.RULES, sabotage, specification.RULES[sabotage.__base__])
+    with pytest.raises(InvariantError) as caught:
+        check_policy(sabotage(budget=6, window=2, kernel=3), only="specification", examples=300)
+    assert caught.value.invariant == "specification"
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)

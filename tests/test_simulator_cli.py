@@ -49,9 +49,9 @@ def verify(monkeypatch):
     """Stands in for `simulator.verify.verify`; notes what it was called with."""
     calls, findings = [], [Finding("a [b] holds", True, "in [0, 1]"), Finding("another", True, "")]
 
-    def stand_in(trace, policy, *, chunk=1, capacity=None, progress=lambda done: None):
+    def stand_in(trace, policy, *, chunk=1, capacity=None, prompt=None, progress=lambda done: None):
         progress(1)
-        calls.append((trace, policy, chunk, capacity))
+        calls.append((trace, policy, chunk, capacity, prompt))
         return findings
 
     monkeypatch.setattr(cli, "verify", stand_in)
@@ -189,10 +189,12 @@ def test_bounds(simulator, trace, tmp_path):
 def test_check(simulator, trace, verify, tmp_path):
     report = tmp_path / "report.json"
     calls, findings = verify
-    code, out, _ = simulator("check", trace, "--policy", SPEC, "--chunk", 3, "--capacity", 20, "--json", report)
+    code, out, _ = simulator(
+        "check", trace, "--policy", SPEC, "--chunk", 3, "--capacity", 20, "--prompt", 90, "--json", report
+    )
     assert code == 0
     ((part, *options),) = calls
-    assert (part.meta.layers, part.meta.steps, options) == (3, 96, [Corm(window=12, recent=4), 3, 20])
+    assert (part.meta.layers, part.meta.steps, options) == (3, 96, [Corm(window=12, recent=4), 3, 20, 90])
     np.testing.assert_array_equal(part.layer(1).q, Trace.open(trace).layer(2).q)
     result = json.loads(report.read_text())
     assert (result["layers"], result["rows"]) == ([0, 2, 3], [finding._asdict() for finding in findings])

@@ -4,15 +4,19 @@ import dataclasses
 from typing import Any
 
 from corm_jax.errors import CormError
+from corm_jax.policies.adakv import AdaKV
 from corm_jax.policies.budget import Budget, budget
 from corm_jax.policies.corm import Corm
 from corm_jax.policies.full import Full
 from corm_jax.policies.h2o import H2O
 from corm_jax.policies.l2norm import L2Norm
+from corm_jax.policies.oneshot import Oneshot, oneshot
 from corm_jax.policies.options import policy
 from corm_jax.policies.protect import Protect, protect
+from corm_jax.policies.pyramidkv import PyramidKV
 from corm_jax.policies.random import Random
 from corm_jax.policies.scissorhands import Scissorhands
+from corm_jax.policies.snapkv import SnapKV
 from corm_jax.policies.streaming_llm import StreamingLLM
 from corm_jax.policies.tova import TOVA
 from corm_jax.types import Policy
@@ -24,6 +28,9 @@ POLICIES: dict[str, type[Any]] = {
     "h2o": H2O,
     "scissorhands": Scissorhands,
     "tova": TOVA,
+    "snapkv": SnapKV,
+    "pyramidkv": PyramidKV,
+    "adakv": AdaKV,
     "l2norm": L2Norm,
     "random": Random,
 }
@@ -32,6 +39,7 @@ COMBINATORS = {
     "budget": "keys of a head that stay at most, as in 512, or a share of those seen, as in 0.25",
     "sinks": "first tokens that never go",
     "recent": "newest tokens that never go",
+    "oneshot": "true: read the whole prompt before anything goes",
 }
 """Options that every policy takes, unless it has one of that name itself."""
 
@@ -39,7 +47,8 @@ COMBINATORS = {
 def parse(spec: str) -> Policy:
     """The policy that a SPEC names.
 
-    Beside its own options every policy takes ``budget``, ``sinks`` and ``recent``: see `budget` and `protect`.
+    Beside its own options every policy takes ``budget``, ``sinks``, ``recent`` and ``oneshot``: see `budget`,
+    `protect` and `oneshot`.
 
     >>> parse("corm:window=64,recent=32,group=mean")
     Corm(window=64, recent=32, threshold='position', group='mean', eager=False)
@@ -69,6 +78,8 @@ def parse(spec: str) -> Policy:
             policy = protect(policy, **guards)
         if "budget" in options.keys() - fields:
             policy = budget(policy, _size(options["budget"]))
+        if "oneshot" in options and _truth("oneshot", options["oneshot"]):
+            policy = oneshot(policy)
     except CormError as error:
         raise CormError(f"{error} (in {spec!r})") from None
     return policy
@@ -112,10 +123,14 @@ def _value(field: dataclasses.Field, text: str) -> Any:
             return text
         raise CormError(f"{field.name} must be {' or '.join(choices)}, not {text!r}")
     if isinstance(field.default, bool):
-        if text.lower() in ("true", "false"):
-            return text.lower() == "true"
-        raise CormError(f"{field.name} must be true or false, not {text!r}")
+        return _truth(field.name, text)
     return _whole(field.name, text) if isinstance(field.default, int) else _number(field.name, text)
+
+
+def _truth(name: str, text: str) -> bool:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    raise CormError(f"{name} must be true or false, not {text!r}")
 
 
 def _whole(name: str, text: str) -> int:
@@ -141,17 +156,22 @@ __all__ = [
     "H2O",
     "POLICIES",
     "TOVA",
+    "AdaKV",
     "Budget",
     "Corm",
     "Full",
     "L2Norm",
+    "Oneshot",
     "Protect",
+    "PyramidKV",
     "Random",
     "Scissorhands",
+    "SnapKV",
     "StreamingLLM",
     "budget",
     "keys_of",
     "on_budget",
+    "oneshot",
     "parse",
     "policy",
     "protect",

@@ -1,0 +1,43 @@
+"""Ada-KV: SnapKV with budgets that differ from head to head (arXiv 2407.11550).
+
+The heads of a layer share one budget. Of b = B - w keys a head beside the window, the ``heads`` b that score highest in
+the whole layer would stay; c_h of them belong to head h (section 3.3, algorithm 1). Part of the budget is dealt out
+evenly all the same, so that no head is left without:
+
+    b_h  =  round((1 - floor) c_h + floor b),     floor = 0.2  (the paper's alpha)
+
+Within a head, the b_h keys with the highest pooled scores stay, and the window.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from corm_jax.errors import CormError
+from corm_jax.policies.options import concrete, number, policy
+from corm_jax.policies.snapkv import SnapKV
+from corm_jax.types import PerHead, Slots
+
+
+@policy
+class AdaKV(SnapKV):
+    """SnapKV with more keys for heads whose attention is spread.
+
+    Options as for SnapKV; ``budget`` is the mean over the heads of a layer.
+
+    Args:
+      floor: the share of the budget that all heads have in common, in thousandths at the finest.
+    """
+
+    floor: PerHead = number(0.2, "share of the budget that is dealt out evenly")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if concrete(self.floor) and not 0 <= self.floor <= 1:
+            raise CormError(f"floor must be in [0, 1], not {self.floor}")
+
+    def allowed(self, pooled: Float[Array, "*slots"], early: Slots) -> Int[Array, "..."]:
+        live = early.total(early.live)
+        even = jnp.broadcast_to(jnp.asarray(super().allowed(pooled, early)), live.shape)
+        best = live - early.lowest_of_layer(pooled, live.sum() - even.sum())  # c_h
+        per_mille = jnp.round(1000 * jnp.asarray(self.floor)).astype(jnp.int32)
+        return ((1000 - per_mille) * best + per_mille * even + 500) // 1000  # whole numbers: no rounding decides

@@ -1,0 +1,88 @@
+"""SnapKV: the last queries of the prompt choose which of its keys stay (arXiv 2404.14469).
+
+When a prompt of N tokens has been read, each key before the last w is scored by the attention that the last w queries
+paid to it and to its neighbours (section 4, listing 1), and the B - w that score highest stay beside those last w:
+
+    S[i]  =  sum over t in (N - w, N] of alpha_t[i]      (the mean over a group under grouped-query attention)
+    keep i  if  S'[i] = max over |j - i| <= kernel / 2 of S[j]  is among the B - w highest      (j, i < N - w)
+
+Nothing goes while the prompt is read, and no token that is generated later ever does. The listing pools the maximum;
+``pool=mean`` averages, as others do. State: one number a slot, since the cache knows N before the last w queries come.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from corm_jax.errors import CormError
+from corm_jax.policies.options import choice, concrete, number, policy, static, whole
+from corm_jax.types import CacheSpec, Observation, PerHead, Slots
+
+GONE = -1.0
+
+
+@policy
+class SnapKV:
+    """When the prompt ends, keep what its last queries attend to.
+
+    Args:
+      budget: B, keys of the prompt that stay. A number, or one for each head.
+      window: w, the prompt's last queries, whose keys stay. Likewise.
+      kernel: positions over which scores are pooled; odd, and static.
+      pool: ``"max"`` or ``"mean"``.
+    """
+
+    budget: PerHead = number(512, "B: keys of the prompt that stay")
+    window: PerHead = number(32, "w: last queries of the prompt, which judge and stay")
+    kernel: int = static(7, "positions that are pooled, an odd number")
+    pool: str = choice("max", "mean", help="how scores of neighbours are pooled")
+
+    whole_prompt = True
+
+    def __post_init__(self):
+        whole(1, budget=self.budget, window=self.window, kernel=self.kernel)
+        if self.kernel % 2 == 0:
+            raise CormError(f"kernel must be odd, not {self.kernel}")
+        if concrete(self.budget) and concrete(self.window) and np.any(np.asarray(self.budget) < self.window):
+            raise CormError(f"a budget of {self.budget} keys is below the window of {self.window}: raise it")
+
+    @property
+    def protected(self) -> int:
+        return 0
+
+    def init(self, spec: CacheSpec) -> Float[Array, "*slots"]:
+        return jnp.zeros(spec.slots, jnp.float32)
+
+    def observe(self, state: Float[Array, "*slots"], observation: Observation, slots: Slots) -> Float[Array, "*slots"]:
+        t, begin = observation.seen, slots.prompt - slots.spread(self.window)
+        judges = (t > begin) & (t <= slots.prompt)
+        another = ((t <= begin) & (t <= slots.seen)).any(0)  # a prompt after an earlier one: judged anew
+        attention = jnp.where(judges, observation.probability.mean(0), 0.0).sum(0)
+        scores = jnp.where(another, 0.0, state) + attention
+        ends = ((t == slots.prompt) & (t <= slots.seen)).any()
+        # Where a batch's rows end apart, a loop runs only then; jax.lax.cond under jax.vmap would run at every step.
+        done = jnp.zeros((), bool)
+        return jax.lax.while_loop(lambda x: x[1], lambda x: (self.verdict(x[0], slots), done), (scores, ends))[0]
+
+    def verdict(self, scores: Float[Array, "*slots"], slots: Slots) -> Float[Array, "*slots"]:
+        """Pooled scores; `GONE` for the keys that do not stay."""
+        early = slots.only(slots.live & self._early(slots))
+        absent = -jnp.inf if self.pool == "max" else 0.0
+        around = early.neighbours(scores, self.kernel // 2, absent)
+        pooled = around.max(0) if self.pool == "max" else around.sum(0) / self.kernel
+        over = early.total(early.live) - self.allowed(pooled, early)
+        return jnp.where(early.lowest(pooled, over), GONE, jnp.where(early.live, pooled, scores))
+
+    def allowed(self, pooled: Float[Array, "*slots"], early: Slots) -> Int[Array, "..."]:
+        """How many of a head's early keys stay."""
+        return jnp.asarray(self.budget) - jnp.asarray(self.window)
+
+    def retain(self, state: Float[Array, "*slots"], slots: Slots) -> Bool[Array, "*slots"]:
+        return slots.live & (state >= 0)
+
+    def rank(self, state: Float[Array, "*slots"], slots: Slots) -> Float[Array, "*slots"]:
+        return jnp.where(self._early(slots), state, jnp.inf)
+
+    def _early(self, slots: Slots) -> Bool[Array, "*slots"]:
+        return slots.position < slots.prompt - slots.spread(self.window)
