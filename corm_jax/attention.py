@@ -7,11 +7,13 @@ of one) passes over the weights once a block, not once a token.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from corm_jax import cache as cache_lib
 from corm_jax.errors import CormError
-from corm_jax.types import LayerCache, Observation, Policy
+from corm_jax.positions import rotate
+from corm_jax.types import LayerCache, Observation, Policy, Slots
 
 
 def attend(
@@ -67,6 +69,7 @@ def step(
     k: Float[Array, "tokens kv_heads head_dim"],
     v: Float[Array, "tokens kv_heads head_dim"],
     count: Int[Array, ""],
+    frequencies: Float[Array | np.ndarray, " pairs"] | None = None,
 ) -> tuple[Float[Array, "tokens kv_heads group head_dim"], LayerCache]:
     """One chunk through one layer of one sequence: insert, attend, observe, evict.
 
@@ -75,12 +78,14 @@ def step(
       q, k, v: the chunk's queries, keys and values, rotated at positions ``cache.seen + (0, 1, ...)``. Each query sees
         the live keys and, causally, the chunk.
       count: how many of them are real; the rest pads a ragged batch, and changes nothing.
+      frequencies: for a policy that counts ``positions`` within the cache: radians a token for each pair of a head.
+        Queries and keys then come unrotated.
 
     Returns:
       The outputs, in the dtype of ``q``, and the cache.
 
     Raises:
-      CormError: for more tokens than the cache has slots.
+      CormError: for more tokens than the cache has slots, or without ``frequencies`` that the policy needs.
 
     >>> from corm_jax import CacheSpec, Corm, make_cache
     >>> policy = Corm(window=4, recent=2)
@@ -95,9 +100,26 @@ def step(
     cache = cache_lib.insert(policy, cache, k, v, count)
     held = cache.position[None]
     visible = (held >= 0) & (held <= position[:, None, None]) & real[:, None, None]
-    output, observation = attend(q, cache.k, cache.v, visible, position + 1)
-    cache = cache._replace(state=policy.observe(cache.state, observation, cache_lib.slots(cache)))
+    slots, keys = cache_lib.slots(cache), cache.k
+    if counts_in_cache(policy):
+        if frequencies is None:
+            raise CormError("the policy counts positions within the cache: give frequencies, and q and k unrotated")
+        q, keys = _rotated_in_cache(q, keys, slots, position, frequencies)
+    output, observation = attend(q, keys, cache.v, visible, position + 1)
+    cache = cache._replace(state=policy.observe(cache.state, observation, slots))
     return output, cache_lib.evict(policy, cache, count > 0)
+
+
+def counts_in_cache(policy: Policy) -> bool:
+    """Whether keys are rotated by their place within the cache, see `Policy`."""
+    return getattr(policy, "positions", "original") == "cache"
+
+
+def _rotated_in_cache(q, keys, slots: Slots, position, frequencies):
+    """Queries and keys at the angles of their places among the live keys of their head."""
+    before = (slots.live & (slots.position < position[:, None, None])).sum(-1)  # [tokens, kv_heads]
+    q = jax.vmap(rotate, in_axes=(1, 1, None), out_axes=1)(q, before, frequencies)
+    return q, jax.vmap(rotate, in_axes=(0, 0, None))(keys, slots.place(), frequencies)
 
 
 def read(
@@ -107,6 +129,7 @@ def read(
     k: Float[Array, "tokens kv_heads head_dim"],
     v: Float[Array, "tokens kv_heads head_dim"],
     count: Int[Array, ""],
+    frequencies: Float[Array | np.ndarray, " pairs"] | None = None,
     *,
     chunk: int,
 ) -> tuple[Float[Array, "tokens kv_heads group head_dim"], LayerCache, Int[Array, "chunks kv_heads"]]:
@@ -122,7 +145,7 @@ def read(
 
     def body(cache, xs):
         q, k, v, start = xs
-        output, cache = step(policy, cache, q, k, v, jnp.clip(count - start, 0, chunk))
+        output, cache = step(policy, cache, q, k, v, jnp.clip(count - start, 0, chunk), frequencies)
         slots = cache_lib.slots(cache)
         return cache, (output, slots.total(slots.live))
 

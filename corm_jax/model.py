@@ -57,24 +57,32 @@ class Attention(nnx.Module):
         chunk: int,
     ) -> tuple[Float[Array, "batch tokens dim"], LayerCache, Int[Array, "batch chunks kv_heads"]]:
         batch, tokens, _ = x.shape
-        q, k, v = self.project(x, cache.seen[:, None] + jnp.arange(tokens)[None])
-        read = jax.vmap(partial(attention.read, chunk=chunk), in_axes=(None, 0, 0, 0, 0, 0))
-        output, cache, live = read(policy, cache, q, k, v, count)
+        later = attention.counts_in_cache(policy)
+        q, k, v = self.project(x, None if later else cache.seen[:, None] + jnp.arange(tokens)[None])
+        read = jax.vmap(partial(attention.read, chunk=chunk), in_axes=(None, 0, 0, 0, 0, 0, None))
+        output, cache, live = read(policy, cache, q, k, v, count, self.frequencies if later else None)
         return self.out(output.reshape(batch, tokens, -1)), cache, live
 
+    @property
+    def frequencies(self) -> np.ndarray:
+        """Radians a token for each pair of a head."""
+        return self.rope.frequencies(self.head_dim)
+
     def project(
-        self, x: Float[Array, "batch tokens dim"], position: Int[Array, "batch tokens"]
+        self, x: Float[Array, "batch tokens dim"], position: Int[Array, "batch tokens"] | None
     ) -> tuple[
         Float[Array, "batch tokens kv_heads group head_dim"],
         Float[Array, "batch tokens kv_heads head_dim"],
         Float[Array, "batch tokens kv_heads head_dim"],
     ]:
-        """Queries, keys and values of tokens that stand at ``position``; queries and keys are rotated."""
+        """Queries, keys and values of tokens; queries and keys are rotated at ``position``, if there is one."""
         batch, tokens, _ = x.shape
         q = self.q(x).reshape(batch, tokens, self.kv_heads, -1, self.head_dim)
         k = self.k(x).reshape(batch, tokens, self.kv_heads, self.head_dim)
         v = self.v(x).reshape(batch, tokens, self.kv_heads, self.head_dim)
-        rotate = jax.vmap(partial(positions.rotate, frequencies=self.rope.frequencies(self.head_dim)))
+        if position is None:
+            return q, k, v
+        rotate = jax.vmap(partial(positions.rotate, frequencies=self.frequencies))
         return rotate(q, position), rotate(k, position), v
 
 

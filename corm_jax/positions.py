@@ -79,7 +79,9 @@ _RENAMED = ("original_max_position_embeddings", "original_context")
 
 
 def rotate(
-    x: Float[Array, "tokens *heads head_dim"], position: Int[Array, " tokens"], frequencies: Float[np.ndarray, " pairs"]
+    x: Float[Array, "tokens *heads head_dim"],
+    position: Int[Array, " tokens"],
+    frequencies: Float[Array | np.ndarray, " pairs"],
 ) -> Float[Array, "tokens *heads head_dim"]:
     """Turns pair j = (x_j, x_{j + head_dim/2}) of every head by the angle ``position * frequencies[j]``.
 

@@ -135,6 +135,13 @@ class Slots(NamedTuple):
         head = jax.lax.broadcasted_iota(jnp.int32, order.shape, 0)
         return jnp.stack(found).at[:, head, order].set(jnp.stack(found))
 
+    def place(self) -> Int[Array, "kv_heads capacity"]:
+        """How many live keys of its head stand before each live key: its position within the cache."""
+        index = jax.lax.broadcasted_iota(jnp.int32, self.position.shape, 1)
+        _, order = jax.lax.sort((jnp.where(self.live, self.position, largest(self.position)), index), num_keys=1)
+        head = jax.lax.broadcasted_iota(jnp.int32, order.shape, 0)
+        return jnp.zeros_like(index).at[head, order].set(index)
+
     def mean_over_heads(self, per_slot: Num[Array, "kv_heads capacity"]) -> Num[Array, "kv_heads capacity"]:
         """The mean over the heads of a layer, for policies whose heads all keep the same tokens."""
         return jnp.broadcast_to(per_slot.mean(0, keepdims=True), per_slot.shape)
@@ -187,6 +194,8 @@ class Policy(Protocol):
     - ``recent``: a promise that the newest so many stay, to which `simulator.testing` holds the policy.
     - ``whole_prompt``: true if it keeps every key until the prompt has been read. It has to be told where that is.
     - ``for_layer(layer, layers)``: the policy of one layer of so many, where they differ.
+    - ``positions``: ``"cache"`` if keys are to be rotated by their place among those of their head that are live,
+      not by their place in the text.
     """
 
     @property
@@ -218,7 +227,8 @@ class LayerCache(NamedTuple):
     ``batch`` axis, and each row its own clock.
 
     Attributes:
-      k, v: ``[kv_heads, capacity, head_dim]``, keys rotated at their positions.
+      k, v: ``[kv_heads, capacity, head_dim]``, keys rotated at their positions, unless the policy counts ``positions``
+        within the cache.
       position: int32 ``[kv_heads, capacity]``, `EMPTY` where no key is.
       state: the policy's state.
       seen: int32 scalar, tokens read so far.

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from corm_jax.attention import counts_in_cache
 from corm_jax.cache import per_layer, prompt_of, slots_for
 from corm_jax.errors import CormError
 from corm_jax.policies.options import whole
@@ -214,6 +215,11 @@ def _checked(
         if isinstance(policy, type) or not isinstance(policy, Policy):
             raise CormError(
                 f"{policy!r} is not a policy: give an object such as Corm(window=64), or corm_jax.parse(spec)"
+            )
+        if counts_in_cache(policy):
+            raise CormError(
+                f"a trace holds keys that are rotated already: replay {policy!r} with positions='original', under "
+                "which the same keys stay"
             )
         for path, leaf in jax.tree_util.tree_leaves_with_path(policy):
             if np.shape(leaf) not in ((), (trace.meta.kv_heads,)):

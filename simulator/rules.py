@@ -94,9 +94,9 @@ class Corm(Rule):
 
 
 class StreamingLLM(Rule):
-    """StreamingLLM (arXiv 2309.17453), section 3.2: the first tokens and the newest, at their original positions."""
+    """StreamingLLM (arXiv 2309.17453), section 3.2: the first tokens and the newest. `read` knows their positions."""
 
-    def __init__(self, *, sinks):
+    def __init__(self, *, sinks, positions):
         self.sinks = sinks
 
     def exempt(self, i, t):
@@ -323,6 +323,13 @@ class Budget(Rule):
         return self.without(live, t, max(len(live) - limit, 0))
 
 
+def rotated(x: np.ndarray, position: int, frequencies: np.ndarray) -> np.ndarray:
+    """RoPE (arXiv 2104.09864): pair j, the complex number x_j + i x_(j + d/2), times exp(i position frequency_j)."""
+    half = len(x) // 2
+    turned = (x[:half] + 1j * x[half:]) * np.exp(1j * position * np.asarray(frequencies, np.float64))
+    return np.concatenate([turned.real, turned.imag])
+
+
 def read_head(rule: Rule, queries: np.ndarray, keys: np.ndarray, values: np.ndarray, **how) -> Reading:
     """`read` for one head: ``queries [tokens, group, head_dim]``, ``keys, values [tokens, head_dim]``."""
     return read([rule], queries[:, None], keys[:, None], values[:, None], **how)[0]
@@ -337,6 +344,7 @@ def read(
     chunks: Sequence[int] | None = None,
     capacity: int | None = None,
     prompt: float = math.inf,
+    frequencies: np.ndarray | None = None,
 ) -> list[Reading]:
     """Reads one sequence through the heads of a layer.
 
@@ -346,6 +354,8 @@ def read(
       keys, values: ``[tokens, kv_heads, head_dim]``.
       chunks, capacity: as in `simulator.reference.corm_messages`.
       prompt: how many of the tokens are the prompt, if anybody said.
+      frequencies: radians a token for each pair of a head. Queries and keys then come unrotated, and are rotated by
+        their position within the cache, 0 for the oldest key that is live.
     """
     for rule in rules:
         rule.begins(prompt)
@@ -367,9 +377,11 @@ def read(
             rows: list[list[dict[int, float]]] = []
             for head in range(heads):
                 visible = [i for i in live[head] if i <= index]
-                found = [
-                    attention(queries[index, head, g], keys[:, head], values[:, head], visible) for g in range(group)
-                ]
+                asked, held = queries[index, head], {i: keys[i, head] for i in visible}
+                if frequencies is not None:
+                    asked = [rotated(q, len(visible) - 1, frequencies) for q in asked]
+                    held = {i: rotated(held[i], place, frequencies) for place, i in enumerate(visible)}
+                found = [attention(q, held, values[:, head], visible) for q in asked]
                 rows.append([row for row, _ in found])
                 outputs[head, index] = [output for _, output in found]
             for head, rule in enumerate(rules):

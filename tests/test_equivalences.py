@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from corm_jax import attention, cache
 from corm_jax.policies import Corm
-from corm_jax.types import CacheSpec, Observation, Slots
+from corm_jax.types import ENDLESS, CacheSpec, Observation, Slots
 from simulator.verify import drive
 from tests.heads import HEAD_DIM, TOKENS, heads, padded
 
@@ -34,7 +34,7 @@ def test_importance_is_one_comparison_with_the_logsumexp(seed, scale, window):
     np.testing.assert_array_equal(logits >= logsumexp - jnp.log(t), ratio >= 1)
 
     fused = Observation(jnp.exp(logits - logsumexp), jnp.ones_like(logsumexp), causal, dense.seen)
-    slots = Slots(jnp.arange(TOKENS)[None], jnp.int32(TOKENS))
+    slots = Slots(jnp.arange(TOKENS)[None], jnp.int32(TOKENS), jnp.int32(ENDLESS))
     policy = Corm(window=window, recent=1)
     never = policy.init(CacheSpec(1, TOKENS, HEAD_DIM))
     last = policy.observe(never, dense, slots)
@@ -66,6 +66,29 @@ def test_who_goes_first(rank, live):
     for count in (1, 4):
         got = cache.lowest(jnp.asarray(rank)[None], jnp.asarray(position, jnp.int32)[None], count)
         assert np.asarray(got)[0].tolist() == order[:count]
+
+
+@given(
+    rank=st.lists(st.lists(st.integers(-3, 3), min_size=30, max_size=30), min_size=2, max_size=2),
+    empty=st.sets(st.integers(0, 59)),
+    counts=st.tuples(st.integers(0, 40), st.integers(0, 40)),
+)
+def test_which_are_lowest(rank, empty, counts):
+    """One by one, by sorting, and over a whole layer, as sorting by (rank, position, head) in Python has it."""
+    position = np.stack([np.random.default_rng(head).permutation(30) for head in range(2)]).astype(np.int32)
+    position[np.isin(np.arange(60).reshape(2, 30), list(empty))] = -1
+    rank = np.array(rank, np.int32)
+    slots = Slots(jnp.asarray(position), jnp.int32(30), jnp.int32(ENDLESS))
+    found = np.asarray(slots.lowest(jnp.asarray(rank), jnp.array(counts)))
+    every = sorted((rank[h, i], position[h, i], h, i) for h, i in np.argwhere(position >= 0))
+    for head, count in enumerate(counts):
+        expected = [i for _, _, h, i in every if h == head][:count]
+        assert set(np.flatnonzero(found[head])) == set(expected)
+    heads_ = [h for _, _, h, _ in every[: sum(counts)]]
+    assert slots.lowest_of_layer(jnp.asarray(rank), sum(counts)).tolist() == [heads_.count(0), heads_.count(1)]
+    place = np.asarray(slots.place())
+    for head, slot in np.argwhere(position >= 0):
+        assert place[head, slot] == ((position[head] >= 0) & (position[head] < position[head, slot])).sum()
 
 
 def test_keys_in_bfloat16_are_scored_in_float32():

@@ -40,6 +40,10 @@ class Budget:
         """How many keys of a head stay at most; None if that depends on the text."""
         return None if not concrete(self.per_mille) or np.any(self.per_mille) else self.tokens
 
+    @property
+    def positions(self) -> str:
+        return getattr(self.policy, "positions", "original")
+
     def init(self, spec: CacheSpec) -> State:
         return self.policy.init(spec)
 

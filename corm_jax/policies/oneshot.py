@@ -20,6 +20,10 @@ class Oneshot:
     def protected(self) -> PerHead:
         return self.policy.protected
 
+    @property
+    def positions(self) -> str:
+        return getattr(self.policy, "positions", "original")
+
     def init(self, spec: CacheSpec) -> State:
         return self.policy.init(spec)
 

@@ -24,6 +24,10 @@ class Protect:
     def protected(self) -> PerHead:
         return self.policy.protected + self.sinks + self.recent
 
+    @property
+    def positions(self) -> str:
+        return getattr(self.policy, "positions", "original")
+
     def init(self, spec: CacheSpec) -> State:
         return self.policy.init(spec)
 

@@ -1,16 +1,18 @@
 """StreamingLLM: attention sinks and a recent window (arXiv 2309.17453).
 
 The first few tokens draw attention whatever they say, so a window alone breaks down once they leave it. Keep them,
-and the newest keys; of the others the oldest goes (section 3.2). Keys keep the positions that they were read at; the
-authors rotate by position within the cache instead, which differs once the text outgrows it.
+and the newest keys; of the others the oldest goes (section 3.2). A budget of B keys leaves the ``sinks`` and the newest
+B - ``sinks``.
 
-On a budget of B keys: ``sinks`` + the newest B - ``sinks``. Looks at positions only.
+The authors rotate queries and keys by their place in the cache, 0 to B - 1, so that a model never meets a distance that
+it was not trained on: ``positions=cache``. Most ports keep the positions of the text, another method: the default here,
+since a recorded trace holds keys that are rotated already.
 """
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from corm_jax.policies.options import number, policy, whole
+from corm_jax.policies.options import choice, number, policy, whole
 from corm_jax.types import CacheSpec, Observation, PerHead, Slots
 
 
@@ -20,9 +22,12 @@ class StreamingLLM:
 
     Args:
       sinks: how many of the first tokens stay. A number, or one for each head.
+      positions: rotate by position in the text (``"original"``) or in the cache (``"cache"``).
     """
 
     sinks: PerHead = number(4, "first tokens that never go")
+
+    positions: str = choice("original", "cache", help="rotate keys by position in the text | in the cache")
 
     def __post_init__(self):
         whole(0, sinks=self.sinks)

@@ -1,0 +1,59 @@
+"""StreamingLLM's positions: in the text, or in the cache."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from corm_jax import CacheSpec, CormError, Full, make_cache, parse, prefill, step
+from corm_jax.attention import read
+from corm_jax.positions import Rope
+from simulator import rules
+from simulator.replay import replay
+from simulator.specification import rule_of
+from simulator.synthetic import noise
+from tests.models import tiny
+
+FREQUENCIES = Rope().frequencies(8)
+SPEC = "streaming_llm:sinks=2,budget=7,positions=cache"
+
+
+@pytest.mark.parametrize("chunk", [1, 4])
+@pytest.mark.parametrize("spec", [SPEC, f"{SPEC},recent=3,oneshot=false"])
+def test_positions_in_the_cache_are_those_of_the_specification(spec, chunk):
+    rng, policy = np.random.default_rng(chunk), parse(spec)
+    q, k, v = (3 * rng.normal(size=shape).astype(np.float32) for shape in ((24, 2, 3, 8), (24, 2, 8), (24, 2, 8)))
+    cache = make_cache(policy, CacheSpec(kv_heads=2, capacity=7 + chunk, head_dim=8))
+    output, cache, _ = jax.jit(partial(read, policy, chunk=chunk))(cache, q, k, v, 24, frequencies=FREQUENCIES)
+    rules_ = [rule_of(policy, head) for head in range(2)]
+    expected = rules.read(rules_, q, k, v, chunks=[chunk] * (24 // chunk), frequencies=FREQUENCIES)
+    for head, reading in enumerate(expected):
+        np.testing.assert_allclose(output[:, head], reading.outputs, atol=2e-5)
+        assert set(np.asarray(cache.position[head])) - {-1} == reading.kept[-1]
+
+
+def test_a_layer_sees_the_sinks_and_the_newest_as_a_text_of_their_own():
+    """With one layer, keys do not depend on what went before: the prediction is that for the shortened text."""
+    model, policy = tiny(layers=1), parse(SPEC)
+    prompt = np.random.default_rng(0).integers(0, 97, 40).tolist()
+
+    def predict(policy, tokens):
+        return prefill(model, policy, model.make_caches(policy, batch=1, capacity=40), [tokens])[0]
+
+    # The last query attends to the seven that stayed before it came, and to itself.
+    shortened = predict(Full(), prompt[:2] + prompt[-6:])
+    np.testing.assert_allclose(predict(policy, prompt), shortened, atol=2e-5)
+    np.testing.assert_allclose(predict(policy, prompt[:7]), predict(Full(), prompt[:7]), atol=2e-5)
+    original = predict(parse("streaming_llm:sinks=2,budget=7"), prompt)
+    assert np.abs(original - shortened).max() > 1e-3
+
+
+def test_who_cannot_rotate_says_so():
+    policy, x = parse(SPEC), jnp.ones((1, 1, 8))
+    cache = make_cache(policy, CacheSpec(kv_heads=1, capacity=9, head_dim=8))
+    with pytest.raises(CormError, match="counts positions within the cache: give frequencies, and q and k unrotated"):
+        step(policy, cache, x[:, :, None], x, x, jnp.int32(1))
+    with pytest.raises(CormError, match="a trace holds keys that are rotated already: replay .* positions='original'"):
+        replay(noise(steps=20), policy)
