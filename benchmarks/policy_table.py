@@ -1,11 +1,14 @@
 """All policies at equal memory, on SmolLM2: how well they predict a text, and how close they stay to the full cache.
 
-    python benchmarks/policy_table.py --text FILE... [--tokens 2048] [--budget 0.1 0.25 0.5] [--json FILE]
+    python benchmarks/policy_table.py --text FILE... [--tokens 2048] [--budget 0.1 0.25 0.5] [--chunk 8] [--json FILE]
 
-Every policy reads the text token by token (exact recurrence, teacher forcing) with at most so many keys a head. CORM
-(w = 256, r = 64) is held to that by a cap, and may keep less. `random` is the control. Against the full cache's
-prediction p of each token: KL(p || q) in nats, and how often the likeliest token is the same. Intervals: 95%, from
-2,000 bootstrap resamples of blocks of 64 tokens, since neighbouring tokens are not independent.
+The first half of a text is the prompt; what follows is scored, by teacher forcing. A budget is a share of the prompt:
+so many keys a head stay. CORM decides by itself how many: once its w = r is searched so that it ends the text with as
+many, once it is capped. SnapKV, PyramidKV and Ada-KV evict at the prompt's end and never again, so their caches grow
+afterwards, which `kept` shows: the live share of all keys at the end. `random` is the control.
+
+Against the full cache's prediction p of each token: KL(p || q) in nats, and how often the likeliest token is the same.
+Intervals: 95%, from 2,000 bootstrap resamples of blocks of 64 tokens, since neighbouring tokens are not independent.
 """
 
 import argparse
@@ -17,55 +20,58 @@ import jax.numpy as jnp
 import numpy as np
 
 import corm_jax as cj
-from corm_jax.cache import slots_for
+from corm_jax.cache import expect, slots_for
 from corm_jax.files import write_json
+from corm_jax.fitting import fitted
 from corm_jax.generation import Blocks
 from corm_jax.inputs import encode, text_from
-from corm_jax.policies import keys_of, on_budget
+from corm_jax.policies import keys_of
 
 SPECS = (
-    "corm:window=256,recent=64",
-    "corm:window=256,recent=64,sinks=4",
+    "corm",
+    "corm:window=256,recent=32",
     "streaming_llm",
+    "streaming_llm:positions=cache",
     "h2o",
     "h2o:score=mean",
     "scissorhands",
     "tova",
-    "tova:sinks=4,recent=32",
     "l2norm",
     "random",
+    "snapkv",
+    "pyramidkv",
+    "adakv",
 )
 
 
-@partial(jax.jit, donate_argnames=("caches", "reference"))
-def _compare(model, policy, caches, reference, tokens, targets, count):
-    """A block through the policy's caches and the full ones: NLL of both, KL, whether the likeliest is the same."""
-    x, caches, _ = model(policy, caches, tokens, count, chunk=1)
+@partial(jax.jit, static_argnames="chunk", donate_argnames="caches")
+def _score(model, policy, caches, tokens, targets, count, log_p, *, chunk):
+    """A block through the caches: NLL, KL to ``log_p``, whether the likeliest is the same; and its own ln p."""
+    x, caches, _ = model(policy, caches, tokens, count, chunk=chunk)
     log_q = jax.nn.log_softmax(model.logits(x)[0])
-    x, reference, _ = model(cj.Full(), reference, tokens, count, chunk=tokens.shape[1])
-    log_p = jax.nn.log_softmax(model.logits(x)[0])
-    pick = partial(jnp.take_along_axis, indices=targets[0][:, None], axis=-1)
+    nll = -jnp.take_along_axis(log_q, targets[0][:, None], axis=-1)[:, 0]
     kl = (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
-    same = log_p.argmax(-1) == log_q.argmax(-1)
-    return caches, reference, (-pick(log_q)[:, 0], -pick(log_p)[:, 0], kl, same)
+    return caches, (nll, kl, log_p.argmax(-1) == log_q.argmax(-1)), log_q
 
 
-def measure(model, policy, ids) -> dict[str, np.ndarray]:
-    """Per token: ``nll``, ``full`` (the full cache's), ``kl``, ``same``; and ``kept`` at the end."""
-    blocks = Blocks.cut([ids], model.config.vocab, 1)
+def measure(model, policy, ids, prompt: int, chunk: int, reference=None):
+    """Of each token after the prompt: ``nll``, ``kl``, ``same``; ``kept`` at the end; and ln p of all blocks."""
+    blocks = Blocks.cut([ids], model.config.vocab, chunk)
     size = blocks.tokens.shape[-1]
     targets = np.roll(blocks.tokens.reshape(-1), -1).reshape(-1, 1, size)
-    caches = model.make_caches(policy, batch=1, capacity=slots_for(policy, None, len(ids), 1))
-    reference = model.make_caches(cj.Full(), batch=1, capacity=blocks.tokens.size)
-    rows = []
+    caches = model.make_caches(policy, batch=1, capacity=slots_for(policy, None, len(ids), chunk))
+    caches = expect(caches, np.array([prompt], np.int32))
+    rows, predicted = [], []
     for index, count in enumerate(blocks.count):
-        caches, reference, row = _compare(
-            model, policy, caches, reference, blocks.tokens[:, index], targets[index], count
-        )
+        known = np.zeros((size, model.config.vocab), np.float32) if reference is None else reference[index]
+        block = blocks.tokens[:, index]
+        caches, row, log_q = _score(model, policy, caches, block, targets[index], count, known, chunk=chunk)
         rows.append(jax.tree.map(np.asarray, row))
-    nll, full, kl, same = (np.concatenate(column)[: len(ids) - 1] for column in zip(*rows, strict=True))
-    used = cj.usage(caches)
-    return {"nll": nll, "full": full, "kl": kl, "same": same, "kept": np.asarray(used.live).mean() / len(ids)}
+        if reference is None:
+            predicted.append(np.asarray(log_q))
+    nll, kl, same = (np.concatenate(column)[prompt - 1 : len(ids) - 1] for column in zip(*rows, strict=True))
+    kept = np.asarray(cj.usage(caches).live).mean() / len(ids)
+    return {"nll": nll, "kl": kl, "same": same, "kept": float(kept)}, predicted
 
 
 def interval(values: np.ndarray, block: int = 64) -> tuple[float, float, float]:
@@ -82,23 +88,26 @@ def main() -> None:
     parser.add_argument("--text", type=Path, nargs="+", required=True, help="UTF-8 files")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--budget", nargs="+", default=["0.1", "0.25", "0.5"])
-    parser.add_argument("--policy", nargs="+", default=SPECS)
+    parser.add_argument("--chunk", type=int, default=8)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     model, tokenizer = cj.load()
-    texts = [text_from(path) for path in arguments.text]
-    rows = []
-    for words, name in texts:
+    chunk, prompt, rows = arguments.chunk, arguments.tokens // 2, []
+    for path in arguments.text:
+        words, name = text_from(path)
         ids = encode(model, tokenizer, words, name, arguments.tokens)
-        print(f"\nSmolLM2-135M, {len(ids):,} tokens of {Path(name).name}\n")
-        print("| budget | policy | kept | NLL - full [95%] | KL [95%] | same likeliest token |")
+        full, log_p = measure(model, cj.Full(), ids, prompt, chunk)
+        print(f"\nSmolLM2-135M, tokens {prompt:,} to {len(ids):,} of {Path(name).name}: ", end="")
+        print(f"NLL with the full cache {full['nll'].mean(dtype=np.float64):.4f}\n")
+        print("| budget | policy | kept | NLL - full [95%] | KL [95%] | same likeliest token [95%] |")
         print("|---|---|---|---|---|---|")
         for budget in arguments.budget:
-            for spec in dict.fromkeys(on_budget(one, keys_of(budget, len(ids))) for one in arguments.policy):
-                found = measure(model, cj.parse(spec), ids)
-                row = {"text": Path(name).name, "tokens": len(ids), "budget": budget, "policy": spec}
-                row |= {"kept": float(found["kept"]), "full_nll": float(found["full"].mean(dtype=np.float64))}
-                row |= {"delta_nll": interval(found["nll"] - found["full"])}
+            keys = keys_of(budget, prompt)
+            for spec in (fitted(each, model, ids, keys, chunk=chunk)[0] for each in SPECS):
+                found, _ = measure(model, cj.parse(spec), ids, prompt, chunk, log_p)
+                row = {"text": Path(name).name, "tokens": len(ids), "prompt": prompt, "budget": budget, "policy": spec}
+                row |= {"kept": found["kept"], "full_nll": float(full["nll"].mean(dtype=np.float64))}
+                row |= {"delta_nll": interval(found["nll"] - full["nll"])}
                 row |= {"kl": interval(found["kl"]), "same": interval(found["same"])}
                 rows.append(row)
                 delta, kl, same = row["delta_nll"], row["kl"], row["same"]

@@ -5,6 +5,7 @@ import dataclasses
 import os
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,9 +16,10 @@ from corm_jax import console, inputs, plots, recording
 from corm_jax.cache import check_prompt, prompt_of, slots_for, usage
 from corm_jax.errors import CormError
 from corm_jax.files import check_writable, write_json
+from corm_jax.fitting import PASSES, fitted
 from corm_jax.generation import stream
 from corm_jax.perplexity import Reading, read
-from corm_jax.policies import COMBINATORS, POLICIES, keys_of, on_budget, parse
+from corm_jax.policies import COMBINATORS, POLICIES, keys_of, lacks_window, on_budget, parse
 
 try:
     import click
@@ -88,15 +90,15 @@ def compare(model, dtype, capacity, chunk, overflow, text, tokens, specs, budget
     """Read a text through each policy's cache: what forgetting costs, what it saves.
 
     Every token is predicted from what the cache still holds (teacher forcing). A SPEC is a name from `corm policies`
-    with options, as in corm:window=64,recent=32.
+    with options, as in corm:window=64,recent=32. On a --budget, corm without a window gets the one with which it ends
+    the text with as many keys, searched in passes of their own; with a window it is capped.
     """
     if tokens < 2:
         raise CormError(f"--tokens must be at least 2, not {tokens}: the first predicts, the second is predicted")
     specs = specs or DEFAULT_POLICIES
-    if budget:
-        specs = [on_budget(spec, keys_of(budget, tokens)) for spec in specs]
-    policies = {spec: parse(spec) for spec in specs}
-    for policy in policies.values():
+    keys = keys_of(budget, tokens) if budget else None
+    for spec in specs:
+        policy = parse(on_budget(spec, keys) if keys and not lacks_window(spec) else spec)
         check_prompt(policy, slots_for(policy, capacity, tokens, chunk), prompt_of(policy, prompt, tokens - 1))
     if json_file:
         check_writable(json_file)
@@ -113,11 +115,21 @@ def compare(model, dtype, capacity, chunk, overflow, text, tokens, specs, budget
         "dtype": dtype,
         "device": _device(),
         "chunk": chunk,
+        "budget": keys,
         "rows": [],
     }
-    for spec, policy in policies.items():
-        reading = _read(spec, network, policy, ids, capacity=capacity, chunk=chunk, prompt=prompt, overflow=overflow)
-        result["rows"].append(_row(spec, reading, prompt or 1, result["rows"]))
+    options = {"capacity": capacity, "chunk": chunk, "prompt": prompt, "overflow": overflow}
+    for spec in dict.fromkeys(specs):
+        held = "none"
+        if keys:
+            with console.progress_bar() as progress:
+                task = progress.add_task(f"{spec}: window", total=PASSES, visible=lacks_window(spec))
+                advance = partial(progress.update, task)
+                spec, held = fitted(
+                    spec, network, ids, keys, chunk=chunk, progress=lambda done, to=advance: to(completed=done)
+                )
+        reading = _read(spec, network, parse(spec), ids, **options)
+        result["rows"].append(_row(spec, reading, prompt or 1, result["rows"]) | {"budget": held})
     result["peak_memory_bytes"] = _peak_memory()
     _print_table(result)
     if json_file:
@@ -244,7 +256,8 @@ def policies():
     for column in ("policy", "option", "default", "what it does"):
         table.add_column(column)
     for name, kind in POLICIES.items():
-        table.add_row(name, "", "", str(kind.__doc__).splitlines()[0], style="bold")
+        looks = " and ".join(kind.needs) or "positions only"
+        table.add_row(name, "", "", f"{str(kind.__doc__).splitlines()[0]} Needs: {looks}.", style="bold")
         for field in dataclasses.fields(kind):
             choices = field.metadata.get("choices")
             value = " | ".join(choices) if choices else str(field.default).lower()
@@ -303,6 +316,8 @@ def _print_table(result: dict[str, Any]) -> None:
         title=f"{result['model']} reads {result['tokens']:,} tokens of {result['text']}", title_justify="left"
     )
     table.add_column("policy")
+    if result["budget"]:
+        table.add_column("budget")
     for column in (
         "NLL",
         "PPL",
@@ -319,6 +334,7 @@ def _print_table(result: dict[str, Any]) -> None:
     for row in rows:
         table.add_row(
             row["policy"],
+            *([row["budget"]] if result["budget"] else []),
             f"{row['nll']:.4f}",
             f"{row['ppl']:.2f}",
             f"{row['delta_nll']:+.4f}",
@@ -336,3 +352,8 @@ def _print_table(result: dict[str, Any]) -> None:
         f"mean over layers and heads, at the end and over time. {result['dtype']}, chunks of {result['chunk']}, "
         f"{result['device']}, peak memory {peaks}."
     )
+    if result["budget"]:
+        out.print(
+            f"budget: {result['budget']:,} keys a head; fixed, or a cap on a policy that decides by itself, or CORM's "
+            "w = r, searched so that it ends with as many."
+        )

@@ -21,6 +21,9 @@ ENDLESS = 2**31 - 1
 FEW = 8
 """Up to so many keys are cheaper found one by one than by sorting."""
 
+EVERYTHING = ("attention", "keys")
+"""What a policy may need beside positions: attention probabilities, and the keys themselves."""
+
 State: TypeAlias = PyTree[Any]
 """What a policy remembers: a pytree of arrays that each end in the slot axes, ``[..., *slots]``."""
 
@@ -192,6 +195,8 @@ class Policy(Protocol):
 
     - ``most``: how many keys of a head stay at most, after which caches are sized.
     - ``recent``: a promise that the newest so many stay, to which `simulator.testing` holds the policy.
+    - ``needs``: what it looks at beside positions, of `EVERYTHING`. `simulator.testing` holds it to that. What is not
+      needed costs nothing: it is not computed under `jax.jit`.
     - ``whole_prompt``: true if it keeps every key until the prompt has been read. It has to be told where that is.
     - ``for_layer(layer, layers)``: the policy of one layer of so many, where they differ.
     - ``positions``: ``"cache"`` if keys are to be rotated by their place among those of their head that are live,

@@ -15,6 +15,8 @@ import numpy as np
 from hypothesis import assume
 from hypothesis import strategies as st
 
+from corm_jax.policies import policy
+from corm_jax.policies.wrapper import Wrapper
 from corm_jax.types import LayerCache, Slots
 from simulator import invariants
 from simulator.invariants import InvariantError
@@ -291,6 +293,26 @@ def one_compile(subject: Subject, data: st.DataObject) -> None:
         _, cache = run(policy, cache, q, k, v, jnp.int32(count))
     if len(traced) > 1:
         raise InvariantError("one_compile", f"three steps of one shape took {len(traced)} compilations")
+
+
+@policy
+class Blind(Wrapper):
+    """A policy that does not get to see what it says that it does not need."""
+
+    def observe(self, state, observation, slots):
+        unknown = {"attention": ("weights", "total"), "keys": ("keys",)}
+        hidden = [name for need, names in unknown.items() if need not in self.needs for name in names]
+        blank = {name: jnp.full_like(getattr(observation, name), jnp.nan) for name in hidden}
+        return self.policy.observe(state, observation._replace(**blank), slots)
+
+
+@_check
+def needs(subject: Subject, data: st.DataObject) -> None:
+    """What a policy says that it does not need, beside positions, changes nothing: attention, or the keys."""
+    case = data.draw(cases())
+    blind = subject._replace(policy=Blind(policy=subject.policy))
+    one, other = (each.read(case, subject.few) for each in (subject, blind))
+    invariants.same_decisions("needs", other.kept, one.kept, f"seeing more than {blind.policy.needs}", case.clock)
 
 
 @_check

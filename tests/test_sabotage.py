@@ -166,6 +166,13 @@ class OwnClock(Corm):
 
 
 @policy
+class SeesMoreThanItSays(Corm):
+    """Says that positions are enough."""
+
+    needs = ()
+
+
+@policy
 class JudgesEarlier(SnapKV):
     """One query more than there should be has a say."""
 
@@ -353,6 +360,7 @@ SABOTAGES = {  # what is broken: the check that finds it, and the invariant that
     OwnClock(**TWO): ("padding", "padding"),
     FirstQueryOfTheChunk(**TWO): ("chunks", "chunks"),
     TakenForAnother(**TWO): ("shapes", "shapes"),
+    SeesMoreThanItSays(**TWO): ("needs", "needs"),
     "position = slot": (cache_of(insert=position_is_the_slot), "keys_in_their_slots", "keys_in_their_slots"),
     "reused slots keep their state": (cache_of(insert=state_is_not_reset), "empty_slots", "empty_slots"),
     "slots are taken in turn": (cache_of(insert=slots_in_turn), "enough_is_enough", "enough_is_enough"),

@@ -94,13 +94,26 @@ def on_budget(spec: str, size: int) -> str:
     ('h2o:recent=256,budget=512', 'corm:window=64,recent=64,budget=512')
     """
     name, _, rest = spec.partition(":")
-    options = [item for item in rest.split(",") if item]
-    names = {item.partition("=")[0].strip() for item in options}
+    options, names = [item for item in rest.split(",") if item], _names(rest)
     if name == "full" or "budget" in names:
         return spec
     if name == "h2o" and "recent" not in names:
         options.append(f"recent={size // 2}")
     return f"{name}:{','.join([*options, f'budget={size}'])}"
+
+
+def lacks_window(spec: str) -> bool:
+    """Whether a SPEC is CORM without a window of its own, so that one can be searched that fits a budget.
+
+    >>> lacks_window("corm:group=mean"), lacks_window("corm:window=64"), lacks_window("tova")
+    (True, False, False)
+    """
+    name, _, rest = spec.partition(":")
+    return name == "corm" and not {"window", "recent", *COMBINATORS} & _names(rest)
+
+
+def _names(options: str) -> set[str]:
+    return {item.partition("=")[0].strip() for item in options.split(",") if item}
 
 
 def keys_of(size: str, tokens: int) -> int:
@@ -170,6 +183,7 @@ __all__ = [
     "StreamingLLM",
     "budget",
     "keys_of",
+    "lacks_window",
     "on_budget",
     "oneshot",
     "parse",

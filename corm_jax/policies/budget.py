@@ -5,19 +5,18 @@ fixed-size policy of one that only ranks (H2O, TOVA, StreamingLLM), and puts a b
 attends to the budget and to the tokens of its own chunk; a cache needs room for both.
 """
 
-from typing import Any
-
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int, Num
+from jaxtyping import Array, Bool, Int
 
 from corm_jax.errors import CormError
 from corm_jax.policies.options import concrete, policy
-from corm_jax.types import EMPTY, CacheSpec, Observation, PerHead, Policy, Slots, State
+from corm_jax.policies.wrapper import Wrapper
+from corm_jax.types import PerHead, Policy, Slots, State
 
 
 @policy
-class Budget:
+class Budget(Wrapper):
     """A policy on a budget: see `budget`, which makes it.
 
     Attributes:
@@ -27,37 +26,19 @@ class Budget:
         what the policy protects, and never below one.
     """
 
-    policy: Any
     tokens: PerHead = 0
     per_mille: PerHead = 0
-
-    @property
-    def protected(self) -> PerHead:
-        return self.policy.protected
 
     @property
     def most(self) -> PerHead | None:
         """How many keys of a head stay at most; None if that depends on the text."""
         return None if not concrete(self.per_mille) or np.any(self.per_mille) else self.tokens
 
-    @property
-    def positions(self) -> str:
-        return getattr(self.policy, "positions", "original")
-
-    def init(self, spec: CacheSpec) -> State:
-        return self.policy.init(spec)
-
-    def observe(self, state: State, observation: Observation, slots: Slots) -> State:
-        return self.policy.observe(state, observation, slots)
-
     def retain(self, state: State, slots: Slots) -> Bool[Array, "*slots"]:
         keep = slots.live & self.policy.retain(state, slots)
-        rest = slots._replace(position=jnp.where(keep, slots.position, EMPTY))
+        rest = slots.only(keep)
         over = rest.total(rest.live) - self.limit(slots.seen)
         return keep & ~rest.lowest(self.policy.rank(state, rest), over)
-
-    def rank(self, state: State, slots: Slots) -> Num[Array, "*slots"]:
-        return self.policy.rank(state, slots)
 
     def limit(self, seen: Int[Array, ""]) -> Int[Array, "..."]:
         """How many keys of a head may stay after ``seen`` tokens."""

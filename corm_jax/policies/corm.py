@@ -46,6 +46,8 @@ class Corm:
     group: str = choice("any", "mean", help="important to any query head of the group | in their mean")
     eager: PerHead = number(False, "evict before w queries were seen")
 
+    needs = ("attention",)
+
     def __post_init__(self):
         whole(1, window=self.window, recent=self.recent)
 

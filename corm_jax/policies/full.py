@@ -13,6 +13,8 @@ from corm_jax.types import CacheSpec, Observation, Slots
 class Full:
     """Keep everything."""
 
+    needs = ()
+
     @property
     def protected(self) -> int:
         return 0

@@ -29,6 +29,8 @@ class H2O:
     recent: PerHead = number(256, "newest keys that never go; the paper: half of the budget")
     score: str = choice("raw", "mean", help="attention summed | divided by the key's age")
 
+    needs = ("attention",)
+
     def __post_init__(self):
         whole(0, recent=self.recent)
 

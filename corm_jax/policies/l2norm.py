@@ -17,6 +17,8 @@ from corm_jax.types import CacheSpec, Observation, Slots
 class L2Norm:
     """On a budget, keep the keys of lowest norm."""
 
+    needs = ("keys",)
+
     @property
     def protected(self) -> int:
         return 0

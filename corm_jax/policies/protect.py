@@ -1,19 +1,17 @@
 """Protection: any policy, made to keep the first tokens, the newest, or both."""
 
-from typing import Any
-
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Num
 
 from corm_jax.policies.options import number, policy, whole
-from corm_jax.types import CacheSpec, Observation, PerHead, Policy, Slots, State, largest
+from corm_jax.policies.wrapper import Wrapper
+from corm_jax.types import PerHead, Policy, Slots, State, largest
 
 
 @policy
-class Protect:
+class Protect(Wrapper):
     """A policy that neither drops nor gives up the first ``sinks`` and the newest ``recent`` keys: see `protect`."""
 
-    policy: Any
     sinks: PerHead = number(0, "first tokens that never go")
     recent: PerHead = number(0, "newest tokens that never go")
 
@@ -23,16 +21,6 @@ class Protect:
     @property
     def protected(self) -> PerHead:
         return self.policy.protected + self.sinks + self.recent
-
-    @property
-    def positions(self) -> str:
-        return getattr(self.policy, "positions", "original")
-
-    def init(self, spec: CacheSpec) -> State:
-        return self.policy.init(spec)
-
-    def observe(self, state: State, observation: Observation, slots: Slots) -> State:
-        return self.policy.observe(state, observation, slots)
 
     def retain(self, state: State, slots: Slots) -> Bool[Array, "*slots"]:
         return slots.live & (self.policy.retain(state, slots) | self._safe(slots))

@@ -24,6 +24,8 @@ class Random:
     seed: PerHead = number(0, "another seed, another draw")
     recent: PerHead = number(1, "newest keys that never go")
 
+    needs = ("keys",)
+
     def __post_init__(self):
         whole(0, seed=self.seed, recent=self.recent)
 

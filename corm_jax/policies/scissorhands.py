@@ -37,6 +37,8 @@ class Scissorhands:
     recent: PerHead = number(10, "r: newest keys that never go")
     drop: PerHead = number(0.5, "share of the budget that goes at once")
 
+    needs = ("attention",)
+
     def __post_init__(self):
         whole(1, budget=self.budget, window=self.window)
         whole(0, recent=self.recent)

@@ -1,13 +1,15 @@
 """SnapKV: the last queries of the prompt choose which of its keys stay (arXiv 2404.14469).
 
 When a prompt of N tokens has been read, each key before the last w is scored by the attention that the last w queries
-paid to it and to its neighbours (section 4, listing 1), and the B - w that score highest stay beside those last w:
+paid to it and to its neighbours (section 4), and the B - w that score highest stay beside those last w:
 
     S[i]  =  sum over t in (N - w, N] of alpha_t[i]      (the mean over a group under grouped-query attention)
     keep i  if  S'[i] = max over |j - i| <= kernel / 2 of S[j]  is among the B - w highest      (j, i < N - w)
 
-Nothing goes while the prompt is read, and no token that is generated later ever does. The listing pools the maximum;
-``pool=mean`` averages, as others do. State: one number a slot, since the cache knows N before the last w queries come.
+Nothing goes while the prompt is read, and no token that is generated later ever does. The paper's listing leaves the
+pooling open and its experiments pool the maximum (LongBench: w = 32, kernel 7); ``pool=mean`` is the released code's
+default. That code scores every query head by itself; here a group has one score before it is pooled, which for the
+maximum is not the same. State: one number a slot, since the cache knows N before the last w queries come.
 """
 
 import jax
@@ -38,6 +40,7 @@ class SnapKV:
     kernel: int = static(7, "positions that are pooled, an odd number")
     pool: str = choice("max", "mean", help="how scores of neighbours are pooled")
 
+    needs = ("attention",)
     whole_prompt = True
 
     def __post_init__(self):

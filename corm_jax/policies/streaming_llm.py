@@ -29,6 +29,8 @@ class StreamingLLM:
 
     positions: str = choice("original", "cache", help="rotate keys by position in the text | in the cache")
 
+    needs = ()
+
     def __post_init__(self):
         whole(0, sinks=self.sinks)
 

@@ -17,6 +17,8 @@ from corm_jax.types import CacheSpec, Observation, Slots
 class TOVA:
     """On a budget, keep what the newest query attends to."""
 
+    needs = ("attention",)
+
     @property
     def protected(self) -> int:
         return 0
