@@ -2,16 +2,18 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import cast
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Int
 
 from corm_jax.errors import CormError
 from corm_jax.generation import prefill
 from corm_jax.model import Llama
 from corm_jax.perplexity import read
-from corm_jax.policies import Corm, Full, lacks_window, on_budget, parse, policy
+from corm_jax.policies import Corm, lacks_window, on_budget, parse, policy
+from corm_jax.policies.wrapper import Wrapper
 from corm_jax.types import CacheSpec, Observation, Policy, Slots, State
 
 TOLERANCE = 0.02
@@ -22,21 +24,25 @@ PASSES = 4
 
 
 @policy
-class WidestGap(Full):
+class WidestGap(Wrapper):
     """Evicts nothing, and notes for each key the longest time that nobody found it important.
 
     The state is what CORM remembers, and the longest gap: with w = r, a key goes when t - max(last, position + 1) >= w.
     """
 
-    corm: Any
-
     def init(self, spec: CacheSpec) -> State:
-        return self.corm.init(spec), jnp.zeros(spec.slots, jnp.int32)
+        return self.policy.init(spec), jnp.zeros(spec.slots, jnp.int32)
 
     def observe(self, state: State, observation: Observation, slots: Slots) -> State:
         last, gap = state
-        last = self.corm.observe(last, observation, slots)
+        last = self.policy.observe(last, observation, slots)
         return last, jnp.maximum(gap, slots.seen - jnp.maximum(last, slots.position + 1))
+
+    def retain(self, state: State, slots: Slots) -> Bool[Array, "*slots"]:
+        return slots.live
+
+    def rank(self, state: State, slots: Slots) -> Int[Array, "*slots"]:
+        return slots.position
 
 
 def fit_window(
@@ -66,7 +72,7 @@ def fit_window(
     n = len(tokens)
     if not 1 <= keys <= n:
         raise CormError(f"a text of {n} tokens cannot end with {keys} live keys a head: choose from 1 to {n}")
-    first = WidestGap(corm=corm)
+    first = WidestGap(policy=corm)
     _, caches = prefill(model, first, model.make_caches(first, batch=1, capacity=max(n, chunk)), [tokens], chunk=chunk)
     gaps = np.stack([np.asarray(cache.state[1])[np.asarray(cache.position) >= 0] for cache in caches])
     heads, gaps = gaps.size // n, np.sort(gaps, axis=None)  # a key is live with every window above its gap

@@ -1,6 +1,7 @@
 """The command line, in one process, on a tiny model that the tests make."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -59,13 +60,21 @@ def test_compare(corm, model, text, tmp_path):
 
 @pytest.mark.parametrize("budget", ["20", "0.2"])
 def test_a_budget_holds_all_to_the_same_memory(corm, model, text, tmp_path, budget):
-    report, specs = tmp_path / "report.json", ("full", "h2o", "tova:sinks=1", "corm:window=30,recent=4", "scissorhands")
+    report, specs = (
+        tmp_path / "report.json",
+        ("full", "h2o", "tova:sinks=1", "corm:window=30,recent=4", "corm:group=mean", "scissorhands"),
+    )
     policies = (item for spec in specs for item in ("--policy", spec))
-    code, *_ = corm(
+    code, out, _ = corm(
         *("compare", "--model", model, "--text", text, "--tokens", 100, "--json", report, "--budget", budget, *policies)
     )
     assert code == 0
+    assert "searched" in out
     full, *rows = json.loads(report.read_text())["rows"]
+    searched = rows.pop(3)
+    assert re.fullmatch(r"corm:group=mean,window=(\d+),recent=\1", searched["policy"])
+    assert searched["kept_final"] == pytest.approx(0.2, rel=0.25)  # a step of one in a small window is large
+    assert [row["budget"] for row in (full, searched, *rows)] == ["none", "searched", "fixed", "fixed", "cap", "fixed"]
     assert [row["policy"] for row in rows] == [
         "h2o:recent=10,budget=20",
         "tova:sinks=1,budget=20",
@@ -79,6 +88,22 @@ def test_a_budget_holds_all_to_the_same_memory(corm, model, text, tmp_path, budg
         # 21 slots instead of 100: the budget and the token that is read, with a position and some state each.
         assert row["kv_bytes_allocated"] < 0.25 * full["kv_bytes_allocated"]
     assert 0.1 <= rows[3]["kept_final"] <= 0.2  # drops half of the budget at a time
+
+
+def test_only_what_follows_the_prompt_is_scored(corm, model, text, tmp_path):
+    report, common = tmp_path / "report.json", ("compare", "--model", model, "--text", text, "--tokens", 100)
+    code, out, _ = corm(
+        *common, "--prompt", 60, "--policy", "full", "--policy", "snapkv:budget=12,window=4", "--json", report
+    )
+    assert (code, "over 40 predictions" in out) == (0, True)
+    _, snap = json.loads(report.read_text())["rows"]
+    assert snap["kept_final"] == pytest.approx((12 + 40) / 100)
+    assert 0 < abs(snap["delta_nll"]) < 1
+    for prompt, message in ((0, "prompt must be"), (100, "a prompt of 100 tokens does not end within a text of 99")):
+        code, _, err = corm(*common, "--prompt", prompt, "--policy", "snapkv")
+        assert (code, message in err) == (2, True)
+    code, _, err = corm(*common, "--policy", "corm:oneshot=true")
+    assert (code, "say how many of the tokens are the prompt" in err) == (2, True)
 
 
 def test_compare_reads_python_s_own_reference_by_default(corm, model):
