@@ -81,7 +81,7 @@ def prefill(
 
     Args:
       caches: as `Llama.make_caches` returns them, or after an earlier call; donated.
-      prompts: token ids, one list a row.
+      prompts: token ids, one list a row; the whole prompt, for policies that wait for its end.
       chunk: tokens between evictions. 1 is the exact recurrence; more is faster and remembers a little longer.
       overflow: what happens when no slot is free: the policy's lowest rank goes, counted; or `CacheOverflowError`.
 

@@ -97,10 +97,8 @@ class Slots(NamedTuple):
             return found[0] | hit, found[1] - 1
 
         def many(_):
-            index = jax.lax.broadcasted_iota(jnp.int32, self.position.shape, 1)
-            _, _, _, order = jax.lax.sort((~self.live, rank, self.position, index), num_keys=3)
-            head = jax.lax.broadcasted_iota(jnp.int32, order.shape, 0)
-            place = jnp.zeros_like(index).at[head, order].set(index)
+            order = _order(~self.live, rank, self.position)
+            place = _restored(jax.lax.broadcasted_iota(jnp.int32, order.shape, 1), order)
             return self.live & (place < self.spread(count)), jnp.zeros_like(count)
 
         found = jnp.zeros_like(self.live), count
@@ -125,25 +123,21 @@ class Slots(NamedTuple):
 
         In no particular order, and filled up with ``absent`` to 2 ``radius`` + 1 of them.
         """
-        index = jax.lax.broadcasted_iota(jnp.int32, self.position.shape, 1)
-        place = jnp.where(self.live, self.position, largest(self.position))
-        place, per_slot, order = jax.lax.sort((place, per_slot, index), num_keys=1)
-        capacity = place.shape[1]
+        position = jnp.where(self.live, self.position, largest(self.position))
+        order = _order(position)
+        position, per_slot = (jnp.take_along_axis(x, order, 1) for x in (position, per_slot))
+        index = jnp.arange(position.shape[1])
         found = []
         for shift in range(-radius, radius + 1):
-            other = jnp.clip(index + shift, 0, capacity - 1)
-            near = jnp.abs(place[:, other[0]] - place) <= radius
-            inside = (index + shift >= 0) & (index + shift < capacity) & (place < largest(place))
-            found.append(jnp.where(near & inside, per_slot[:, other[0]], absent))
-        head = jax.lax.broadcasted_iota(jnp.int32, order.shape, 0)
-        return jnp.stack(found).at[:, head, order].set(jnp.stack(found))
+            other = jnp.clip(index + shift, 0, index.size - 1)
+            near = (jnp.abs(position[:, other] - position) <= radius) & (position < largest(position))
+            found.append(jnp.where(near & (other == index + shift), per_slot[:, other], absent))
+        return _restored(jnp.stack(found), order)
 
     def place(self) -> Int[Array, "kv_heads capacity"]:
         """How many live keys of its head stand before each live key: its position within the cache."""
-        index = jax.lax.broadcasted_iota(jnp.int32, self.position.shape, 1)
-        _, order = jax.lax.sort((jnp.where(self.live, self.position, largest(self.position)), index), num_keys=1)
-        head = jax.lax.broadcasted_iota(jnp.int32, order.shape, 0)
-        return jnp.zeros_like(index).at[head, order].set(index)
+        order = _order(jnp.where(self.live, self.position, largest(self.position)))
+        return _restored(jax.lax.broadcasted_iota(jnp.int32, order.shape, 1), order)
 
     def mean_over_heads(self, per_slot: Num[Array, "kv_heads capacity"]) -> Num[Array, "kv_heads capacity"]:
         """The mean over the heads of a layer, for policies whose heads all keep the same tokens."""
@@ -278,3 +272,15 @@ def largest(x: Array) -> Array:
     """What no number of this dtype exceeds."""
     limit = jnp.iinfo(x.dtype).max if jnp.issubdtype(x.dtype, jnp.integer) else jnp.inf
     return jnp.asarray(limit, x.dtype)
+
+
+def _order(*keys: Array) -> Int[Array, "kv_heads capacity"]:
+    """The slots of each head, sorted by the first key, then by the second, and so on."""
+    index = jax.lax.broadcasted_iota(jnp.int32, keys[0].shape, 1)
+    return jax.lax.sort((*keys, index), num_keys=len(keys), dimension=1)[-1]
+
+
+def _restored(ordered: Shaped[Array, "... capacity"], order: Int[Array, "kv_heads capacity"]) -> Array:
+    """What stands in this order, slot by slot again."""
+    head = jax.lax.broadcasted_iota(jnp.int32, order.shape, 0)
+    return ordered.at[..., head, order].set(ordered)

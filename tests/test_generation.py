@@ -65,6 +65,16 @@ def test_one_shot_is_one_chunk_of_the_whole_prompt(length):
     np.testing.assert_allclose(logits, full, atol=2e-5)  # nothing was missing while it read
 
 
+def test_a_later_prompt_is_judged_anew():
+    policy = parse("snapkv:budget=20,window=4")
+    first, second = (np.random.default_rng(seed).integers(0, 97, 90).tolist() for seed in (0, 1))
+    _, caches = read(policy, [first])
+    assert (usage(caches).live == 20).all()
+    _, caches = prefill(MODEL, policy, caches, [second])
+    assert (usage(caches).live == 20).all()
+    assert all(set(range(176, 180)) <= head for layer in kept(caches, 0) for head in layer)
+
+
 def test_one_compile_whatever_the_prompt():
     compiled = []
 

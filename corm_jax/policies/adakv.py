@@ -6,7 +6,8 @@ evenly all the same, so that no head is left without:
 
     b_h  =  round((1 - floor) c_h + floor b),     floor = 0.2  (the paper's alpha)
 
-Within a head, the b_h keys with the highest pooled scores stay, and the window.
+Within a head, the b_h keys with the highest pooled scores stay, and the window. Rounding may miss the layer's budget by
+half a key a head.
 """
 
 import jax.numpy as jnp
