@@ -1,10 +1,10 @@
 """All policies at equal memory, on SmolLM2: how well they predict a text, and how close they stay to the full cache.
 
-    python benchmarks/policy_table.py --text FILE... [--tokens 2048] [--budget 0.1 0.25 0.5] [--chunk 8] [--json FILE]
+    python benchmarks/policy_table.py --text FILE... [--tokens 2048] [--budget 0.1 0.25 0.5] [--policy SPEC...]
 
 The first half of a text is the prompt; what follows is scored, by teacher forcing. A budget is a share of the prompt:
 so many keys a head stay. CORM decides by itself how many: once its w = r is searched so that it ends the text with as
-many, once it is capped. SnapKV, PyramidKV and Ada-KV evict at the prompt's end and never again, so their caches grow
+many, twice it is capped. SnapKV, PyramidKV and Ada-KV evict at the prompt's end and never again, so their caches grow
 afterwards, which `kept` shows: the live share of all keys at the end. `random` is the control.
 
 Against the full cache's prediction p of each token: KL(p || q) in nats, and how often the likeliest token is the same.
@@ -30,6 +30,7 @@ from corm_jax.policies import keys_of
 SPECS = (
     "corm",
     "corm:window=256,recent=32",
+    "corm:window=256,recent=32,sinks=4",
     "streaming_llm",
     "streaming_llm:positions=cache",
     "h2o",
@@ -88,6 +89,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, nargs="+", required=True, help="UTF-8 files")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--budget", nargs="+", default=["0.1", "0.25", "0.5"])
+    parser.add_argument("--policy", nargs="+", default=SPECS)
     parser.add_argument("--chunk", type=int, default=8)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -103,7 +105,7 @@ def main() -> None:
         print("|---|---|---|---|---|---|")
         for budget in arguments.budget:
             keys = keys_of(budget, prompt)
-            for spec in (fitted(each, model, ids, keys, chunk=chunk)[0] for each in SPECS):
+            for spec in (fitted(each, model, ids, keys, chunk=chunk)[0] for each in arguments.policy):
                 found, _ = measure(model, cj.parse(spec), ids, prompt, chunk, log_p)
                 row = {"text": Path(name).name, "tokens": len(ids), "prompt": prompt, "budget": budget, "policy": spec}
                 row |= {"kept": found["kept"], "full_nll": float(full["nll"].mean(dtype=np.float64))}

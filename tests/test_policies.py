@@ -24,7 +24,6 @@ SPECS = [
     "random:budget=5",
     "corm:window=4,recent=2,budget=4,sinks=1",
     "corm:window=3,recent=2,oneshot=true",
-    "h2o:recent=2,budget=5,oneshot=true",
     "snapkv:budget=5,window=2,kernel=3",
     "snapkv:budget=4,window=1,kernel=5,pool=mean,sinks=1",
     "pyramidkv:budget=6,window=3,kernel=1",
