@@ -94,7 +94,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     model, tokenizer = cj.load()
-    chunk, prompt, rows = arguments.chunk, arguments.tokens // 2, []
+    chunk, rows = arguments.chunk, []
+    prompt = arguments.tokens // 2 // chunk * chunk
     for path in arguments.text:
         words, name = text_from(path)
         ids = encode(model, tokenizer, words, name, arguments.tokens)

@@ -61,7 +61,7 @@ def read(
       tokens: ids, at least two.
       capacity: slots a key-value head; by default one for every token, so that nothing overflows.
       chunk: tokens between evictions; 1 is the exact recurrence.
-      prompt: how many of the tokens are the prompt, for policies that wait for its end.
+      prompt: how many of the tokens are the prompt, for policies that wait for its end; it ends a chunk.
       overflow: as in `generation.prefill`.
       progress: called with the number of tokens read so far.
 
@@ -71,27 +71,32 @@ def read(
     """
     if len(tokens) < 2:
         raise CormError(f"a text of {len(tokens)} tokens leaves nothing to predict: it takes at least 2")
-    blocks = Blocks.cut([tokens], model.config.vocab, chunk)
-    size = blocks.tokens.shape[-1]
-    targets = np.roll(blocks.tokens.reshape(-1), -1).reshape(-1, 1, size)
     capacity = cache.slots_for(policy, capacity, len(tokens), chunk)
     cache.check_prompt(policy, capacity, prompt := cache.prompt_of(policy, prompt, len(tokens)))
+    # The prompt ends a chunk: what follows is read after the eviction that waits for it.
+    parts = [Blocks.cut([part], model.config.vocab, chunk) for part in (tokens[:prompt], tokens[prompt:]) if len(part)]
+    blocks, counts = (np.concatenate(x) for x in zip(*((part.tokens[0], part.count) for part in parts), strict=True))
+    targets, start = np.zeros_like(blocks), 0
+    for row, (count,) in zip(targets, counts, strict=True):
+        following = tokens[start + 1 : start + 1 + int(count)]
+        row[: len(following)] = following
+        start += int(count)
     caches = model.make_caches(policy, batch=1, capacity=capacity)
     caches = cache.expect(caches, np.array([prompt], np.int32))
     check_overflow(caches, overflow)
     # A block without tokens changes nothing, but it compiles: the clock starts after it.
-    _, _, caches = _score(model, policy, caches, blocks.tokens[:, 0], targets[0], np.zeros(1, np.int32), chunk=chunk)
+    _, _, caches = _score(model, policy, caches, blocks[:1], targets[:1], np.zeros(1, np.int32), chunk=chunk)
     jax.block_until_ready(caches)
-    started, scores, live = time.perf_counter(), [], []
-    for index, count in enumerate(blocks.count):
-        nll, live_in_block, caches = _score(
-            model, policy, caches, blocks.tokens[:, index], targets[index], count, chunk=chunk
-        )
-        chunks = -(-int(count[0]) // chunk)
-        scores.append(np.asarray(nll[0]))
-        live.append(np.asarray(live_in_block[:, 0, :chunks]))
+    started, scores, live, seen = time.perf_counter(), [], [], [0]
+    for index, count in enumerate(counts):
+        here = slice(index, index + 1)
+        nll, live_in_block, caches = _score(model, policy, caches, blocks[here], targets[here], count, chunk=chunk)
+        read_ = int(count[0])
+        scores.append(np.asarray(nll[0, :read_]))
+        live.append(np.asarray(live_in_block[:, 0, : -(-read_ // chunk)]))
         check_overflow(caches, overflow)
-        progress(index * size + int(count[0]))
+        seen += [seen[-1] + min(done, read_) for done in range(chunk, read_ + chunk, chunk)]
+        progress(seen[-1])
     seconds = time.perf_counter() - started
     nll = np.concatenate(scores)[: len(tokens) - 1]
     if not np.isfinite(nll).all():
@@ -99,9 +104,7 @@ def read(
         raise CormError(
             f"the model's prediction of token {where} is not a number: are the weights sound in this dtype?"
         )
-    live = np.concatenate(live, axis=1)
-    seen = np.minimum(chunk * np.arange(1, live.shape[1] + 1), len(tokens))
-    return Reading(nll, live, seen, cache.usage(caches), seconds)
+    return Reading(nll, np.concatenate(live, axis=1), np.array(seen[1:]), cache.usage(caches), seconds)
 
 
 @partial(jax.jit, static_argnames="chunk", donate_argnames="caches")

@@ -122,7 +122,8 @@ def replay(
       fidelity: ``"renormalized"`` or ``"recorded"``, see above.
       capacity: slots a key-value head; without one, nothing overflows.
       chunk: tokens between evictions; 1 is the exact recurrence.
-      prompt: how many of the tokens are the prompt, for policies that wait for its end.
+      prompt: how many of the tokens are the prompt, for policies that wait for its end: they evict after the chunk in
+        which it lies.
       errors: measure the outputs' errors too, where the trace holds values. Takes about half as much time again.
       keep_history: fill in ``kept``: layers x kv_heads x steps^2 bytes.
       progress: called with the number of layers done.
