@@ -19,7 +19,6 @@ SPECS = [
     "h2o:recent=2,score=mean,budget=0.4",
     "scissorhands:budget=6,window=5,recent=2",
     "tova:budget=5",
-    "tova:budget=6,sinks=1,recent=2",
     "l2norm:budget=5",
     "random:budget=5",
     "corm:window=4,recent=2,budget=4,sinks=1",
@@ -32,7 +31,7 @@ SPECS = [
 ]
 
 
-@parametrize_checks(*map(parse, SPECS))
+@parametrize_checks(*map(parse, SPECS), examples=15)
 def test_conformance(check):
     check()
 
