@@ -5,6 +5,8 @@ tokens at once and leave only attention and eviction to the loop over chunks her
 of one) passes over the weights once a block, not once a token.
 """
 
+from functools import partial, reduce
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,53 +15,76 @@ from jaxtyping import Array, Bool, Float, Int
 from corm_jax import cache as cache_lib
 from corm_jax.errors import CormError
 from corm_jax.positions import rotate
-from corm_jax.types import LayerCache, Observation, Policy, Slots
+from corm_jax.types import EMPTY, FEW, LayerCache, Observation, Policy, Slots
 
 
 def attend(
     q: Float[Array, "tokens kv_heads group head_dim"],
-    k: Float[Array, "kv_heads capacity head_dim"],
-    v: Float[Array, "kv_heads capacity head_dim"],
-    visible: Bool[Array, "tokens kv_heads capacity"],
+    k: Float[Array, "*slots head_dim"],
+    v: Float[Array, "*slots head_dim"],
+    visible: Bool[Array, "tokens *slots"],
     seen: Int[Array, " tokens"],
+    owned: Bool[Array, "kv_heads pages"] | None = None,
 ) -> tuple[Float[Array, "tokens kv_heads group head_dim"], Observation]:
     """Softmax attention of each query group over its head's visible slots.
 
         l_i = q . k_i / sqrt(head_dim),   e_i = exp(l_i - max l),   output = sum_i e_i v_i / sum_i e_i
 
-    Logits and weights are float32 whatever ``k`` and ``v`` hold. What invisible slots contain (NaN included) does not
-    reach the output. A query that sees nothing returns zeros.
+    Logits and weights are float32 whatever ``k`` and ``v`` hold. What invisible slots contain does not reach the
+    output, as long as the values are finite. A query that sees nothing returns zeros.
+
+    Args:
+      owned: whose keys the slots hold, as in `Slots`; None in a rectangle. In a pool every query meets every slot of
+        the layer, and those that its head does not own are masked: kv_heads times the products, but each key and each
+        value is read once, which is what takes the time when there are few queries. For many, see
+        `corm_jax.cache.paged`.
 
     Returns:
       The output, in the dtype of ``q``, and what the policy gets to see. ``seen`` only passes through to the latter.
     """
-    kv_heads, capacity, head_dim = k.shape
-    tokens, _, group, _ = q.shape
-    rows = q.transpose(1, 2, 0, 3).reshape(kv_heads, group * tokens, head_dim)
-    logits = jnp.einsum("hrd,hcd->hrc", rows, k, preferred_element_type=jnp.float32) * head_dim**-0.5
-    logits = logits.reshape(kv_heads, group, tokens, capacity)
-    mask = visible.transpose(1, 0, 2)[:, None]
-    logits = jnp.where(mask, logits, -jnp.inf)
+    rows, scale = q.transpose(1, 2, 0, 3), q.shape[-1] ** -0.5
+    attended = _attend_pool if k.ndim == 2 else _attend_pages
+    output, weights, total = attended(rows, k, v, visible, owned, scale)
+    times = seen.reshape(-1, *(1,) * (visible.ndim - 1))
+    return output.transpose(2, 0, 1, 3).astype(q.dtype), Observation(weights, total, visible, times, k)
+
+
+_exact = partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def _attend_pages(rows, k, v, visible, owned, scale):
+    """Every page against the queries of its own head: ``rows [kv_heads, group, tokens, head_dim]``."""
+
+    def over_head(combine, per_page, initial):  # each page gets what all pages of its head come to
+        if owned is None:
+            return per_page, per_page
+        per_head = combine(jnp.where(owned[..., None, None, None], per_page, initial), axis=1)
+        return per_head, per_head[head]
+
+    head = None if owned is None else owned.argmax(0)
+    logits = _exact("pgtd,pcd->pgtc", rows if owned is None else rows[head], k)
+    logits = jnp.where(visible.swapaxes(0, 1)[:, None], logits * scale, -jnp.inf)
+    _, largest = over_head(jnp.max, logits.max(-1, keepdims=True), -jnp.inf)
+    weights = jnp.exp(logits - jnp.where(jnp.isneginf(largest), 0.0, largest))
+    per_head, total = (jnp.where(x == 0.0, 1.0, x) for x in over_head(jnp.sum, weights.sum(-1, keepdims=True), 0.0))
+    output, _ = over_head(jnp.sum, _exact("pgtc,pcd->pgtd", weights.astype(v.dtype), v), 0.0)
+    return output / per_head, weights.transpose(1, 2, 0, 3), total.transpose(1, 2, 0, 3)
+
+
+def _attend_pool(rows, k, v, visible, owned, scale):
+    """All queries against all slots; what a slot's head did not ask is masked."""
+    kv_heads, group, tokens, head_dim = rows.shape
+    # Keys first: XLA on the CPU is three times as fast that way.
+    logits = _exact("cd,rd->cr", k, rows.reshape(-1, head_dim)).T.reshape(kv_heads, group, tokens, -1)
+    logits = jnp.where(owned[:, None, None] & visible, logits * scale, -jnp.inf)
     largest = logits.max(-1, keepdims=True)
     weights = jnp.exp(logits - jnp.where(jnp.isneginf(largest), 0.0, largest))
     total = weights.sum(-1, keepdims=True)
     total = jnp.where(total == 0.0, 1.0, total)
-    v = jnp.where(visible.any(0)[:, :, None], v, jnp.zeros((), v.dtype))
-    output = jnp.einsum(
-        "hrc,hcd->hrd",
-        weights.reshape(kv_heads, group * tokens, capacity).astype(v.dtype),
-        v,
-        preferred_element_type=jnp.float32,
-    ).reshape(kv_heads, group, tokens, head_dim)
-    output = (output / total).transpose(2, 0, 1, 3).astype(q.dtype)
-    observation = Observation(
-        weights=weights.transpose(1, 2, 0, 3),
-        total=total.transpose(1, 2, 0, 3),
-        visible=visible,
-        seen=seen[:, None, None],
-        keys=k,
-    )
-    return output, observation
+    output = _exact("hgtc,cd->hgtd", weights.astype(v.dtype), v) / total
+    own = [(weights[h], jnp.where(owned[h], total[h], 0)) for h in range(kv_heads)]
+    weights, total = (reduce(jnp.add, x) for x in zip(*own, strict=True))  # of the one head that owns a slot
+    return output, weights, total
 
 
 def step(
@@ -98,15 +123,16 @@ def step(
     position = cache.seen + jnp.arange(q.shape[0])
     real = jnp.arange(q.shape[0]) < count
     cache = cache_lib.insert(policy, cache, k, v, count)
-    held = cache.position[None]
-    visible = (held >= 0) & (held <= position[:, None, None]) & real[:, None, None]
-    slots, keys = cache_lib.slots(cache), cache.k
+    held, table = (cache, None) if cache.head is None or len(q) <= FEW else cache_lib.paged(cache)
+    slots, keys = cache_lib.slots(held), held.k
+    last = jnp.where(real, position, EMPTY).reshape(-1, *(1,) * held.position.ndim)  # what each query sees at most
+    visible = slots.live & (slots.position <= last)
     if counts_in_cache(policy):
         if frequencies is None:
             raise CormError("the policy counts positions within the cache: give frequencies, and q and k unrotated")
         q, keys = _rotated_in_cache(q, keys, slots, position, frequencies)
-    output, observation = attend(q, keys, cache.v, visible, position + 1)
-    cache = cache._replace(state=policy.observe(cache.state, observation, slots))
+    output, observation = attend(q, keys, held.v, visible, position + 1, slots.owned)
+    cache = cache_lib.learn(cache, policy.observe(held.state, observation, slots), table)
     return output, cache_lib.evict(policy, cache, count > 0)
 
 
@@ -117,9 +143,10 @@ def counts_in_cache(policy: Policy) -> bool:
 
 def _rotated_in_cache(q, keys, slots: Slots, position, frequencies):
     """Queries and keys at the angles of their places among the live keys of their head."""
-    before = (slots.live & (slots.position < position[:, None, None])).sum(-1)  # [tokens, kv_heads]
-    q = jax.vmap(rotate, in_axes=(1, 1, None), out_axes=1)(q, before, frequencies)
-    return q, jax.vmap(rotate, in_axes=(0, 0, None))(keys, slots.place(), frequencies)
+    before = slots.live & (slots.position < position.reshape(-1, *(1,) * slots.position.ndim))
+    q = jax.vmap(rotate, in_axes=(1, 1, None), out_axes=1)(q, slots.total(before), frequencies)
+    flat = rotate(keys.reshape(-1, keys.shape[-1]), slots.place().reshape(-1), frequencies)
+    return q, flat.reshape(keys.shape)
 
 
 def read(

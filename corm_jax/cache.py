@@ -11,11 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Num
+from jaxtyping import Array, Bool, Float, Int
 
 from corm_jax.errors import CormError
 from corm_jax.policies.options import concrete, whole
-from corm_jax.types import EMPTY, ENDLESS, Caches, CacheSpec, LayerCache, Policy, Slots, Usage
+from corm_jax.types import EMPTY, ENDLESS, Caches, CacheSpec, Capacity, LayerCache, Policy, Slots, State, Usage
+
+PAGE = 128
+"""Slots of a page, unless the cache is small. Does not change results."""
 
 
 def make_cache(policy: Policy, spec: CacheSpec, batch: int | None = None) -> LayerCache:
@@ -24,6 +27,8 @@ def make_cache(policy: Policy, spec: CacheSpec, batch: int | None = None) -> Lay
     >>> from corm_jax.policies import Full
     >>> make_cache(Full(), CacheSpec(kv_heads=2, capacity=8, head_dim=4), batch=3).k.shape
     (3, 2, 8, 4)
+    >>> make_cache(Full(), CacheSpec(kv_heads=2, capacity=8, head_dim=4, pooled=True)).k.shape
+    (16, 4)
     """
     if spec.capacity < 1 or (batch is not None and batch < 1):
         raise CormError(f"capacity and batch must be at least 1, not {spec.capacity} and {batch}")
@@ -35,13 +40,22 @@ def make_cache(policy: Policy, spec: CacheSpec, batch: int | None = None) -> Lay
         seen=jnp.zeros((), jnp.int32),
         prompt=jnp.full((), ENDLESS, jnp.int32),
         overflow=jnp.zeros(spec.kv_heads, jnp.int32),
+        head=jnp.zeros(spec.slots, jnp.int32) if spec.pooled else None,
     )
     return cache if batch is None else jax.tree.map(lambda x: jnp.tile(x, (batch, *(1,) * x.ndim)), cache)
 
 
 def slots(cache: LayerCache) -> Slots:
     """The view of a cache that a policy gets."""
-    return Slots(cache.position, cache.seen, cache.prompt)
+    owned = None if cache.head is None else cache.head == jnp.arange(cache.overflow.shape[-1])[:, None]
+    return Slots(cache.position, cache.seen, cache.prompt, owned)
+
+
+def spec(cache: LayerCache) -> CacheSpec:
+    """The shape of a cache of one sequence."""
+    kv_heads = cache.overflow.shape[-1]
+    capacity = cache.position.size // kv_heads
+    return CacheSpec(kv_heads, capacity, cache.k.shape[-1], cache.k.dtype, cache.head is not None)
 
 
 def insert(
@@ -53,33 +67,95 @@ def insert(
 ) -> LayerCache:
     """Stores the first ``count`` of the given keys and values, and moves the clock on by as many.
 
-    They take free slots first. When those run out the policy's lowest `rank` goes, among equals the oldest key;
-    each such loss is counted in ``overflow``.
+    They take free slots first. When those run out the policy's lowest `rank` goes, of the head or, in a pool, of the
+    layer; among equals the oldest key, then that of the first head. Each such loss is counted in ``overflow``.
     """
-    tokens, (kv_heads, capacity) = k.shape[0], cache.position.shape
-    if tokens > capacity:
-        raise CormError(f"{tokens} new keys do not fit into {capacity} slots: use a smaller chunk or more capacity")
-    seen = cache.seen + count
-    priority = policy.rank(cache.state, slots(cache)._replace(seen=seen))
-    slot = lowest(jnp.where(cache.position >= 0, priority, _least(priority)), cache.position, tokens)
-    arrives = jnp.arange(tokens) < count
-    head = jnp.arange(kv_heads)[:, None]
-    lost = (cache.position[head, slot] >= 0) & arrives[None]
-    target = jnp.where(arrives[None], slot, capacity)  # out of bounds, so dropped
+    (tokens, kv_heads, _), shape = k.shape, spec(cache)
+    if tokens > shape.capacity:
+        raise CormError(
+            f"{tokens} new keys do not fit into {shape.capacity} slots: use a smaller chunk or more capacity"
+        )
+    stores = 1 if shape.pooled else kv_heads  # sets of slots, each with its own newcomers: token by token, head by head
+    each = kv_heads // stores
+
+    def by_store(x):  # [..., *slots] -> [..., stores, slots]
+        return x.reshape(*x.shape[: x.ndim - len(shape.slots)], stores, -1)
+
+    def newcomers(x):  # [tokens, kv_heads, ...] -> [stores, newcomers, ...]
+        return x.reshape(tokens, stores, each, *x.shape[2:]).swapaxes(0, 1).reshape(stores, -1, *x.shape[2:])
+
+    view = slots(cache)._replace(seen=cache.seen + count)
+    held = view if cache.head is None else Slots((cache.position * kv_heads + cache.head)[None], view.seen, view.prompt)
+    short = held.total(held.live) + count * each - held.position.shape[1]
+    lost = held.lowest(by_store(policy.rank(cache.state, view)), short)
+    # The first free slots: of all that is as short to say, XLA on the CPU is fastest at this.
+    slot = jax.lax.top_k(((held.position < 0) | lost).astype(jnp.float32), tokens * each)[1]
+    arrives = jnp.arange(tokens * each) < count * each
+    target = jnp.where(arrives, slot, held.position.shape[1])  # out of bounds, so dropped
+    store = jnp.arange(stores)[:, None]
 
     def write(buffer, value):
-        return buffer.at[..., head, target].set(value.astype(buffer.dtype), mode="drop")
+        written = by_store(buffer).at[..., store, target].set(value.astype(buffer.dtype), mode="drop")
+        return written.reshape(buffer.shape)
 
-    fresh = policy.init(CacheSpec(kv_heads, capacity, k.shape[-1], cache.k.dtype))
+    def write_rows(buffer, rows):
+        stored = buffer.reshape(stores, -1, buffer.shape[-1])
+        return stored.at[store, target].set(newcomers(rows).astype(buffer.dtype), mode="drop").reshape(buffer.shape)
+
+    fresh = policy.init(shape)
+    whose = newcomers(jnp.broadcast_to(jnp.arange(kv_heads), (tokens, kv_heads)))
+    when = newcomers(jnp.broadcast_to(cache.seen + jnp.arange(tokens)[:, None], (tokens, kv_heads)))
+    loses = lost[store, slot] & arrives  # who is lost has a newcomer in its slot
+    loser = jnp.where(loses, by_store(view.head)[store, slot], kv_heads)
     return LayerCache(
-        k=cache.k.at[head, target].set(k.swapaxes(0, 1).astype(cache.k.dtype), mode="drop"),
-        v=cache.v.at[head, target].set(v.swapaxes(0, 1).astype(cache.v.dtype), mode="drop"),
-        position=write(cache.position, jnp.broadcast_to(cache.seen + jnp.arange(tokens), slot.shape)),
-        state=jax.tree.map(lambda leaf, new: write(leaf, new[..., head, slot]), cache.state, fresh),
-        seen=seen,
+        k=write_rows(cache.k, k),
+        v=write_rows(cache.v, v),
+        position=write(cache.position, when),
+        state=jax.tree.map(lambda leaf, new: write(leaf, by_store(new)[..., store, slot]), cache.state, fresh),
+        seen=view.seen,
         prompt=cache.prompt,
-        overflow=cache.overflow + lost.sum(-1, dtype=jnp.int32),
+        overflow=cache.overflow + (loser[..., None] == jnp.arange(kv_heads)).sum((0, 1), dtype=jnp.int32),
+        head=None if cache.head is None else write(cache.head, whose),
     )
+
+
+def paged(cache: LayerCache) -> tuple[LayerCache, Int[Array, "pages size"]]:
+    """A pool's live keys gathered into pages that each belong to one head, for a chunk of queries to attend to.
+
+    Returns:
+      A view with the slots ``[pages, size]`` and ``head [pages]``, and where in the pool each of its slots comes from;
+      the size of the pool where it comes from nowhere.
+    """
+    shape, pool = spec(cache), cache.position.size
+    size = min(PAGE, max(shape.capacity // 8, 1))
+    pages = pool // size + shape.kv_heads  # enough, however the keys are shared out: one page a head is not full
+    owned = (cache.head == jnp.arange(shape.kv_heads)[:, None]) & (cache.position >= 0)
+    need = -(-owned.sum(-1) // size)
+    place = size * (jnp.cumsum(need) - need)[:, None] + jax.lax.associative_scan(
+        jnp.add, owned.astype(jnp.int32), axis=1
+    )
+    target = jnp.where(cache.position >= 0, jnp.where(owned, place - 1, 0).sum(0), pages * size)
+    table = jnp.full(pages * size, pool).at[target].set(jnp.arange(pool), mode="drop").reshape(pages, size)
+    source = jnp.minimum(table, pool - 1)
+    head = (jnp.arange(pages)[:, None] >= jnp.cumsum(need)).sum(-1)
+    view = LayerCache(
+        k=cache.k[source],
+        v=cache.v[source],
+        position=jnp.where(table < pool, cache.position[source], EMPTY),
+        state=jax.tree.map(lambda leaf: leaf[..., source], cache.state),
+        seen=cache.seen,
+        prompt=cache.prompt,
+        overflow=cache.overflow,
+        head=jnp.minimum(head, shape.kv_heads - 1),
+    )
+    return view, table
+
+
+def learn(cache: LayerCache, state: State, table: Int[Array, "pages size"] | None = None) -> LayerCache:
+    """The cache with another state of the policy, which is that of a `paged` view if there is a table."""
+    if table is not None:
+        state = jax.tree.map(lambda old, new: old.at[..., table].set(new, mode="drop"), cache.state, state)
+    return cache._replace(state=state)
 
 
 def expect(caches: Caches, tokens: Int[np.ndarray, " batch"]) -> Caches:
@@ -93,22 +169,11 @@ def evict(policy: Policy, cache: LayerCache, allowed: Bool[Array, ""]) -> LayerC
     return cache._replace(position=jnp.where(keep, cache.position, EMPTY))
 
 
-def lowest(
-    rank: Num[Array, "kv_heads capacity"], position: Int[Array, "kv_heads capacity"], count: int
-) -> Int[Array, "kv_heads {count}"]:
-    """The slots of each head with the ``count`` lowest (rank, position), lowest first."""
-    if count == 1:  # two reductions, far cheaper than a sort
-        tied = rank == rank.min(-1, keepdims=True)
-        return jnp.where(tied, position, jnp.iinfo(jnp.int32).max).argmin(-1, keepdims=True).astype(jnp.int32)
-    index = jax.lax.broadcasted_iota(jnp.int32, position.shape, 1)
-    return jax.lax.sort((rank, position, index), num_keys=2, dimension=1)[2][:, :count]
-
-
 def usage(caches: Caches) -> Usage:
     """How full the caches are, in slots and in bytes."""
-    live = jnp.stack([(cache.position >= 0).sum(-1, dtype=jnp.int32) for cache in caches])
+    live = jnp.stack([jax.vmap(lambda one: slots(one).total(slots(one).live))(cache) for cache in caches])
     bytes_per_key = [2 * cache.k.shape[-1] * cache.k.dtype.itemsize for cache in caches]
-    kv_heads = [cache.k.shape[1] for cache in caches]
+    kv_heads = [cache.overflow.shape[-1] for cache in caches]
     seen = caches[0].seen
     return Usage(
         live=live,
@@ -136,13 +201,22 @@ def per_layer(policy: Policy | Sequence[Policy], layers: int) -> tuple[Policy, .
     return tuple(of_layer(layer) for layer in range(layers))
 
 
+def per_layer_capacity(capacity: Capacity, layers: int) -> tuple[int, ...]:
+    """One capacity a layer: those given, or the one given."""
+    if isinstance(capacity, int):
+        return (capacity,) * layers
+    if len(capacity) != layers:
+        raise CormError(f"{len(capacity)} capacities for {layers} layers: give one for all, or one for each")
+    return tuple(capacity)
+
+
 def whole_prompt(policy: Policy | Sequence[Policy]) -> bool:
     """Whether it keeps, in some layer, every key until the prompt has been read."""
     policies = [policy] if isinstance(policy, Policy) else policy
     return any(getattr(one, "whole_prompt", False) for one in policies)
 
 
-def slots_for(policy: Policy | Sequence[Policy], capacity: int | None, tokens: int, chunk: int) -> int:
+def slots_for(policy: Policy | Sequence[Policy], capacity: Capacity | None, tokens: int, chunk: int) -> Capacity:
     """The capacity to allocate: the one asked for, if it can work, or as much as can be needed.
 
     That is one slot for every token, or, for policies that say how many keys stay at ``most``, so many and a chunk.
@@ -156,9 +230,8 @@ def slots_for(policy: Policy | Sequence[Policy], capacity: int | None, tokens: i
     check_slots(capacity, chunk, "a chunk")
     for one in policies:
         if concrete(one.protected):
-            check_slots(
-                capacity, int(np.max(one.protected)), "the keys that the policy never gives up, such as its recent ones"
-            )
+            what = "the keys that the policy never gives up, such as its recent ones"
+            check_slots(capacity, int(np.max(one.protected)), what)
     return capacity
 
 
@@ -178,18 +251,20 @@ def prompt_of(policy: Policy | Sequence[Policy], prompt: int | None, tokens: int
     return prompt
 
 
-def check_prompt(policy: Policy | Sequence[Policy], capacity: int, tokens: int) -> None:
+def check_prompt(policy: Policy | Sequence[Policy], capacity: Capacity, tokens: int) -> None:
     """Raises unless there are slots for a prompt, if the policy keeps all of it."""
     if whole_prompt(policy):
         check_slots(capacity, tokens, "the whole prompt, which the policy keeps until it has been read")
 
 
-def check_slots(capacity: int, need: int, what: str) -> None:
-    """Raises unless there are slots for ``need`` keys."""
-    if capacity < need:
-        raise CormError(f"capacity {capacity} cannot hold {what} ({need} keys): raise the capacity")
+def check_slots(capacity: Capacity, need: int, what: str) -> None:
+    """Raises unless there are slots for ``need`` keys of a head, in every layer."""
+    sizes = [capacity] if isinstance(capacity, int) else list(capacity)
+    if min(sizes) < need:
+        where = "" if len(set(sizes)) == 1 else f" of layer {sizes.index(min(sizes))}"
+        raise CormError(f"capacity {min(sizes)}{where} cannot hold {what} ({need} keys): raise the capacity")
 
 
-def _least(x: Array) -> Array:
-    limit = jnp.iinfo(x.dtype).min if jnp.issubdtype(x.dtype, jnp.integer) else -jnp.inf
-    return jnp.asarray(limit, x.dtype)
+def capacities(caches: Caches) -> list[int]:
+    """Slots a key-value head of a batch, layer by layer."""
+    return [one.position[0].size // one.overflow.shape[-1] for one in caches]

@@ -5,9 +5,10 @@ import dataclasses
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -18,8 +19,11 @@ from corm_jax.errors import CormError
 from corm_jax.files import check_writable, write_json
 from corm_jax.fitting import PASSES, fitted
 from corm_jax.generation import stream
+from corm_jax.model import Config
 from corm_jax.perplexity import Reading, read
+from corm_jax.plan import Plan
 from corm_jax.policies import COMBINATORS, POLICIES, keys_of, lacks_window, on_budget, parse
+from corm_jax.types import Capacity
 
 try:
     import click
@@ -57,7 +61,16 @@ _model_options = _options(
     click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True),
 )
 _cache_options = _options(
-    click.option("--capacity", type=int, help="slots a key-value head  [default: all that could be needed]"),
+    click.option(
+        "--capacity", metavar="SLOTS", help="slots a key-value head, or a plan  [default: all that could be needed]"
+    ),
+    click.option(
+        "--layout",
+        type=click.Choice(["rectangular", "pooled"]),
+        default="rectangular",
+        show_default=True,
+        help="each head its own slots, or a pool for each layer",
+    ),
     click.option("--chunk", type=int, default=1, show_default=True, help="tokens between evictions; 1 is exact"),
     click.option(
         "--overflow",
@@ -86,7 +99,7 @@ _text_options = _options(
 )
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="write the result here")
 @click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="draw it into this PNG file")
-def compare(model, dtype, capacity, chunk, overflow, text, tokens, specs, budget, prompt, json_file, plot_file):
+def compare(model, dtype, capacity, layout, chunk, overflow, text, tokens, specs, budget, prompt, json_file, plot_file):
     """Read a text through each policy's cache: what forgetting costs, what it saves.
 
     Every token is predicted from what the cache still holds (teacher forcing). A SPEC is a name from `corm policies`
@@ -97,15 +110,19 @@ def compare(model, dtype, capacity, chunk, overflow, text, tokens, specs, budget
         raise CormError(f"--tokens must be at least 2, not {tokens}: the first predicts, the second is predicted")
     specs = specs or DEFAULT_POLICIES
     keys = keys_of(budget, tokens) if budget else None
+    sizes = Sizes.of(capacity, layout, chunk, specs, tokens)
     for spec in specs:
         policy = parse(on_budget(spec, keys) if keys and not lacks_window(spec) else spec)
-        check_prompt(policy, slots_for(policy, capacity, tokens, chunk), prompt_of(policy, prompt, tokens - 1))
+        check_prompt(
+            policy, slots_for(policy, sizes.of_spec(spec), tokens, chunk), prompt_of(policy, prompt, tokens - 1)
+        )
     if json_file:
         check_writable(json_file)
     if plot_file:
         plots.check_picture(plot_file)
     words, name = inputs.text_from(text)
     network, tokenizer = inputs.load(model, dtype)
+    sizes.check(model, network.config)
     ids = inputs.encode(network, tokenizer, words, name, tokens)
     result = {
         "model": model,
@@ -115,10 +132,11 @@ def compare(model, dtype, capacity, chunk, overflow, text, tokens, specs, budget
         "dtype": dtype,
         "device": _device(),
         "chunk": chunk,
+        "layout": layout,
         "budget": keys,
         "rows": [],
     }
-    options = {"capacity": capacity, "chunk": chunk, "prompt": prompt, "overflow": overflow}
+    options = {"pooled": sizes.pooled, "chunk": chunk, "prompt": prompt, "overflow": overflow}
     for spec in dict.fromkeys(specs):
         held = "none"
         if keys:
@@ -128,7 +146,7 @@ def compare(model, dtype, capacity, chunk, overflow, text, tokens, specs, budget
                 spec, held = fitted(
                     spec, network, ids, keys, chunk=chunk, progress=lambda done, to=advance: to(completed=done)
                 )
-        reading = _read(spec, network, parse(spec), ids, **options)
+        reading = _read(spec, network, parse(spec), ids, capacity=sizes.of_spec(spec), **options)
         result["rows"].append(_row(spec, reading, prompt or 1, result["rows"]) | {"budget": held})
     result["peak_memory_bytes"] = _peak_memory()
     _print_table(result)
@@ -153,6 +171,7 @@ def generate(
     model,
     dtype,
     capacity,
+    layout,
     chunk,
     overflow,
     prompt,
@@ -171,7 +190,10 @@ def generate(
     words = inputs.read_text(prompt_file) if prompt is None else prompt
     if not words:
         raise CormError("the prompt is empty")
+    sizes = Sizes.of(capacity, layout, chunk, [spec], None)
+    slots_for(policy, sizes.of_spec(spec), 1, chunk)
     network, tokenizer = inputs.load(model, dtype)
+    sizes.check(model, network.config)
     ids = tokenizer.encode(tokenizer.chat(words) if chat else words)
     inputs.note_context(network, len(ids) + max_new_tokens)
     pieces = tokenizer.stream()
@@ -180,7 +202,8 @@ def generate(
         policy,
         [ids],
         max_new_tokens=max_new_tokens,
-        capacity=capacity,
+        capacity=sizes.of_spec(spec),
+        pooled=sizes.pooled,
         chunk=chunk,
         overflow=overflow,
         end=tokenizer.end,
@@ -266,6 +289,46 @@ def policies():
     for name, meaning in COMBINATORS.items():
         table.add_row("", name, "none", meaning)
     console.output().print(table)
+
+
+class Sizes(NamedTuple):
+    """What ``--capacity`` and ``--layout`` ask for.
+
+    Attributes:
+      capacity: slots a head, of whatever policy; or None.
+      plan: for the one policy that it is for; the others get what they could need.
+      pooled: the layout.
+    """
+
+    capacity: int | None
+    plan: Plan | None
+    pooled: bool
+
+    @classmethod
+    def of(cls, capacity: str | None, layout: str, chunk: int, specs: Sequence[str], tokens: int | None) -> "Sizes":
+        """Raises for what cannot be, or is of no use to any of the policies."""
+        if capacity is None or capacity.lstrip("+-").isdecimal():
+            return cls(None if capacity is None else int(capacity), None, layout == "pooled")
+        plan = Plan.load(Path(capacity))
+        if layout != "pooled":
+            raise CormError(f"the plan {capacity} is for pools: add --layout pooled")
+        if not any(plan.is_for(spec) for spec in specs):
+            raise CormError(f"the plan {capacity} is for --policy {plan.policy}, which is not among those asked for")
+        if plan.chunk != chunk:
+            raise CormError(f"the plan {capacity} is for --chunk {plan.chunk}, not {chunk}: use that, or make another")
+        if tokens and tokens > plan.tokens:
+            note = f"the plan was made on {plan.tokens:,} tokens: {tokens:,} may overflow"
+            print(f"corm: note: {note}", file=sys.stderr)
+        return cls(None, plan, pooled=True)
+
+    def of_spec(self, spec: str) -> Capacity | None:
+        """The capacity for one policy."""
+        return self.plan.capacity if self.plan and self.plan.is_for(spec) else self.capacity
+
+    def check(self, model: str, config: Config) -> None:
+        """Raises if there is a plan, and it is for another model."""
+        if self.plan:
+            self.plan.check(model, config)
 
 
 def _device() -> str:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from corm_jax import cache
 from corm_jax.errors import CacheOverflowError, CormError
 from corm_jax.model import Llama
-from corm_jax.types import Caches, Policy
+from corm_jax.types import Caches, Capacity, Policy
 
 BLOCK = 256
 """Tokens that go through the model at once, rounded up to a multiple of the chunk. Does not change results."""
@@ -93,7 +93,7 @@ def prefill(
     """
     blocks = Blocks.cut(prompts, model.config.vocab, chunk)
     lengths = blocks.count.sum(0, dtype=np.int32)
-    cache.check_prompt(policy, min(one.position.shape[-1] for one in caches), int(lengths.max()))
+    cache.check_prompt(policy, cache.capacities(caches), int(lengths.max()))
     check_overflow(caches, overflow)
     caches = cache.expect(caches, lengths)
     logits = jnp.zeros((len(prompts), model.config.vocab), jnp.float32)
@@ -171,7 +171,8 @@ def stream(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    capacity: int | None = None,
+    capacity: Capacity | None = None,
+    pooled: bool = False,
     chunk: int = 1,
     overflow: Overflow = "evict",
     end: Sequence[int] = (),
@@ -190,7 +191,7 @@ def stream(
     Blocks.cut(prompts, model.config.vocab, chunk)  # complain before anything is allocated
     length = max(len(prompt) for prompt in prompts) + max_new_tokens
     capacity = cache.slots_for(policy, capacity, length, chunk)
-    caches = model.make_caches(policy, batch=len(prompts), capacity=capacity)
+    caches = model.make_caches(policy, batch=len(prompts), capacity=capacity, pooled=pooled)
     logits, caches = prefill(model, policy, caches, prompts, chunk=chunk, overflow=overflow)
     done = jnp.zeros(len(prompts), bool)
     for start in range(0, max_new_tokens, STRETCH):
@@ -221,7 +222,8 @@ def generate(model: Llama, policy: Policies, prompts: Sequence[Sequence[int]], *
       model, policy: what reads, and the rule by which its caches forget.
       prompts: token ids, one list a row; lengths may differ.
       max_new_tokens: the most to draw for each.
-      capacity: slots a key-value head; by default as many as could ever be needed.
+      capacity: slots a key-value head, of all layers or of each; by default as many as could ever be needed.
+      pooled: whether the heads of a layer share their slots, so that each takes what it needs.
       chunk, overflow: how the prompt is read, see `prefill`.
       end: ids after which a row stops, usually ``tokenizer.end``.
       temperature, top_p, seed: see `sample`; greedy by default.
@@ -242,5 +244,7 @@ def check_overflow(caches: Caches, overflow: Overflow) -> None:
         lost = [int(one.overflow.sum()) for one in caches]
         if sum(lost):
             layer = next(layer for layer, number in enumerate(lost) if number)
-            capacity = caches[layer].position.shape[-1]
-            raise CacheOverflowError(f"layer {layer} ran out of its {capacity} slots: raise capacity, or let it evict")
+            capacity = cache.capacities(caches)[layer]
+            raise CacheOverflowError(
+                f"layer {layer} ran out of its {capacity} slots a head: raise capacity, or let it evict"
+            )

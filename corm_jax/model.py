@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from corm_jax import attention, cache, positions
-from corm_jax.types import Caches, CacheSpec, LayerCache, Policy
+from corm_jax.types import Caches, CacheSpec, Capacity, LayerCache, Policy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,10 +141,21 @@ class Llama(nnx.Module):
         """The dtype of parameters, activations and caches."""
         return jnp.dtype(self.embed.param_dtype)
 
-    def make_caches(self, policy: Policy | Sequence[Policy], *, batch: int, capacity: int) -> Caches:
-        """Empty caches, one a layer, of ``capacity`` slots a key-value head."""
-        spec = CacheSpec(self.config.kv_heads, capacity, self.config.head_dim, self.dtype)
-        return tuple(cache.make_cache(one, spec, batch) for one in cache.per_layer(policy, self.config.layers))
+    def make_caches(
+        self, policy: Policy | Sequence[Policy], *, batch: int, capacity: Capacity, pooled: bool = False
+    ) -> Caches:
+        """Empty caches, one a layer.
+
+        Args:
+          policy: one for all layers, or a sequence with one for each.
+          batch: rows.
+          capacity: slots a key-value head; for all layers, or a sequence with one for each.
+          pooled: whether the heads of a layer share their slots.
+        """
+        sizes = cache.per_layer_capacity(capacity, self.config.layers)
+        specs = [CacheSpec(self.config.kv_heads, size, self.config.head_dim, self.dtype, pooled) for size in sizes]
+        policies = cache.per_layer(policy, self.config.layers)
+        return tuple(cache.make_cache(one, spec, batch) for one, spec in zip(policies, specs, strict=True))
 
     def __call__(
         self,

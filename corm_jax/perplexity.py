@@ -13,7 +13,7 @@ from corm_jax import cache
 from corm_jax.errors import CormError
 from corm_jax.generation import Blocks, Overflow, Policies, check_overflow
 from corm_jax.model import Llama
-from corm_jax.types import Usage
+from corm_jax.types import Capacity, Usage
 
 
 class Reading(NamedTuple):
@@ -49,7 +49,8 @@ def read(
     policy: Policies,
     tokens: Sequence[int],
     *,
-    capacity: int | None = None,
+    capacity: Capacity | None = None,
+    pooled: bool = False,
     chunk: int = 1,
     prompt: int | None = None,
     overflow: Overflow = "evict",
@@ -59,7 +60,7 @@ def read(
 
     Args:
       tokens: ids, at least two.
-      capacity: slots a key-value head; by default one for every token, so that nothing overflows.
+      capacity, pooled: as in `corm_jax.generate`; by default there is a slot for every token, and nothing overflows.
       chunk: tokens between evictions; 1 is the exact recurrence.
       prompt: how many of the tokens are the prompt, for policies that wait for its end; it ends a chunk.
       overflow: as in `generation.prefill`.
@@ -81,7 +82,7 @@ def read(
         following = tokens[start + 1 : start + 1 + int(count)]
         row[: len(following)] = following
         start += int(count)
-    caches = model.make_caches(policy, batch=1, capacity=capacity)
+    caches = model.make_caches(policy, batch=1, capacity=capacity, pooled=pooled)
     caches = cache.expect(caches, np.array([prompt], np.int32))
     check_overflow(caches, overflow)
     # A block without tokens changes nothing, but it compiles: the clock starts after it.

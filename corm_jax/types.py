@@ -2,10 +2,12 @@
 
 One layer of one sequence is the unit throughout; batches come from `jax.vmap`. Axis names, here and everywhere:
 ``batch layer kv_heads group tokens slots head_dim vocab``. ``*slots`` stands for the slot axes of whatever layout holds
-the cache: ``kv_heads capacity`` in the rectangular one. Positions count from 0; the clock ``seen`` (the paper's t)
-is the number of tokens read so far, the current one included.
+the cache: ``kv_heads capacity`` in the rectangular one, ``pool`` in the pooled one, where any head of the layer may use
+any slot. Positions count from 0; the clock ``seen`` (the paper's t) is the number of tokens read so far, the current
+one included.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import jax
@@ -32,120 +34,174 @@ PerHead: TypeAlias = Any
 """A number, or one for each head (``[kv_heads]``): of Python, NumPy or JAX, and possibly traced."""
 
 
+Capacity: TypeAlias = int | Sequence[int]
+"""Slots a key-value head (in a pool, on average): of all layers, or of each."""
+
+
 class CacheSpec(NamedTuple):
-    """The static shape of one layer's cache for one sequence: ``k, v [kv_heads, capacity, head_dim]``."""
+    """The static shape of one layer's cache for one sequence: ``k, v [*slots, head_dim]``.
+
+    Attributes:
+      kv_heads: key-value heads.
+      capacity: slots a head; in a pool, on average.
+      head_dim: numbers a key.
+      dtype: of keys and values.
+      pooled: whether the heads share their slots.
+    """
 
     kv_heads: int
     capacity: int
     head_dim: int
     dtype: Any = jnp.float32
+    pooled: bool = False
 
     @property
-    def slots(self) -> tuple[int, int]:
+    def slots(self) -> tuple[int, ...]:
         """The slot axes, the shape of everything a policy keeps per slot."""
-        return self.kv_heads, self.capacity
+        return (self.kv_heads * self.capacity,) if self.pooled else (self.kv_heads, self.capacity)
 
 
 class Slots(NamedTuple):
     """The slots of one layer of one sequence, as a policy sees them.
 
     A policy computes slot by slot on arrays that end in ``*slots``. Where it needs a head as a whole it goes through
-    `spread` and `total`, so that it never has to know how heads share the storage.
+    `spread`, `total` and the methods below, so that it never has to know how heads share the storage.
 
     Attributes:
       position: int32 ``[*slots]``, where in the sequence the slot's key stands; `EMPTY` if there is none.
       seen: int32 scalar, the clock: tokens read so far.
       prompt: int32 scalar, the clock at which the prompt ends; `ENDLESS` if nobody said.
+      owned: bool ``[kv_heads, pages]``: whose keys each page of slots holds, where ``*slots`` are ``pages size``; in a
+        pool, ``[kv_heads, pool]``, each slot by itself. None in a rectangle, which has a page for each head.
     """
 
-    position: Int[Array, "kv_heads capacity"]
+    position: Int[Array, "*slots"]
     seen: Int[Array, ""]
     prompt: Int[Array, ""]
+    owned: Bool[Array, "kv_heads pages"] | None = None
 
     @property
-    def live(self) -> Bool[Array, "kv_heads capacity"]:
+    def live(self) -> Bool[Array, "*slots"]:
         """Which slots hold a key."""
         return self.position >= 0
 
-    def newest(self, recent: PerHead) -> Bool[Array, "kv_heads capacity"]:
+    def newest(self, recent: PerHead) -> Bool[Array, "*slots"]:
         """Which slots hold one of the newest ``recent`` keys (a number, or one for each head)."""
         return self.position >= self.seen - self.spread(recent)
 
     def spread(self, per_head: PerHead | Num[Array, "... kv_heads"]) -> Num[Array, "..."]:
         """A number, or ``[..., kv_heads]``, in a shape that broadcasts against ``[*slots]``."""
         per_head = jnp.asarray(per_head)
-        return per_head[..., None] if per_head.ndim else per_head
+        if not per_head.ndim:
+            return per_head
+        if self.owned is not None:
+            per_head = jnp.where(self.owned, per_head[..., None], 0).sum(-2, dtype=per_head.dtype)
+        return per_head if self.position.ndim == 1 else per_head[..., None]
 
-    def only(self, some: Bool[Array, "kv_heads capacity"]) -> "Slots":
+    def total(self, per_slot: Shaped[Array, "*leading_and_slots"]) -> Num[Array, "*leading kv_heads"]:
+        """The sum over each head's slots."""
+        per_page = per_slot if self.position.ndim == 1 else per_slot.sum(-1)
+        if self.owned is None:
+            return per_page
+        return jnp.where(self.owned, per_page[..., None, :], jnp.zeros((), per_page.dtype)).sum(-1)
+
+    def least(self, per_slot: Num[Array, "*slots"]) -> Num[Array, " kv_heads"]:
+        """The smallest of each head's slots."""
+        per_page = per_slot if self.position.ndim == 1 else per_slot.min(-1)
+        return per_page if self.owned is None else jnp.where(self.owned, per_page, largest(per_page)).min(-1)
+
+    def only(self, some: Bool[Array, "*slots"]) -> "Slots":
         """The same with those slots alone; the others count as empty."""
         return self._replace(position=jnp.where(some, self.position, EMPTY))
 
-    def lowest(self, rank: Num[Array, "kv_heads capacity"], count: PerHead) -> Bool[Array, "kv_heads capacity"]:
+    def lowest(self, rank: Num[Array, "*slots"], count: PerHead) -> Bool[Array, "*slots"]:
         """Which live slots are among the ``count`` of their head that rank lowest, among equals the oldest first.
 
         ``count`` may differ by head. A few are found one by one (a policy on a budget loses one a step), many by
         sorting. Both are loops that need not run at all, which `jax.lax.cond` under `jax.vmap` cannot be.
         """
-        count = jnp.broadcast_to(jnp.asarray(count, jnp.int32), self.position.shape[:1])
-        count = jnp.clip(count, 0, self.total(self.live))
+        live = self.total(self.live)
+        count = jnp.clip(jnp.broadcast_to(jnp.asarray(count, jnp.int32), live.shape), 0, live)
 
         def some(found):
             candidates = self.live & ~found[0]
-            lowest = jnp.where(candidates, rank, largest(rank)).min(-1, keepdims=True)
-            tied = jnp.where(candidates & (rank == lowest), self.position, largest(self.position))
-            hit = candidates & (tied == tied.min(-1, keepdims=True)) & (self.spread(found[1]) > 0)
+            least = self.spread(self.least(jnp.where(candidates, rank, largest(rank))))
+            tied = jnp.where(candidates & (rank == least), self.position, largest(self.position))
+            hit = candidates & (tied == self.spread(self.least(tied))) & (self.spread(found[1]) > 0)
             return found[0] | hit, found[1] - 1
 
-        def many(_):
-            order = _order(~self.live, rank, self.position)
-            place = _restored(jax.lax.broadcasted_iota(jnp.int32, order.shape, 1), order)
-            return self.live & (place < self.spread(count)), jnp.zeros_like(count)
+        def many(found):  # asks for what was found before, or XLA would sort ahead of the loop, needed or not
+            place = self._place(~self.live | found[0], rank, self.position)
+            return self.live & (place < self.spread(found[1])), 0 * count
 
         found = jnp.zeros_like(self.live), count
         found = jax.lax.while_loop(lambda found: (found[1] > FEW).any(), many, found)
         return jax.lax.while_loop(lambda found: (found[1] > 0).any(), some, found)[0]
 
-    def lowest_of_layer(self, rank: Num[Array, "kv_heads capacity"], count: PerHead) -> Int[Array, " kv_heads"]:
+    def lowest_of_layer(self, rank: Num[Array, "*slots"], count: PerHead) -> Int[Array, " kv_heads"]:
         """How many of the ``count`` live slots of the layer that rank lowest belong to each head.
 
         Among equals the oldest key comes first, then that of the first head.
         """
-        head = jax.lax.broadcasted_iota(jnp.int32, self.position.shape, 0)
-        columns = (x.reshape(-1) for x in (~self.live, rank, self.position, head))
+        columns = (x.reshape(-1) for x in (~self.live, rank, self.position, self.head))
         dead, _, _, head = jax.lax.sort(tuple(columns), num_keys=4)
         first = ~dead & (jnp.arange(head.size) < count)
-        return jnp.zeros(self.position.shape[0], jnp.int32).at[head].add(first.astype(jnp.int32))
+        return jnp.zeros_like(self.total(self.live)).at[head].add(first.astype(jnp.int32))
 
     def neighbours(
-        self, per_slot: Float[Array, "kv_heads capacity"], radius: int, absent: float
-    ) -> Float[Array, "neighbours kv_heads capacity"]:
+        self, per_slot: Float[Array, "*slots"], radius: int, absent: float
+    ) -> Float[Array, "neighbours *slots"]:
         """What a head's live keys hold that stand at most ``radius`` positions away, each slot's own key included.
 
         In no particular order, and filled up with ``absent`` to 2 ``radius`` + 1 of them.
         """
         position = jnp.where(self.live, self.position, largest(self.position))
-        order = _order(position)
-        position, per_slot = (jnp.take_along_axis(x, order, 1) for x in (position, per_slot))
-        index = jnp.arange(position.shape[1])
-        found = []
+        order = self._order(self.head, position)
+        head, position, per_slot = (x.reshape(-1)[order] for x in (self.head, position, per_slot))
+        index, found = jnp.arange(order.size), []
         for shift in range(-radius, radius + 1):
             other = jnp.clip(index + shift, 0, index.size - 1)
-            near = (jnp.abs(position[:, other] - position) <= radius) & (position < largest(position))
-            found.append(jnp.where(near & (other == index + shift), per_slot[:, other], absent))
-        return _restored(jnp.stack(found), order)
+            near = (head[other] == head) & (jnp.abs(position[other] - position) <= radius)
+            near &= (other == index + shift) & (position < largest(position))
+            found.append(jnp.where(near, per_slot[other], absent))
+        return self._restored(jnp.stack(found), order)
 
-    def place(self) -> Int[Array, "kv_heads capacity"]:
+    def place(self) -> Int[Array, "*slots"]:
         """How many live keys of its head stand before each live key: its position within the cache."""
-        order = _order(jnp.where(self.live, self.position, largest(self.position)))
-        return _restored(jax.lax.broadcasted_iota(jnp.int32, order.shape, 1), order)
+        return self._place(~self.live, self.position)
 
-    def mean_over_heads(self, per_slot: Num[Array, "kv_heads capacity"]) -> Num[Array, "kv_heads capacity"]:
+    def mean_over_heads(self, per_slot: Num[Array, "*slots"]) -> Num[Array, "*slots"]:
         """The mean over the heads of a layer, for policies whose heads all keep the same tokens."""
-        return jnp.broadcast_to(per_slot.mean(0, keepdims=True), per_slot.shape)
+        if self.owned is None:
+            return jnp.broadcast_to(per_slot.mean(0, keepdims=True), per_slot.shape)
+        order = self._order(~self.live, self.position, self.head)  # the heads of a token side by side, in their order
+        kv_heads = self.owned.shape[0]
+        position, per_slot = (x.reshape(-1)[order] for x in (self.position, per_slot))
+        first = jnp.searchsorted(jnp.where(position >= 0, position, largest(position)), position)
+        same = [jnp.minimum(first + head, order.size - 1) for head in range(kv_heads)]
+        parts = [jnp.where(position[index] == position, per_slot[index], 0) for index in same]
+        return self._restored(jnp.stack(parts).mean(0), order)
 
-    def total(self, per_slot: Shaped[Array, "*leading kv_heads capacity"]) -> Num[Array, "*leading kv_heads"]:
-        """The sum over each head's slots."""
-        return per_slot.sum(-1)
+    @property
+    def head(self) -> Int[Array, "*slots"]:
+        """Whose key each slot holds."""
+        if self.owned is None:
+            return jax.lax.broadcasted_iota(jnp.int32, self.position.shape, 0)
+        return jnp.broadcast_to(self.spread(jnp.arange(self.owned.shape[0])), self.position.shape)
+
+    def _place(self, *keys: Array) -> Int[Array, "*slots"]:
+        """Each slot's place among those of its head, sorted by the first key, then by the second, and so on."""
+        order = self._order(self.head, *keys)
+        slots = self.total(jnp.ones_like(self.position))
+        return self._restored(jnp.arange(order.size), order) - self.spread(jnp.cumsum(slots) - slots)
+
+    def _order(self, *keys: Array) -> Int[Array, " all_slots"]:
+        index = jnp.arange(self.position.size)
+        return jax.lax.sort((*(key.reshape(-1) for key in keys), index), num_keys=len(keys))[-1]
+
+    def _restored(self, ordered: Shaped[Array, "*leading all_slots"], order: Int[Array, " all_slots"]) -> Array:
+        """What stands in this order, slot by slot again."""
+        return jnp.zeros_like(ordered).at[..., order].set(ordered).reshape(*ordered.shape[:-1], *self.position.shape)
 
 
 class Observation(NamedTuple):
@@ -164,14 +220,14 @@ class Observation(NamedTuple):
       keys: ``[*slots, head_dim]``, what the slots hold; None where a trace does not tell.
     """
 
-    weights: Float[Array, "group tokens kv_heads capacity"]
-    total: Float[Array, "group tokens kv_heads 1"]
-    visible: Bool[Array, "tokens kv_heads capacity"]
-    seen: Int[Array, "tokens 1 1"]
-    keys: Float[Array, "kv_heads capacity head_dim"] | None = None
+    weights: Float[Array, "group tokens *slots"]
+    total: Float[Array, "group tokens *slots_or_1"]
+    visible: Bool[Array, "tokens *slots"]
+    seen: Int[Array, "tokens *ones"]
+    keys: Float[Array, "*slots head_dim"] | None = None
 
     @property
-    def probability(self) -> Float[Array, "group tokens kv_heads capacity"]:
+    def probability(self) -> Float[Array, "group tokens *slots"]:
         """alpha, the attention probabilities."""
         return self.weights / self.total
 
@@ -220,28 +276,30 @@ class Policy(Protocol):
 
 
 class LayerCache(NamedTuple):
-    """One layer's keys and values in a rectangle of slots, with the policy's state beside them.
+    """One layer's keys and values in a fixed number of slots, with the policy's state beside them.
 
-    Position is data, slot is storage: a key may sit in any slot of its head. In a batch every leaf has a leading
-    ``batch`` axis, and each row its own clock.
+    Position is data, slot is storage: a key may sit in any slot of its head, or of the pool. In a batch every leaf
+    has a leading ``batch`` axis, and each row its own clock.
 
     Attributes:
-      k, v: ``[kv_heads, capacity, head_dim]``, keys rotated at their positions, unless the policy counts ``positions``
-        within the cache.
-      position: int32 ``[kv_heads, capacity]``, `EMPTY` where no key is.
+      k, v: ``[*slots, head_dim]``, keys rotated at their positions, unless the policy counts ``positions`` within the
+        cache.
+      position: int32 ``[*slots]``, `EMPTY` where no key is.
       state: the policy's state.
       seen: int32 scalar, tokens read so far.
       prompt: int32 scalar, how many there are when the prompt has been read; `ENDLESS` if nobody said.
       overflow: int32 ``[kv_heads]``, keys that went because no slot was free.
+      head: int32 ``[pool]``, in a pool: whose key each slot holds. None in a rectangle. See `corm_jax.cache.paged` too.
     """
 
-    k: Float[Array, "kv_heads capacity head_dim"]
-    v: Float[Array, "kv_heads capacity head_dim"]
-    position: Int[Array, "kv_heads capacity"]
+    k: Float[Array, "*slots head_dim"]
+    v: Float[Array, "*slots head_dim"]
+    position: Int[Array, "*slots"]
     state: State
     seen: Int[Array, ""]
     prompt: Int[Array, ""]
     overflow: Int[Array, " kv_heads"]
+    head: Int[Array, " pages"] | None = None
 
 
 Caches: TypeAlias = tuple[LayerCache, ...]
@@ -272,15 +330,3 @@ def largest(x: Array) -> Array:
     """What no number of this dtype exceeds."""
     limit = jnp.iinfo(x.dtype).max if jnp.issubdtype(x.dtype, jnp.integer) else jnp.inf
     return jnp.asarray(limit, x.dtype)
-
-
-def _order(*keys: Array) -> Int[Array, "kv_heads capacity"]:
-    """The slots of each head, sorted by the first key, then by the second, and so on."""
-    index = jax.lax.broadcasted_iota(jnp.int32, keys[0].shape, 1)
-    return jax.lax.sort((*keys, index), num_keys=len(keys), dimension=1)[-1]
-
-
-def _restored(ordered: Shaped[Array, "... capacity"], order: Int[Array, "kv_heads capacity"]) -> Array:
-    """What stands in this order, slot by slot again."""
-    head = jax.lax.broadcasted_iota(jnp.int32, order.shape, 0)
-    return ordered.at[..., head, order].set(ordered)

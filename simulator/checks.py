@@ -15,15 +15,16 @@ import numpy as np
 from hypothesis import assume
 from hypothesis import strategies as st
 
+from corm_jax import cache as cache_lib
 from corm_jax.policies import policy
 from corm_jax.policies.wrapper import Wrapper
-from corm_jax.types import LayerCache, Slots
+from corm_jax.types import LayerCache
 from simulator import invariants
 from simulator.invariants import InvariantError
 from simulator.replay import replay
 from simulator.specification import readings
-from simulator.strategies import CHUNK, GARBAGE, KV_HEADS, TOKENS, Case, cases
-from simulator.subject import Subject
+from simulator.strategies import CHUNK, GARBAGE, KV_HEADS, TOKENS, Case
+from simulator.subject import Subject, by_head
 
 CLOSE = 1e-4
 """Comparisons nearer than this to a tie, and no exact tie, are left to rounding."""
@@ -57,14 +58,14 @@ def _check_corm(function):
 @_check_once
 def shapes(subject: Subject, data: st.DataObject) -> None:
     """State keeps its shapes and dtypes and ends in the slot axes; `retain` and `rank` give one value for each slot."""
-    case, before = data.draw(cases()), subject.cache(subject.few)
+    case, before = subject.draw(data), subject.cache(subject.few)
     policy, slots = subject.policy, before.position.shape
     arguments = (jnp.asarray(x[:CHUNK]) for x in (case.q, case.k, case.v))
     after = jax.eval_shape(subject.implementation.step, policy, before, *arguments, jnp.int32(CHUNK))[1]
     if _avals(before) != _avals(after):
         raise InvariantError("shapes", f"a step turns the cache from {_avals(before)} into {_avals(after)}")
     for leaf in jax.tree.leaves(before.state):
-        if leaf.shape[-2:] != slots:
+        if leaf.shape[-len(slots) :] != slots:
             raise InvariantError("shapes", f"a state of shape {leaf.shape} does not end in the slots {slots}")
     fields = [field.name for field in dataclasses.fields(policy)]
     fixed = [field.name for field in dataclasses.fields(policy) if field.metadata.get("static")]
@@ -73,7 +74,7 @@ def shapes(subject: Subject, data: st.DataObject) -> None:
     jax.tree_util.register_dataclass(twin, data_fields=leaves, meta_fields=fixed)
     if jax.tree.structure(policy) == jax.tree.structure(twin(*(getattr(policy, name) for name in fields))):
         raise InvariantError("shapes", "jax.jit may take another class for this one: make it with corm_jax.policy")
-    view = Slots(before.position, before.seen, before.prompt)
+    view = cache_lib.slots(before)
     for name in ("retain", "rank"):
         value = jax.eval_shape(getattr(policy, name), before.state, view)
         if value.shape != slots or (value.dtype == bool) != (name == "retain"):
@@ -83,17 +84,18 @@ def shapes(subject: Subject, data: st.DataObject) -> None:
 @_check
 def keys_in_their_slots(subject: Subject, data: st.DataObject) -> None:
     """A slot that says position p holds the key and the value of token p, and no other slot of its head does."""
-    case = data.draw(cases())
+    case = subject.draw(data)
     for capacity in (None, subject.few):
         cache = subject.read(case, capacity).cache
-        position = np.asarray(cache.position)
+        position = np.asarray(by_head(cache))
         for head, slot in np.argwhere(position >= 0):
             key = int(position[head, slot])
             where = {"layer": 0, "head": int(head), "clock": case.tokens, "key": key}
             if (position[head] == key).sum() > 1:
                 raise InvariantError("keys_in_their_slots", "is in two slots", **where)
+            where_ = slot if subject.implementation.pooled else (head, slot)
             for name, values in (("k", case.k), ("v", case.v)):
-                if not np.array_equal(getattr(cache, name)[head, slot], values[key, head]):
+                if not np.array_equal(getattr(cache, name)[where_], values[key, head]):
                     raise InvariantError("keys_in_their_slots", f"slot {slot} holds another {name}", **where)
 
 
@@ -103,19 +105,22 @@ def histories(subject: Subject, data: st.DataObject) -> None:
 
     A policy that has an attribute ``recent`` promises that the newest so many keys stay, which is checked as well.
     """
-    case = data.draw(cases())
+    case = subject.draw(data)
     for capacity in (None, subject.few):
         kept = subject.read(case, capacity).kept
         invariants.no_key_before_its_time(kept, case.clock)
         invariants.none_returns(kept, case.clock)
         invariants.newest_live(kept, getattr(subject.policy, "recent", 0), case.clock)
-        invariants.within_capacity(kept, capacity or TOKENS + CHUNK, case.clock)
+        if subject.implementation.pooled:
+            invariants.within_pool(kept, KV_HEADS * (capacity or TOKENS + CHUNK), case.clock)
+        else:
+            invariants.within_capacity(kept, capacity or TOKENS + CHUNK, case.clock)
 
 
 @_check_corm
 def corm_rule(subject: Subject, data: st.DataObject) -> None:
     """CORM: nothing early, nobody but long-term minor keys goes, and all of them do."""
-    policy, case = subject.policy, data.draw(cases())
+    policy, case = subject.policy, subject.draw(data)
     kept = subject.read(case).kept
     n = case.tokens
     attended = _attended(kept[0], case)[..., :n, :n]
@@ -131,7 +136,7 @@ def corm_rule(subject: Subject, data: st.DataObject) -> None:
 @_check
 def specification(subject: Subject, data: st.DataObject) -> None:
     """The same keys survive as in the specification, with the same outputs and overflow."""
-    policy, case = subject.policy, data.draw(cases())
+    policy, case = subject.policy, subject.draw(data)
     pieces, n = [int(count) for count in case.counts if count], case.tokens
     steps = case.counts > 0
     for capacity in (None, subject.few):
@@ -139,7 +144,8 @@ def specification(subject: Subject, data: st.DataObject) -> None:
         outputs = np.concatenate([out[:count] for out, count in zip(history.outputs, case.counts, strict=True)])
         expected = readings(
             policy, case.q[:n], case.k[:n], case.v[:n],
-            chunks=pieces, capacity=capacity, prompt=case.prompt, reference=subject.reference,
+            chunks=pieces, capacity=capacity, pooled=subject.implementation.pooled,
+            prompt=case.prompt, reference=subject.reference,
         )  # fmt: skip
         assume(min(reading.margin for reading in expected) > CLOSE)
         kept = np.zeros((1, KV_HEADS, len(pieces), TOKENS + CHUNK), bool)
@@ -156,7 +162,7 @@ def specification(subject: Subject, data: st.DataObject) -> None:
 @_check
 def overflow_is_counted(subject: Subject, data: st.DataObject) -> None:
     """While eviction is postponed, each key that is missing went for want of a slot, and was counted."""
-    case = data.draw(cases())
+    case = subject.draw(data)
     for capacity in (None, subject.few):
         history = subject.hoard(case, capacity)
         live = history.kept[0].sum(-1)
@@ -171,7 +177,7 @@ def overflow_is_counted(subject: Subject, data: st.DataObject) -> None:
 @_check
 def enough_is_enough(subject: Subject, data: st.DataObject) -> None:
     """A capacity that suffices changes nothing, though slots are reused."""
-    case = data.draw(cases())
+    case = subject.draw(data)
     free = subject.read(case)
     live = free.kept[0].sum(-1).max(0)
     if (np.concatenate([[0], live[:-1]]) + case.counts).max() > subject.few:
@@ -185,7 +191,7 @@ def enough_is_enough(subject: Subject, data: st.DataObject) -> None:
 @_check
 def chunks(subject: Subject, data: st.DataObject) -> None:
     """While nothing goes, it is all the same in which pieces a text is read: same outputs, same state."""
-    case = data.draw(cases())
+    case = subject.draw(data)
     ones = dataclasses.replace(case, counts=np.where(np.arange(TOKENS) < case.tokens, 1, 0).astype(np.int32))
     pieces, single = (subject.hoard(each) for each in (case, ones))
     rows = [np.concatenate([out[:count] for out, count in zip(history.outputs, each.counts, strict=True)])
@@ -201,7 +207,7 @@ def chunks(subject: Subject, data: st.DataObject) -> None:
 @_check
 def padding(subject: Subject, data: st.DataObject) -> None:
     """What pads a chunk changes nothing, and neither do steps without tokens."""
-    case = data.draw(cases())
+    case = subject.draw(data)
     order = np.argsort(case.counts == 0, kind="stable")  # empty steps last
     other = dataclasses.replace(case, counts=case.counts[order])
     one = subject.read(case, subject.few)
@@ -220,7 +226,7 @@ def padding(subject: Subject, data: st.DataObject) -> None:
 @_check
 def batch_rows(subject: Subject, data: st.DataObject) -> None:
     """Rows of a batch know nothing of each other: together as alone, and whatever their order."""
-    pair = data.draw(cases()), data.draw(cases())
+    pair = subject.draw(data), subject.draw(data)
     for rows in (pair, pair[::-1]):
         together = subject.read_batch(rows, subject.few)
         for row, case in enumerate(rows):
@@ -234,17 +240,31 @@ def batch_rows(subject: Subject, data: st.DataObject) -> None:
 def head_order(subject: Subject, data: st.DataObject) -> None:
     """Exchanging key-value heads exchanges their histories; the order of query heads in a group means nothing.
 
-    A hyperparameter of shape ``[kv_heads]`` is taken to be one number for each head.
+    A hyperparameter of shape ``[kv_heads]`` is taken to be one number for each head. In a pool that overflows the first
+    of two heads does come first, if they rank alike.
     """
-    case = data.draw(cases())
-    one = subject.read(case, subject.few)
+    case = subject.draw(data)
+    capacity = None if subject.implementation.pooled else subject.few
+    one = subject.read(case, capacity)
     other = subject._replace(
         policy=jax.tree.map(lambda x: x[::-1] if np.shape(x) == (KV_HEADS,) else x, subject.policy)
     )
     q, k, v = (x[:, ::-1] for x in (case.q[:, :, ::-1], case.k, case.v))
-    two = other.go_on(other.cache(subject.few, case.prompt), q, k, v, case.counts)
+    two = other.go_on(other.cache(capacity, case.prompt), q, k, v, case.counts)
     invariants.same_decisions("head_order", one.kept, two.kept[:, ::-1], "in another order of heads", case.clock)
     _close("head_order", one.outputs, two.outputs[:, :, ::-1, ::-1], "in another order of heads")
+
+
+@_check
+def layouts(subject: Subject, data: st.DataObject) -> None:
+    """Whether the heads of a layer share their slots changes nothing, as long as these suffice."""
+    case = subject.draw(data)
+    rectangle, pool = (
+        subject._replace(implementation=subject.implementation._replace(pooled=pooled)).read(case)
+        for pooled in (False, True)
+    )
+    invariants.same_decisions("layouts", pool.kept, rectangle.kept, "in a rectangle", case.clock)
+    _close("layouts", pool.outputs, rectangle.outputs, "those of a rectangle")
 
 
 @_check
@@ -255,14 +275,14 @@ def slot_order(subject: Subject, data: st.DataObject) -> None:
 
 @_check
 def empty_slots(subject: Subject, data: st.DataObject) -> None:
-    """What an empty slot holds means nothing, be it NaN or another key's state."""
+    """What an empty slot holds means nothing, be it another key, another head's, or its state."""
     _goes_on("empty_slots", subject, data, _littered, "before the empty slots were littered")
 
 
 @_check
 def jit_eager_vmap(subject: Subject, data: st.DataObject) -> None:
     """One step gives the same compiled, uncompiled and vectorized."""
-    case = data.draw(cases(counts=[1] * TOKENS))
+    case = subject.draw(data, counts=[1] * TOKENS)
     cache = subject.read(dataclasses.replace(case, counts=np.where(np.arange(TOKENS) < 10, 1, 0)), subject.few).cache
     arguments = cache, *(jnp.asarray(x[10:11]) for x in (case.q, case.k, case.v)), jnp.int32(1)
     step, policy = subject.implementation.step, subject.policy
@@ -280,7 +300,7 @@ def jit_eager_vmap(subject: Subject, data: st.DataObject) -> None:
 @_check_once
 def one_compile(subject: Subject, data: st.DataObject) -> None:
     """Other numbers, positions and counts need no other program: nothing depends on a value while tracing."""
-    case, traced = data.draw(cases(counts=[1] * TOKENS)), []
+    case, traced = subject.draw(data, counts=[1] * TOKENS), []
 
     @jax.jit
     def run(policy, cache, *arguments):
@@ -309,7 +329,7 @@ class Blind(Wrapper):
 @_check
 def needs(subject: Subject, data: st.DataObject) -> None:
     """What a policy says that it does not need, beside positions, changes nothing: attention, or the keys."""
-    case = data.draw(cases())
+    case = subject.draw(data)
     blind = subject._replace(policy=Blind(policy=subject.policy))
     one, other = (each.read(case, subject.few) for each in (subject, blind))
     invariants.same_decisions("needs", other.kept, one.kept, f"seeing more than {blind.policy.needs}", case.clock)
@@ -317,11 +337,14 @@ def needs(subject: Subject, data: st.DataObject) -> None:
 
 @_check
 def replays_alike(subject: Subject, data: st.DataObject) -> None:
-    """The cache and `simulator.replay`, which has no slots, come to the same decisions and the same overflow."""
+    """The cache and `simulator.replay`, which has no slots, come to the same decisions and the same overflow.
+
+    A replay knows the capacity of a head, not that of a pool.
+    """
     chunk = data.draw(st.sampled_from([1, CHUNK]))
-    case = data.draw(cases(counts=[min(chunk, max(TOKENS - chunk * i, 0)) for i in range(TOKENS)]))
+    case = subject.draw(data, counts=[min(chunk, max(TOKENS - chunk * i, 0)) for i in range(TOKENS)])
     steps = case.counts > 0
-    for capacity in (None, subject.few):
+    for capacity in [None] if subject.implementation.pooled else [None, subject.few]:
         history = subject.read(case, capacity)
         options = {"capacity": capacity, "chunk": chunk, "prompt": case.prompt}
         other = replay(case.trace(), subject.policy, **options, errors=False)
@@ -335,7 +358,7 @@ def replays_alike(subject: Subject, data: st.DataObject) -> None:
 @_check_corm
 def monotone(subject: Subject, data: st.DataObject) -> None:
     """CORM: with attention as recorded, a larger w or r keeps all that a smaller one does."""
-    policy, case = subject.policy, data.draw(cases(counts=[1] * TOKENS))
+    policy, case = subject.policy, subject.draw(data, counts=[1] * TOKENS)
     if policy.eager or policy.threshold == "live":
         return  # eager: a larger window may be filled later; live: the threshold depends on what is kept
     more = data.draw(st.integers(0, 3)), data.draw(st.integers(0, 3))
@@ -355,7 +378,7 @@ def _step_twice(policy, *arguments, step):
 
 
 def _goes_on(name, subject, data, change, what) -> None:
-    case = data.draw(cases(counts=[1] * TOKENS))
+    case = subject.draw(data, counts=[1] * TOKENS)
     half, seed = TOKENS // 2, data.draw(st.integers(0, 99))
     cache = subject.read(dataclasses.replace(case, counts=np.where(np.arange(TOKENS) < half, 1, 0)), subject.few).cache
     rest = [
@@ -372,8 +395,9 @@ def _goes_on(name, subject, data, change, what) -> None:
 def _shuffled(cache: LayerCache, rng) -> LayerCache:
     order = rng.permutation(cache.position.shape[-1])
     return cache._replace(
-        k=cache.k[:, order], v=cache.v[:, order], position=cache.position[:, order],
+        k=cache.k[..., order, :], v=cache.v[..., order, :], position=cache.position[..., order],
         state=jax.tree.map(lambda x: x[..., order], cache.state),
+        head=None if cache.head is None else cache.head[order],
     )  # fmt: skip
 
 
@@ -387,8 +411,9 @@ def _littered(cache: LayerCache, rng) -> LayerCache:
         rubbish = np.where(numbers % 2, numbers, np.nan) if jnp.issubdtype(leaf.dtype, jnp.floating) else numbers
         return jnp.where(empty, jnp.asarray(rubbish, leaf.dtype), leaf)
 
-    k, v = (jnp.where(empty[..., None], jnp.nan, x) for x in (cache.k, cache.v))
-    return cache._replace(k=k, v=v, state=jax.tree.map(litter, cache.state))
+    k, v = (jnp.where(empty[..., None], rubbish, x) for rubbish, x in ((jnp.nan, cache.k), (1e30, cache.v)))
+    head = None if cache.head is None else jnp.where(empty, KV_HEADS - 1 - cache.head, cache.head)
+    return cache._replace(k=k, v=v, state=jax.tree.map(litter, cache.state), head=head)
 
 
 def _attended(kept: np.ndarray, case: Case) -> np.ndarray:

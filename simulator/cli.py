@@ -1,4 +1,4 @@
-"""The simulator's command line: ``python -m simulator replay``, ``sweep``, ``bounds``, ``check``, ``plot``."""
+"""The simulator's command line, ``python -m simulator``: replay, sweep, bounds, check, plot, plan."""
 
 import os
 import time
@@ -17,7 +17,7 @@ from corm_jax.files import check_writable, write_json
 from corm_jax.plots import check_picture
 from corm_jax.policies import parse
 from corm_jax.types import Policy
-from simulator import oracle, plots
+from simulator import oracle, planner, plots
 from simulator.replay import FIDELITIES, Replay, replay, sweep
 from simulator.report import print_replays, print_table, summary
 from simulator.trace import Trace
@@ -281,6 +281,27 @@ def _plot(job: Job, spec, out, layer, head, start):
     for file in files.values():
         print(file)
     job.report(rows=[row], survival={"layer": job.layers[index], "head": head, "from": start})
+
+
+@simulator.command("plan")
+@click.argument("paths", metavar="TRACE...", nargs=-1, required=True, type=_file)
+@click.option("--policy", "spec", default=DEFAULT_POLICY, show_default=True, metavar="SPEC")
+@click.option("--chunk", type=_at_least_1, default=1, show_default=True, help="tokens between evictions")
+@click.option("--overflow", type=float, default=0.001, show_default=True, help="share of keys that may lack a slot")
+@click.option("--tokens", type=_at_least_1, help="how many, from the start  [default: all]")
+@click.option("--out", type=_file, required=True, help="the file to write: a --capacity for --layout pooled")
+def _plan(paths, spec, chunk, overflow, tokens, out):
+    """Size the pools of --layout pooled, so that few keys of any TRACE go for want of a slot."""
+    check_writable(out)
+    traces = [Trace.open(path).part(steps=tokens) for path in paths]
+    with _bar(spec, sum(trace.meta.layers for trace in traces)) as progress:
+        made = planner.plan(traces, spec, chunk=chunk, overflow=overflow, progress=progress)
+    made.save(out)
+    slots, most = np.array(made.capacity), int(np.argmax(made.capacity))
+    print(
+        f"{out}: {slots.mean():.1f} slots a head for {made.tokens:,} tokens, {slots.mean() / made.tokens:.3f} of the "
+        f"full cache; from {slots.min():,} in layer {int(slots.argmin())} to {slots[most]:,} in layer {most}"
+    )
 
 
 def _grid(items: Sequence[str]) -> dict[str, list[str]]:

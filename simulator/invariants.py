@@ -73,6 +73,16 @@ def within_capacity(kept: np.ndarray, capacity: int, clock: np.ndarray | None = 
         )  # fmt: skip
 
 
+def within_pool(kept: np.ndarray, slots: int, clock: np.ndarray | None = None) -> None:
+    """The heads of a layer never hold more than ``slots`` keys together."""
+    _, clock = _axes(kept, clock)
+    live = kept.sum((-3, -1))
+    if (live > slots).any():
+        layer, step = _first(live > slots)
+        what = f"{live[layer, step]} keys are live in a pool of {slots} slots"
+        raise InvariantError("within_pool", what, layer=layer, clock=int(clock[step, 0]))
+
+
 def only_minor_goes(kept: np.ndarray, important: np.ndarray, window, clock: np.ndarray | None = None) -> None:
     """CORM: a key that one of the last ``window`` queries found important does not go.
 

@@ -49,16 +49,7 @@ class Rule:
 
     def without(self, live: list[int], t: int, count: int) -> list[int]:
         """The live keys without the first ``count`` to go."""
-        for _ in range(count):
-            ranked = sorted(live, key=lambda i: (self.exempt(i, t), 0 if self.exempt(i, t) else self.order(i, t), i))
-            victim, *others = ranked
-            for other in others:
-                if not self.exempt(other, t):
-                    a, b = self.order(victim, t), self.order(other, t)
-                    if isinstance(b, float) and a != b:  # whole numbers do not hang on rounding
-                        self.margin = min(self.margin, abs(a - b) / max(abs(a), abs(b)))
-            live = [i for i in live if i != victim]
-        return live
+        return without([self], [live], t, count)[0]
 
 
 class Corm(Rule):
@@ -330,6 +321,24 @@ def rotated(x: np.ndarray, position: int, frequencies: np.ndarray) -> np.ndarray
     return np.concatenate([turned.real, turned.imag])
 
 
+def without(rules: Sequence[Rule], live: list[list[int]], t: int, count: int) -> list[list[int]]:
+    """The live keys of some heads, without the first ``count`` of all of them to go; among equals the first head's."""
+    live = [list(keys) for keys in live]
+    for _ in range(count):
+        ranked = []
+        for head, rule in enumerate(rules):
+            for i in live[head]:
+                exempt = rule.exempt(i, t)
+                ranked.append((exempt, 0 if exempt else rule.order(i, t), i, head))
+        (_, a, i, head), *others = sorted(ranked)
+        for exempt, b, *_ in others:
+            if not exempt and isinstance(b, float) and a != b:  # whole numbers do not hang on rounding
+                for rule in rules:
+                    rule.margin = min(rule.margin, abs(a - b) / max(abs(a), abs(b)))
+        live[head].remove(i)
+    return live
+
+
 def read_head(rule: Rule, queries: np.ndarray, keys: np.ndarray, values: np.ndarray, **how) -> Reading:
     """`read` for one head: ``queries [tokens, group, head_dim]``, ``keys, values [tokens, head_dim]``."""
     return read([rule], queries[:, None], keys[:, None], values[:, None], **how)[0]
@@ -343,6 +352,7 @@ def read(
     *,
     chunks: Sequence[int] | None = None,
     capacity: int | None = None,
+    pooled: bool = False,
     prompt: float = math.inf,
     frequencies: np.ndarray | None = None,
 ) -> list[Reading]:
@@ -353,6 +363,7 @@ def read(
       queries: ``[tokens, kv_heads, group, head_dim]``.
       keys, values: ``[tokens, kv_heads, head_dim]``.
       chunks, capacity: as in `simulator.reference.corm_messages`.
+      pooled: the heads share their slots, ``capacity`` for each.
       prompt: how many of the tokens are the prompt, if anybody said.
       frequencies: radians a token for each pair of a head. Queries and keys then come unrotated, and are rotated by
         their position within the cache, 0 for the oldest key that is live.
@@ -366,10 +377,15 @@ def read(
     start = 0
     for size in [1] * tokens if chunks is None else chunks:
         end = start + size
+        for sharing in [range(heads)] if pooled else [[head] for head in range(heads)]:
+            held = [live[head] for head in sharing]
+            short = 0 if capacity is None else max(sum(map(len, held)) + (size - capacity) * len(sharing), 0)
+            for head, before, after in zip(
+                sharing, held, without([rules[h] for h in sharing], held, end, short), strict=True
+            ):
+                live[head] = after
+                lost[head] += len(before) - len(after)
         for head, rule in enumerate(rules):
-            short = 0 if capacity is None else max(len(live[head]) + size - capacity, 0)
-            live[head] = rule.without(live[head], end, short)
-            lost[head] += short
             for i in range(start, end):
                 rule.arrives(i, keys[i, head])
             live[head] = live[head] + list(range(start, end))

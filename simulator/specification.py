@@ -57,6 +57,7 @@ def readings(
     *,
     chunks: Sequence[int] | None = None,
     capacity: int | None = None,
+    pooled: bool = False,
     prompt: float = math.inf,
     layer: int = 0,
     layers: int = 1,
@@ -67,6 +68,7 @@ def readings(
     Args:
       q: ``[tokens, kv_heads, group, head_dim]``; k, v: ``[tokens, kv_heads, head_dim]``.
       chunks, capacity: as in `simulator.reference.corm_messages`.
+      pooled: the heads share their slots, ``capacity`` for each: a matter of rules, which know the layer as a whole.
       prompt: how many of the tokens are the prompt, if anybody said.
       layer, layers: which layer it is, of how many.
       reference: a specification of one head to ask instead.
@@ -75,10 +77,13 @@ def readings(
       CormError: for a policy that nobody specified.
     """
     how, heads = {"chunks": chunks, "capacity": capacity}, range(q.shape[1])
-    if reference := reference or WHOLE.get(type(policy)):
+    shared = pooled and capacity is not None
+    if not shared and (reference := reference or WHOLE.get(type(policy))):
         how |= {"prompt": prompt} if whole_prompt(policy) else {}
         return [reference(q[:, h], k[:, h], v[:, h], **how, **fields_of(policy, h)) for h in heads]
-    return rules.read([rule_of(policy, head, layer, layers) for head in heads], q, k, v, prompt=prompt, **how)
+    return rules.read(
+        [rule_of(policy, head, layer, layers) for head in heads], q, k, v, pooled=pooled, prompt=prompt, **how
+    )
 
 
 def rule_of(policy: Policy, head: int, layer: int = 0, layers: int = 1) -> rules.Rule:

@@ -1,34 +1,39 @@
 """A policy in a cache, as the conformance suite drives it: short histories of one layer, read piece by piece."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from hypothesis import strategies as st
 
 from corm_jax.attention import step
-from corm_jax.cache import make_cache
+from corm_jax.cache import make_cache, slots
 from corm_jax.policies import oneshot
-from corm_jax.types import ENDLESS, CacheSpec, LayerCache
+from corm_jax.types import EMPTY, ENDLESS, CacheSpec, LayerCache
 from simulator.specification import Reference
-from simulator.strategies import CHUNK, KV_HEADS, TOKENS, Case
+from simulator.strategies import CHUNK, KV_HEADS, TOKENS, Case, cases
 
 
 class Implementation(NamedTuple):
-    """A cache to be tested: `corm_jax.make_cache` and `corm_jax.step`, or functions that do the same."""
+    """A cache to be tested: `corm_jax.make_cache` and `corm_jax.step`, or functions that do the same.
+
+    If it is ``pooled``, the heads of a layer share their slots.
+    """
 
     make_cache: Callable = make_cache
     step: Callable = step
+    pooled: bool = False
 
 
 class History(NamedTuple):
     """What a cache held after each step.
 
     Attributes:
-      position: int32 ``[steps, kv_heads, capacity]``.
+      position: int32 ``[steps, kv_heads, slots]``; in a pool `EMPTY` where another head owns the slot.
       overflow: int32 ``[steps, kv_heads]``.
       outputs: float32 ``[steps, CHUNK, kv_heads, group, head_dim]``, zero for tokens that were not there.
       cache: the final one.
@@ -53,6 +58,12 @@ class Subject(NamedTuple):
     implementation: Implementation
     reference: Reference | None
 
+    def draw(self, data: st.DataObject, counts: Sequence[int] | None = None) -> Case:
+        """A case. In a pool the heads' logits differ a little: ties between heads would hang on the order of slots."""
+        case = data.draw(cases(counts=counts))
+        factor = 1 + np.arange(KV_HEADS, dtype=np.float32)[:, None, None, None] / 16
+        return dataclasses.replace(case, logits=case.logits * factor) if self.implementation.pooled else case
+
     @property
     def few(self) -> int:
         """A capacity for half of the tokens, or for what the policy never gives up."""
@@ -60,7 +71,8 @@ class Subject(NamedTuple):
 
     def cache(self, capacity: int | None = None, prompt: int | np.ndarray = ENDLESS, **batch: int) -> LayerCache:
         """An empty cache; without a capacity, one in which nothing overflows."""
-        cache = self.implementation.make_cache(self.policy, spec(capacity), **batch)
+        shape = CacheSpec(KV_HEADS, capacity or TOKENS + CHUNK, TOKENS, pooled=self.implementation.pooled)
+        cache = self.implementation.make_cache(self.policy, shape, **batch)
         return cache._replace(prompt=jnp.asarray(prompt, jnp.int32))
 
     def read(self, case: Case, capacity: int | None = None) -> History:
@@ -82,9 +94,10 @@ class Subject(NamedTuple):
         return _read_batch(self.policy, cache, q, k, v, counts, step=self.implementation.step)
 
 
-def spec(capacity: int | None) -> CacheSpec:
-    """The shape of a cache for cases."""
-    return CacheSpec(KV_HEADS, capacity or TOKENS + CHUNK, TOKENS)
+def by_head(cache: LayerCache) -> jax.Array:
+    """What positions a head holds: ``[kv_heads, slots]``, in a pool `EMPTY` where another owns the slot."""
+    owned = slots(cache).owned
+    return cache.position if owned is None else jnp.where(owned, cache.position, EMPTY)
 
 
 @partial(jax.jit, static_argnames="step")
@@ -94,7 +107,7 @@ def _read(policy, cache, q, k, v, counts, *, step) -> History:
         pieces = (jax.lax.dynamic_slice_in_dim(x, start, CHUNK) for x in (q, k, v))
         output, cache = step(policy, cache, *pieces, count)
         real = (jnp.arange(CHUNK) < count)[:, None, None, None]
-        return (cache, start + count), (cache.position, cache.overflow, jnp.where(real, output, 0))
+        return (cache, start + count), (by_head(cache), cache.overflow, jnp.where(real, output, 0))
 
     (cache, _), (position, overflow, outputs) = jax.lax.scan(body, (cache, jnp.int32(0)), jnp.asarray(counts))
     return History(position, overflow, outputs, cache)

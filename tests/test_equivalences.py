@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from corm_jax import attention, cache
+from corm_jax import attention
 from corm_jax.policies import Corm
 from corm_jax.types import ENDLESS, CacheSpec, Observation, Slots
 from simulator.verify import drive
@@ -55,31 +55,24 @@ def test_a_grid_of_windows_is_one_vmap(head):
 
 
 @given(
-    rank=st.lists(st.integers(-3, 3), min_size=6, max_size=6),
-    live=st.lists(st.booleans(), min_size=6, max_size=6),
-)
-def test_who_goes_first(rank, live):
-    """One newcomer (reductions) and several (a sort) agree with sorting by (rank, position) in Python."""
-    position = np.where(live, np.random.default_rng(0).permutation(6), -1)
-    rank = np.where(live, rank, np.iinfo(np.int32).min).astype(np.int32)
-    order = sorted(range(6), key=lambda slot: (rank[slot], position[slot], slot))
-    for count in (1, 4):
-        got = cache.lowest(jnp.asarray(rank)[None], jnp.asarray(position, jnp.int32)[None], count)
-        assert np.asarray(got)[0].tolist() == order[:count]
-
-
-@given(
     rank=st.lists(st.lists(st.integers(-3, 3), min_size=30, max_size=30), min_size=2, max_size=2),
     empty=st.sets(st.integers(0, 59)),
     counts=st.tuples(st.integers(0, 40), st.integers(0, 40)),
 )
 def test_which_are_lowest(rank, empty, counts):
-    """One by one, by sorting, and over a whole layer, as sorting by (rank, position, head) in Python has it."""
+    """One by one, by sorting, and over a layer, as sorting by (rank, position, head) has it; so in a pool."""
     position = np.stack([np.random.default_rng(head).permutation(30) for head in range(2)]).astype(np.int32)
     position[np.isin(np.arange(60).reshape(2, 30), list(empty))] = -1
     rank = np.array(rank, np.int32)
     slots = Slots(jnp.asarray(position), jnp.int32(30), jnp.int32(ENDLESS))
     found = np.asarray(slots.lowest(jnp.asarray(rank), jnp.array(counts)))
+    order = np.random.default_rng(0).permutation(60)
+    owned = jnp.arange(2)[:, None] == np.repeat([0, 1], 30)[order]
+    pool = Slots(jnp.asarray(position.reshape(-1)[order]), slots.seen, slots.prompt, owned)
+    shared = pool.lowest(jnp.asarray(rank.reshape(-1)[order]), jnp.array(counts))
+    np.testing.assert_array_equal(shared, found.reshape(-1)[order])
+    places = np.asarray(slots.place()).reshape(-1)[order]
+    np.testing.assert_array_equal(np.asarray(pool.place())[pool.live], places[pool.live])
     every = sorted((rank[h, i], position[h, i], h, i) for h, i in np.argwhere(position >= 0))
     for head, count in enumerate(counts):
         expected = [i for _, _, h, i in every if h == head][:count]

@@ -233,7 +233,7 @@ def test_overflow_is_counted_or_an_error():
     policy, prompt = Corm(window=100, recent=2), [list(range(30))]
     _, caches = read(policy, prompt, capacity=10)
     assert (usage(caches).overflow == 20).all()
-    with pytest.raises(CacheOverflowError, match="layer 0 ran out of its 10 slots"):
+    with pytest.raises(CacheOverflowError, match="layer 0 ran out of its 10 slots a head"):
         read(policy, prompt, capacity=10, overflow="error")
 
 

@@ -218,17 +218,19 @@ def step_of(insert=cache.insert, evict=cache.evict, attend=attention.attend, mas
     """`corm_jax.step` out of parts that may be broken."""
 
     def step(policy, one, q, k, v, count):
-        position = one.seen + jnp.arange(q.shape[0])
-        real = jnp.arange(q.shape[0]) < count
+        ones = (1,) * one.position.ndim
+        position = (one.seen + jnp.arange(q.shape[0])).reshape(-1, *ones)
+        real = (jnp.arange(q.shape[0]) < count).reshape(-1, *ones)
         one = insert(policy, one, k, v, count)
         held = one.position[None]
-        visible = (held >= 0) & (held <= position[:, None, None]) & real[:, None, None]
+        visible = (held >= 0) & (held <= position) & real
         visible = visible if mask is None else mask(held, real)
         allowed = count > 0
         if evict_first:
             one = evict(policy, one, allowed)
             visible &= (one.position >= 0)[None]
-        output, observation = attend(q, one.k, one.v, visible, position + 1)
+        owned = () if one.head is None else (cache.slots(one).owned,)
+        output, observation = attend(q, one.k, one.v, visible, position.reshape(-1) + 1, *owned)
         one = one._replace(state=policy.observe(one.state, observation, cache.slots(one)))
         return output, one if evict_first else evict(policy, one, allowed)
 
@@ -303,7 +305,7 @@ def evicted_come_back(policy, one, allowed):
 
 def empty_values_count(q, k, v, visible, seen):
     output, observation = attention.attend(q, k, v, visible, seen)
-    return output + 0 * v.sum(), observation
+    return output + 1e-20 * v.sum(), observation
 
 
 def other_heads_are_seen(q, k, v, visible, seen):
@@ -326,6 +328,11 @@ def grows(policy, one, q, k, v, count):
         return x if x.shape == y.shape else jnp.concatenate([x, y], axis=1)
 
     return output, jax.tree.map(join, one, wider)
+
+
+def one_head_owns_all(policy, one, q, k, v, count):
+    output, one = attention.step(policy, one, q, k, v, count)
+    return output, one if one.head is None else one._replace(head=jnp.zeros_like(one.head))
 
 
 def wider(policy, spec, **batch):
@@ -372,15 +379,16 @@ SABOTAGES = {  # what is broken: the check that finds it, and the invariant that
     "evicted keys come back": (cache_of(evict=evicted_come_back), "histories", "none_returns"),
     "evicts before it attends": (cache_of(evict_first=True), "specification", "specification"),
     "chunks are not causal": (
-        cache_of(mask=lambda held, real: (held >= 0) & real[:, None, None]), "specification", "specification",
+        cache_of(mask=lambda held, real: (held >= 0) & real), "specification", "specification",
     ),
     "chunks are not causal (2)": (
-        cache_of(mask=lambda held, real: (held >= 0) & real[:, None, None]), "chunks", "chunks",
+        cache_of(mask=lambda held, real: (held >= 0) & real), "chunks", "chunks",
     ),
     "more slots than asked": (Implementation(wider, attention.step), "histories", "within_capacity"),
     "empty slots count": (cache_of(attend=empty_values_count), "empty_slots", "empty_slots"),
     "heads see each other": (cache_of(attend=other_heads_are_seen), "replays_alike", "replays_alike"),
     "otherwise when compiled": (cache_of(attend=otherwise_when_compiled), "jit_eager_vmap", "jit_eager_vmap"),
+    "a pool of one head": (Implementation(make_cache, one_head_owns_all), "layouts", "layouts"),
     "shapes that grow": (Implementation(make_cache, grows), "one_compile", "one_compile"),
 }  # fmt: skip
 

@@ -1,0 +1,90 @@
+"""Sizes pools after traces: how many slots the heads of a layer need together, so that few keys go for want of one."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from corm_jax.errors import CormError
+from corm_jax.plan import Plan
+from corm_jax.policies import parse
+from simulator.replay import Replay, replay
+from simulator.trace import Trace
+
+
+def plan(
+    traces: Sequence[Trace],
+    spec: str,
+    *,
+    chunk: int = 1,
+    overflow: float = 0.001,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Plan:
+    """Pools that suffice on every trace, but for a share of the keys.
+
+    Before a chunk of c tokens the n live keys of a layer and c for each of its H heads want a slot. With S slots,
+    at most max(n + c H - S, 0) keys go, if evictions change nothing else; a key that goes a chunk early is counted
+    again where it would still have been live, so this is rather too many. The plan takes the smallest S for which
+
+        sum over the chunks of max(n + c H - S, 0)  <=  overflow * keys
+
+    in each trace, rounded up to the same number for each head.
+
+    Args:
+      traces: of one model.
+      spec: the policy, as on the command line.
+      chunk: tokens between evictions, in the replay and in use.
+      overflow: the share of keys that may go for want of a slot.
+      progress: called with the number of layers done, over all traces.
+
+    Raises:
+      CormError: for traces of different models, a share outside [0, 1), and as `simulator.replay.replay`.
+
+    >>> from simulator.synthetic import noise
+    >>> plan([noise(layers=2, steps=64)], "corm:window=8,recent=4", overflow=0).capacity
+    (49, 50)
+    """
+    if not traces:
+        raise CormError("there is no trace to plan on: give at least one")
+    if not 0 <= overflow < 1:
+        raise CormError(f"overflow must be a share of the keys in [0, 1), not {overflow}")
+    shapes = {(t.meta.model, t.meta.layers, t.meta.kv_heads, t.meta.head_dim) for t in traces}
+    if len(shapes) > 1:
+        raise CormError(f"the traces are of {len(shapes)} models: plan for each by itself")
+    (model, layers, kv_heads, head_dim), policy = shapes.pop(), parse(spec)
+    capacity = np.full(layers, np.max(policy.protected) + chunk)
+    for index, trace in enumerate(traces):
+        before = index * layers
+        result = replay(
+            trace, policy, chunk=chunk, errors=False, progress=lambda done, before=before: progress(before + done)
+        )
+        for layer, need in enumerate(wanted(result, chunk)):
+            slots = smallest(need, overflow * kv_heads * result.steps)
+            capacity[layer] = max(capacity[layer], -(-slots // kv_heads))
+    return Plan(
+        model=model,
+        policy=spec,
+        kv_heads=kv_heads,
+        head_dim=head_dim or 1,
+        chunk=chunk,
+        tokens=min(trace.meta.steps for trace in traces),
+        overflow=overflow,
+        capacity=tuple(int(slots) for slots in capacity),
+    )
+
+
+def wanted(result: Replay, chunk: int) -> np.ndarray:
+    """Int ``[layers, chunks]``: slots that a layer wants at each chunk, for its live keys and the newcomers."""
+    starts = np.arange(0, result.steps, chunk)
+    new = np.minimum(chunk, result.steps - starts) * result.live.shape[1]
+    live = result.live.sum(1)
+    before = np.concatenate([np.zeros_like(live[:, :1]), live[:, starts[1:] - 1]], axis=1)
+    return before + new
+
+
+def smallest(need: np.ndarray, allowed: float) -> int:
+    """The least S with sum max(need - S, 0) <= allowed."""
+    low, high = 0, int(need.max())
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if np.maximum(need - middle, 0).sum() <= allowed else (middle + 1, high)
+    return low

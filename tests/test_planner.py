@@ -1,0 +1,98 @@
+"""Plans: sizes worked out by hand, files, and what they are refused for; pools that they size."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from corm_jax import CormError, parse
+from corm_jax.perplexity import read
+from corm_jax.plan import Plan
+from simulator import planner
+from simulator.replay import Replay
+from simulator.synthetic import noise
+from tests.models import tiny
+
+PLAN = Plan(
+    model="m", policy="corm:window=4,recent=2", kv_heads=2, head_dim=8, chunk=3, tokens=9, overflow=0.1, capacity=(5, 6)
+)
+
+
+def test_what_chunks_want():
+    """Two heads, chunks of two; key 0 of head 0 goes after clock 2, key 1 of head 1 after clock 4."""
+    until = np.full((1, 2, 5), np.iinfo(np.int32).max, np.int32)
+    until[0, 0, 0], until[0, 1, 1] = 2, 4
+    nothing = np.zeros((1, 2, 5))
+    result = Replay(until, nothing.astype(bool), nothing, None, until)
+    assert planner.wanted(result, 2).tolist() == [[4, 4 - 1 + 4, 8 - 2 + 2]]
+
+
+@given(st.lists(st.integers(0, 20), min_size=1, max_size=8), st.integers(0, 30))
+def test_smallest(need, allowed):
+    need = np.array(need)
+    slots = planner.smallest(need, allowed)
+    assert np.maximum(need - slots, 0).sum() <= allowed
+    assert slots == 0 or np.maximum(need - (slots - 1), 0).sum() > allowed
+
+
+def test_several_traces():
+    traces = [noise(layers=2, steps=48, seed=seed) for seed in (0, 1)]
+    both = planner.plan(traces, "corm:window=4,recent=2", chunk=4)
+    alone = [planner.plan([trace], "corm:window=4,recent=2", chunk=4) for trace in traces]
+    assert both.capacity == tuple(map(max, *(one.capacity for one in alone)))
+
+
+def test_files(tmp_path):
+    PLAN.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == PLAN
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": "another"}, "is not a plan"),
+        ({"capacity": [5, 0]}, "gives layer 1 0 slots a head"),
+        ({"chunk": "3"}, "says chunk = '3'"),
+        ({"extra": 1}, "is not a plan"),
+    ],
+)
+def test_bad_files(tmp_path, change, message):
+    PLAN.save(path := tmp_path / "plan.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(CormError, match=message):
+        Plan.load(path)
+
+
+def test_another_model():
+    model = tiny()
+    with pytest.raises(CormError, match="the plan is for 2 layers of 2 key-value heads of 8"):
+        PLAN.check("m", dataclasses.replace(model.config, layers=7))
+    fits = dataclasses.replace(model.config, layers=2, kv_heads=2, head_dim=8)
+    PLAN.check("m", fits)
+    with pytest.raises(CormError, match="for 'm', not 'n'"):
+        PLAN.check("n", fits)
+
+
+@pytest.mark.parametrize("options", [{"overflow": 1.0}, {"overflow": -0.1}])
+def test_bad_shares(options):
+    with pytest.raises(CormError, match="share"):
+        planner.plan([noise(layers=1, steps=8)], "corm:window=4,recent=2", **options)
+    with pytest.raises(CormError, match="no trace"):
+        planner.plan([], "corm:window=4,recent=2")
+
+
+def test_pools_of_their_own_size():
+    """A pool for each layer, as large as is needed, reads as rectangles do that hold every key."""
+    model, policy = tiny(), parse("corm:window=6,recent=3")
+    tokens = np.random.default_rng(0).integers(0, model.config.vocab, 60).tolist()
+    free = read(model, policy, tokens, chunk=4)
+    capacity = [int(-(-(layer.sum(-1).max()) // model.config.kv_heads)) + 4 for layer in free.live]
+    pooled = read(model, policy, tokens, chunk=4, capacity=capacity, pooled=True)
+    np.testing.assert_array_equal(pooled.live, free.live)
+    np.testing.assert_allclose(pooled.nll, free.nll, atol=1e-4)
+    assert int(pooled.usage.overflow.sum()) == 0
+    assert pooled.usage.bytes_allocated < free.usage.bytes_allocated
+    assert pooled.usage.bytes_live == free.usage.bytes_live

@@ -1,0 +1,82 @@
+"""The pooled layout: policies in it under the conformance suite, slot by slot and page by page."""
+
+import math
+import re
+from unittest.mock import patch
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from corm_jax import Corm, attention, cache, decode, generate, parse, usage
+from simulator.subject import Implementation
+from simulator.testing import parametrize_checks
+from tests.models import tiny
+
+MODEL = tiny()
+
+SPECS = [
+    "corm:window=4,recent=2",
+    "corm:window=4,recent=2,group=mean,threshold=live,sinks=1",
+    "h2o:recent=2,budget=5",
+    "scissorhands:budget=6,window=5,recent=2",
+    "tova:budget=5",
+    "snapkv:budget=6,window=2,kernel=3",
+    "adakv:budget=6,window=2,kernel=3",
+    "streaming_llm:sinks=2,budget=5",
+]
+
+
+def step_by_pages(*arguments):
+    with patch.object(attention, "FEW", 0), patch.object(cache, "PAGE", 2):
+        return attention.step(*arguments)
+
+
+@parametrize_checks(*map(parse, SPECS), implementation=Implementation(pooled=True), examples=8)
+def test_conformance(check):
+    check()
+
+
+@parametrize_checks(*map(parse, SPECS), implementation=Implementation(step=step_by_pages, pooled=True), examples=8)
+def test_conformance_by_pages(check):
+    check()
+
+
+@settings(max_examples=6)
+@given(lengths=st.lists(st.integers(1, 200), min_size=2, max_size=2), chunk=st.sampled_from([1, 16]))
+def test_generates_as_from_rectangles(lengths, chunk):
+    """Rows of different lengths, chunks that are gathered into pages, and decoding slot by slot."""
+    prompts = [np.random.default_rng(n).integers(0, 97, n).tolist() for n in lengths]
+    policy, options = Corm(window=12, recent=6), {"max_new_tokens": 24, "chunk": chunk, "capacity": 240}
+    one, other = (generate(MODEL, policy, prompts, **options, pooled=pooled) for pooled in (False, True))
+    assert one.tokens == other.tokens
+    np.testing.assert_array_equal(usage(one.caches).live, usage(other.caches).live)
+    assert int(usage(other.caches).overflow.sum()) == 0
+
+
+def test_a_prompt_far_longer_than_the_pool():
+    prompt = np.random.default_rng(0).integers(0, 97, 3000).tolist()
+    result = generate(MODEL, Corm(window=8, recent=4), [prompt], max_new_tokens=2, chunk=16, capacity=24, pooled=True)
+    assert int(usage(result.caches).seen[0]) == 3002
+    assert int(usage(result.caches).live.sum(-1).max()) <= 2 * 24
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_decoding_copies_no_keys(pooled):
+    """The compiled program updates keys and values in place: no copy of their shape, and no more memory than that."""
+    policy, batch = Corm(window=8, recent=4), 3
+    caches = MODEL.make_caches(policy, batch=batch, capacity=500, pooled=pooled)
+    arguments = jnp.zeros((batch, 97)), jax.random.key(0), jnp.zeros(batch, bool)
+    numbers = np.int32(9), np.zeros(1, np.int32), np.float32(0), np.float32(1)
+    compiled = decode.lower(MODEL, policy, caches, *arguments, *numbers, steps=4).compile()
+    rows = 500 * 2 * batch
+    copies = [
+        shape
+        for shape in re.findall(r"= f32\[([0-9,]+)\]\S* (?:copy|transpose)\(", compiled.as_text())
+        if math.prod(map(int, shape.split(","))) >= rows * 8
+    ]
+    assert not copies
+    assert compiled.memory_analysis().alias_size_in_bytes >= sum(leaf.nbytes for leaf in jax.tree.leaves(caches))
