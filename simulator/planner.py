@@ -40,8 +40,8 @@ def plan(
       CormError: for traces of different models, a share outside [0, 1), and as `simulator.replay.replay`.
 
     >>> from simulator.synthetic import noise
-    >>> plan([noise(layers=2, steps=64)], "corm:window=8,recent=4", overflow=0).capacity
-    (49, 50)
+    >>> plan([noise(layers=2, steps=64)], "corm:window=8,recent=4", overflow=0.0).capacity
+    (50, 48)
     """
     if not traces:
         raise CormError("there is no trace to plan on: give at least one")
