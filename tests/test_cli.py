@@ -278,3 +278,50 @@ def test_an_output_is_replaced_only_by_a_whole_one(corm, model, text, tmp_path, 
         cli.main()
     assert json.loads(report.read_text())["tokens"] == 50
     assert sorted(p.name for p in tmp_path.iterdir()) == ["report.json", "text.txt"]
+
+
+def test_a_plan_from_a_trace_to_its_use(corm, run_main, model, text, tmp_path):
+    """Record, plan, compare: the pools hold the policy of the plan, and another gets all that it wants."""
+    from simulator.cli import main as simulator
+
+    trace, plan, report = tmp_path / "trace", tmp_path / "plan.json", tmp_path / "report.json"
+    spec, common = "corm:window=8,recent=4", ("--model", model, "--text", text, "--tokens", 96)
+    assert corm("record", *common, "--out", trace)[0] == 0
+    planning = ("plan", trace, "--policy", spec, "--chunk", 4, "--overflow", 0, "--out", plan)
+    code, out, _ = run_main(simulator, "simulator", *planning)
+    assert (code, "slots a head for 96 tokens" in out) == (0, True)
+    pooled = ("--layout", "pooled", "--capacity", plan)
+    compare = ("compare", *common, "--chunk", 4, "--policy", "full", "--policy", spec)
+    assert corm(*compare, *pooled, "--json", report)[0] == 0
+    full, small = json.loads(report.read_text())["rows"]
+    assert corm(*compare, "--json", report)[0] == 0
+    _, large = json.loads(report.read_text())["rows"]
+    assert small["kv_bytes_allocated"] < large["kv_bytes_allocated"] < 1.1 * full["kv_bytes_allocated"]
+    assert small["overflow"] < 0.02 * 96 * 2 * 3  # a replay leaves out what evictions change in later layers' queries
+    assert small["nll"] == pytest.approx(large["nll"], abs=0.01)
+    code, out, _ = corm(
+        *("generate", "--model", model, "--prompt", "a b", "--max-new-tokens", 3, "--chunk", 4, "--policy", spec),
+        *pooled,
+    )
+    assert (code, "overflow 0" in out) == (0, True)
+    for arguments, message in [
+        ((*compare, "--capacity", plan), "is for pools: add --layout pooled"),
+        (
+            ("compare", *common, "--chunk", 4, "--policy", "full", *pooled),
+            f"is for --policy {spec}, which is not among",
+        ),
+        (("compare", *common, "--policy", spec, *pooled), "is for --chunk 4, not 1"),
+        ((*compare, "--layout", "pooled", "--capacity", tmp_path / "none"), "cannot read the plan"),
+        ((*compare, "--layout", "pooled", "--capacity", 3), "capacity 3 cannot hold a chunk (4 keys)"),
+    ]:
+        code, _, err = corm(*arguments)
+        assert (code, message in err) == (2, True), err
+    another = json.loads(plan.read_text())
+    another["capacity"][1] = 0
+    plan.write_text(json.dumps(another))
+    code, _, err = corm(*compare, *pooled)
+    assert (code, "gives layer 1 0 slots a head" in err) == (2, True)
+    another["capacity"] = [5, 5]
+    plan.write_text(json.dumps(another))
+    code, _, err = corm(*compare, *pooled)
+    assert (code, "the plan is for 2 layers" in err) == (2, True)
