@@ -288,14 +288,15 @@ def _plot(job: Job, spec, out, layer, head, start):
 @click.option("--policy", "spec", default=DEFAULT_POLICY, show_default=True, metavar="SPEC")
 @click.option("--chunk", type=_at_least_1, default=1, show_default=True, help="tokens between evictions")
 @click.option("--overflow", type=float, default=0.001, show_default=True, help="share of keys that may lack a slot")
+@click.option("--spare", type=float, default=0.05, show_default=True, help="share of slots on top, for other texts")
 @click.option("--tokens", type=_at_least_1, help="how many, from the start  [default: all]")
 @click.option("--out", type=_file, required=True, help="the file to write: a --capacity for --layout pooled")
-def _plan(paths, spec, chunk, overflow, tokens, out):
+def _plan(paths, spec, chunk, overflow, spare, tokens, out):
     """Size the pools of --layout pooled, so that few keys of any TRACE go for want of a slot."""
     check_writable(out)
     traces = [Trace.open(path).part(steps=tokens) for path in paths]
     with _bar(spec, sum(trace.meta.layers for trace in traces)) as progress:
-        made = planner.plan(traces, spec, chunk=chunk, overflow=overflow, progress=progress)
+        made = planner.plan(traces, spec, chunk=chunk, overflow=overflow, spare=spare, progress=progress)
     made.save(out)
     slots, most = np.array(made.capacity), int(np.argmax(made.capacity))
     print(

@@ -1,5 +1,6 @@
 """Sizes pools after traces: how many slots the heads of a layer need together, so that few keys go for want of one."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -17,6 +18,7 @@ def plan(
     *,
     chunk: int = 1,
     overflow: float = 0.001,
+    spare: float = 0.0,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Plan:
     """Pools that suffice on every trace, but for a share of the keys.
@@ -34,10 +36,11 @@ def plan(
       spec: the policy, as on the command line.
       chunk: tokens between evictions, in the replay and in use.
       overflow: the share of keys that may go for want of a slot.
+      spare: a share of slots on top, since other texts want more here and less there.
       progress: called with the number of layers done, over all traces.
 
     Raises:
-      CormError: for traces of different models, a share outside [0, 1), and as `simulator.replay.replay`.
+      CormError: for traces of different models, a share that cannot be, and as `simulator.replay.replay`.
 
     >>> from simulator.synthetic import noise
     >>> plan([noise(layers=2, steps=64)], "corm:window=8,recent=4", overflow=0.0).capacity
@@ -47,6 +50,8 @@ def plan(
         raise CormError("there is no trace to plan on: give at least one")
     if not 0 <= overflow < 1:
         raise CormError(f"overflow must be a share of the keys in [0, 1), not {overflow}")
+    if not spare >= 0:
+        raise CormError(f"spare must be a share from 0 up, not {spare}")
     shapes = {(t.meta.model, t.meta.layers, t.meta.kv_heads, t.meta.head_dim) for t in traces}
     if len(shapes) > 1:
         raise CormError(f"the traces are of {len(shapes)} models: plan for each by itself")
@@ -68,7 +73,7 @@ def plan(
         chunk=chunk,
         tokens=min(trace.meta.steps for trace in traces),
         overflow=overflow,
-        capacity=tuple(int(slots) for slots in capacity),
+        capacity=tuple(math.ceil(slots * (1 + spare)) for slots in capacity.tolist()),
     )
 
 

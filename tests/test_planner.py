@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
@@ -76,7 +77,12 @@ def test_another_model():
         PLAN.check("n", fits)
 
 
-@pytest.mark.parametrize("options", [{"overflow": 1.0}, {"overflow": -0.1}])
+def test_spare():
+    exact, more = (planner.plan([noise(layers=2, steps=48)], "corm:window=4,recent=2", spare=s) for s in (0.0, 0.1))
+    assert more.capacity == tuple(math.ceil(slots * 1.1) for slots in exact.capacity)
+
+
+@pytest.mark.parametrize("options", [{"overflow": 1.0}, {"overflow": -0.1}, {"spare": -0.1}])
 def test_bad_shares(options):
     with pytest.raises(CormError, match="share"):
         planner.plan([noise(layers=1, steps=8)], "corm:window=4,recent=2", **options)
