@@ -31,7 +31,7 @@ SPECS = [
 ]
 
 
-@parametrize_checks(*map(parse, SPECS), examples=15)
+@parametrize_checks(*map(parse, SPECS), examples=10)
 def test_conformance(check):
     check()
 
