@@ -2,80 +2,126 @@
 
     python benchmarks/decode_speed.py [--batch 1 8] [--context 2048 8192] [--pool 0.27] [--dtype float32] [--json FILE]
 
-SmolLM2's weights; keys and values at random, since only shapes matter for time. `--pool` is the share of the full cache
-that a plan allocates (`python -m simulator plan` prints it), `--rectangle` what one size for all heads takes, that of
-the worst head. "off" is plain masked attention over as many slots; "on" is CORM with w = r = 256 and group=mean.
+SmolLM2's weights, or random ones for so many `--layers` in the shape of Llama 2 7B (`--model llama-2-7b`); keys and
+values at random, since only shapes matter for time. `--pool` is the share of the full cache that a plan allocates
+(`python -m simulator plan` prints it), `--rectangle` what one size for all heads takes, that of the worst head. "off"
+is plain masked attention over as many slots; "on" is CORM with w = r = 256 and group=mean.
 
-Configurations take turns, 16 tokens at a time, in one process; the time is the median over the rounds, and ratios are
-those of times in the same rounds. `roofline` is the time that the weights and the cache, read once, take at the
-bandwidth with which this machine reads 512 MiB (a matrix times a vector), over the time measured.
+All programs are compiled first. Configurations then take turns, 16 tokens at a time, in one process; the time is the
+median over the rounds, and ratios are those of times in the same rounds. With `--apart` one ends before the next
+begins, for caches that do not fit into memory together; one that does not fit by itself has no time. `roofline` is the
+time that the weights and the cache, read once, take at the bandwidth with which this machine reads 2 GiB (a matrix
+times a vector), over the time measured.
 """
 
 import argparse
+import dataclasses
+import os
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 import corm_jax as cj
 from corm_jax.files import write_json
 from corm_jax.generation import STRETCH
 
 CORM = cj.Corm(window=256, recent=256, group="mean")
-MIB, DIGITS = 2**20, {"ms": 1, "faster": 2, "roofline": 2}
+LLAMA = cj.Config(vocab=32000, dim=4096, hidden=11008, layers=32, heads=32, kv_heads=32, head_dim=128)
+MIB, DIGITS = 2**20, {"allocated": 1, "ms": 2, "faster": 2, "roofline": 2}
 
 
 class Contender(NamedTuple):
-    """A configuration, its caches between two turns, and the times of its turns so far."""
+    """A configuration."""
 
+    batch: int
+    context: int
     layout: str
     policy: Any
-    caches: Any
     slots: int
-    seconds: list[float]
+
+    def make_caches(self, model):
+        return model.make_caches(self.policy, batch=self.batch, capacity=self.slots, pooled=self.layout == "pooled")
+
+    def arguments(self, model, caches):
+        logits, done = jnp.zeros((self.batch, model.config.vocab)), jnp.zeros(self.batch, bool)
+        numbers = np.int32(STRETCH), np.zeros(0, np.int32), np.float32(0), np.float32(1)
+        return model, self.policy, caches, logits, jax.random.key(0), done, *numbers
+
+    def lower(self, model):
+        caches = jax.eval_shape(partial(self.make_caches, model))
+        return cj.decode.lower(*self.arguments(model, caches), steps=STRETCH)
+
+    def filled(self, model, room: int):
+        """Caches that hold all the keys they can, but for room to decode, in no particular order."""
+        rng, kv_heads, full = np.random.default_rng(0), model.config.kv_heads, self.slots - room
+        keys = np.full((kv_heads, self.slots), -1, np.int32)
+        keys[:, :full] = np.arange(self.context - full, self.context)
+        heads, order = np.repeat(np.arange(kv_heads, dtype=np.int32), self.slots), rng.permutation(keys.size)
+        pooled, caches = self.layout == "pooled", []
+        for layer, cache in enumerate(self.make_caches(model)):
+            k, v = (jax.random.normal(jax.random.key(2 * layer + n), cache.k.shape, cache.k.dtype) for n in (0, 1))
+            position = jnp.asarray(keys.reshape(-1)[order] if pooled else keys)
+            cache = cache._replace(
+                k=k,
+                v=v,
+                position=jnp.tile(position, (self.batch, *(1,) * position.ndim)),
+                state=jax.tree.map(lambda leaf: jnp.full_like(leaf, self.context), cache.state),  # all just asked for
+                seen=jnp.full(self.batch, self.context, jnp.int32),
+                head=jnp.tile(jnp.asarray(heads[order]), (self.batch, 1)) if pooled else None,
+            )
+            caches.append(cache)
+        return tuple(caches)
 
 
-def filled(model, policy, batch: int, slots: int, context: int, room: int, pooled: bool):
-    """Caches that hold all the keys they can, but for room to decode, in no particular order."""
-    rng, config = np.random.default_rng(0), model.config
-    keys = np.full((config.kv_heads, slots), -1, np.int32)
-    keys[:, : slots - room] = np.arange(context - (slots - room), context)
-    heads, order = np.repeat(np.arange(config.kv_heads, dtype=np.int32), slots), rng.permutation(keys.size)
-    caches = []
-    for cache in model.make_caches(policy, batch=batch, capacity=slots, pooled=pooled):
-        k, v = (jnp.asarray(rng.normal(size=x.shape[1:]).astype("f"), x.dtype) for x in (cache.k, cache.v))
-        position = jnp.asarray(keys.reshape(-1)[order] if pooled else keys)
-        cache = cache._replace(
-            k=jnp.tile(k, (batch, *(1,) * k.ndim)),
-            v=jnp.tile(v, (batch, *(1,) * v.ndim)),
-            position=jnp.tile(position, (batch, *(1,) * position.ndim)),
-            state=jax.tree.map(lambda leaf: jnp.full_like(leaf, context), cache.state),  # all just asked for
-            seen=jnp.full(batch, context, jnp.int32),
-            head=jnp.tile(jnp.asarray(heads[order]), (batch, 1)) if pooled else None,
-        )
-        caches.append(cache)
-    return tuple(caches)
+def race(model, programs: dict[Contender, Any], rounds: int) -> dict[Contender, tuple[np.ndarray, int]]:
+    """Seconds of each turn, and the bytes allocated."""
+    caches = {one: one.filled(model, STRETCH * (rounds + 1)) for one in programs}
+    seconds = {one: [] for one in programs}
+    for index in range(rounds + 1):
+        for one, program in programs.items():
+            arguments = one.arguments(model, caches[one])
+            started = time.perf_counter()
+            caches[one] = jax.block_until_ready(program(*arguments)[-1])
+            if index:  # the first warms up
+                seconds[one].append(time.perf_counter() - started)
+    return {one: (np.array(seconds[one]), cj.usage(caches[one]).bytes_allocated) for one in programs}
 
 
-def turn(model, contender: Contender) -> tuple[float, Any]:
-    """Decodes a stretch; returns the seconds and the caches."""
-    batch = contender.caches[0].seen.shape[0]
-    logits, done = jnp.zeros((batch, model.config.vocab)), jnp.zeros(batch, bool)
-    numbers = np.int32(STRETCH), np.zeros(0, np.int32), np.float32(0), np.float32(1)
-    started = time.perf_counter()
-    *_, caches = cj.decode(
-        model, contender.policy, contender.caches, logits, jax.random.key(0), done, *numbers, steps=STRETCH
-    )
-    jax.block_until_ready(caches)
-    return time.perf_counter() - started, caches
+def measure(model, programs: dict[Contender, Any], rounds: int, apart: bool, bandwidth: float):
+    """Rows of the table, for one batch and context."""
+    times = {}
+    for group in [{one: program} for one, program in programs.items()] if apart else [programs]:
+        try:
+            times |= race(model, group, rounds)
+        except jax.errors.JaxRuntimeError as error:
+            if not apart or "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
+    first = next((times[one][0] for one in times if one.layout == "full"), None)
+    for one in programs:
+        row = {x: getattr(one, x) for x in ("batch", "context", "layout", "slots")} | dict.fromkeys(DIGITS)
+        row["policy"] = "on" if one.policy is CORM else "off"
+        if one in times:
+            seconds, allocated = times[one]
+            shapes = jax.eval_shape(partial(one.make_caches, model))
+            moved = weights + sum(x.size * x.dtype.itemsize for cache in shapes for x in (cache.k, cache.v))
+            row |= {"ms": float(1e3 * np.median(seconds) / STRETCH), "allocated": allocated / MIB}
+            row["faster"] = None if first is None else float(np.median(first / seconds))
+            row["roofline"] = float(moved / bandwidth / (np.median(seconds) / STRETCH))
+        yield row
 
 
 def read_bandwidth() -> float:
     """Bytes a second of a matrix that no cache holds, times a vector."""
-    matrix, vector = jnp.ones((512 * MIB // 4 // 1024, 1024)), jnp.ones(1024)
+    matrix, vector = jnp.ones((2**19, 1024)), jnp.ones(1024)
     times, seconds = jax.jit(lambda x, y: x @ y), []
     for _ in range(6):
         started = time.perf_counter()
@@ -84,65 +130,51 @@ def read_bandwidth() -> float:
     return matrix.nbytes / min(seconds)
 
 
-def measure(model, batch: int, context: int, shares: dict[str, float], rounds: int, bandwidth: float):
-    """Rows of the table, for one batch and context."""
-    room = STRETCH * (rounds + 1)
-    contenders = [
-        Contender(layout, policy, filled(model, policy, batch, slots, context, room, layout == "pooled"), slots, [])
-        for layout, share in shares.items()
-        for slots in [int(share * context) + room]
-        for policy in ((cj.Full(),) if layout == "full" else (cj.Full(), CORM))
-    ]
-    for index in range(rounds + 1):
-        for place, contender in enumerate(contenders):
-            seconds, caches = turn(model, contender)
-            contenders[place] = contender._replace(caches=caches)
-            if index:  # the first compiles
-                contender.seconds.append(seconds)
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
-    full = np.array(contenders[0].seconds)
-    for contender in contenders:
-        seconds = np.array(contender.seconds)
-        keys = sum(cache.k.nbytes + cache.v.nbytes for cache in contender.caches)
-        yield {
-            "batch": batch,
-            "context": context,
-            "layout": contender.layout,
-            "policy": "on" if contender.policy is CORM else "off",
-            "slots": contender.slots,
-            "ms": float(1e3 * np.median(seconds) / STRETCH),
-            "faster": float(np.median(full / seconds)),
-            "allocated": cj.usage(contender.caches).bytes_allocated,
-            "roofline": float((weights + keys) / bandwidth / (np.median(seconds) / STRETCH)),
-        }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=["smollm2-135m", "llama-2-7b"], default="smollm2-135m")
+    parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--context", nargs="+", type=int, default=[2048, 8192])
+    parser.add_argument("--layouts", nargs="+", default=["full", "rectangular", "pooled"])
     parser.add_argument("--pool", type=float, default=0.27)
     parser.add_argument("--rectangle", type=float, default=0.9)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--apart", action="store_true")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    model, _ = cj.load(dtype=jnp.dtype(arguments.dtype))
-    bandwidth = read_bandwidth()
-    device = jax.devices()[0]
-    print(f"{device.device_kind}, {arguments.dtype}; it reads {bandwidth / 1e9:.1f} GB/s\n")
+    dtype, name = jnp.dtype(arguments.dtype), arguments.model
+    if name == "llama-2-7b":
+        model = cj.Llama(dataclasses.replace(LLAMA, layers=arguments.layers), dtype=dtype, rngs=nnx.Rngs(0))
+        name = f"{name}, {arguments.layers} random layers"
+    else:
+        model, _ = cj.load(dtype=dtype)
+    shares = {"full": 1.0, "rectangular": arguments.rectangle, "pooled": arguments.pool}
+    room, contenders = STRETCH * (arguments.rounds + 1), []
+    for batch, context, layout in product(arguments.batch, arguments.context, arguments.layouts):
+        slots = int(shares[layout] * context) + room
+        policies = [cj.Full()] if layout == "full" else [cj.Full(), CORM]
+        contenders += [Contender(batch, context, layout, policy, slots) for policy in policies]
+    lowered = [one.lower(model) for one in contenders]
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        programs = dict(zip(contenders, threads.map(lambda one: one.compile(), lowered), strict=True))
+    device, bandwidth = jax.devices()[0].device_kind, read_bandwidth()
+    print(f"{name} on {device}, {dtype}; it reads {bandwidth / 1e9:,.1f} GB/s\n")
     print("| batch | context | layout | policy | slots a head | allocated MiB | ms a token | faster | roofline |")
     print("|---|---|---|---|---|---|---|---|---|")
-    rows, shares = [], {"full": 1.0, "rectangular": arguments.rectangle, "pooled": arguments.pool}
-    for batch in arguments.batch:
-        for context in arguments.context:
-            for row in measure(model, batch, context, shares, arguments.rounds, bandwidth):
-                rows.append(row)
-                cells = [f"{batch}", f"{context:,}", row["layout"], row["policy"], f"{row['slots']:,}"]
-                cells += [f"{row['allocated'] / MIB:,.1f}", *(f"{row[x]:.{n}f}" for x, n in DIGITS.items())]
-                print(f"| {' | '.join(cells)} |", flush=True)
-    if arguments.json:
-        write_json(arguments.json, {"device": device.device_kind, "dtype": arguments.dtype, "rows": rows})
+    rows = []
+    for batch, context in product(arguments.batch, arguments.context):
+        group = {one: program for one, program in programs.items() if (one.batch, one.context) == (batch, context)}
+        for row in measure(model, group, arguments.rounds, arguments.apart, bandwidth):
+            rows.append(row)
+            cells = [f"{batch}", f"{context:,}", row["layout"], row["policy"], f"{row['slots']:,}"]
+            cells += ["-" if row[x] is None else f"{row[x]:,.{n}f}" for x, n in DIGITS.items()]
+            print(f"| {' | '.join(cells)} |", flush=True)
+        if arguments.json:
+            write_json(
+                arguments.json, {"model": name, "device": device, "dtype": f"{dtype}", "read": bandwidth, "rows": rows}
+            )
 
 
 if __name__ == "__main__":

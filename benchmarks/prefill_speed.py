@@ -1,16 +1,23 @@
-"""How fast a prompt is read: full cache, and chunks of CORM in pools, against transformers on the same weights.
+"""How fast a prompt is read, and what memory that takes: full cache, chunks of CORM in pools, transformers, kvpress.
 
-    python benchmarks/prefill_speed.py --text FILE [--plan PLAN] [--tokens 2048 8192] [--no-transformers] [--json FILE]
+    python benchmarks/prefill_speed.py --text FILE [--plan PLAN] [--tokens 2048 8192] [--ours-only] [--json FILE]
 
-The full cache reads in chunks of 256, CORM in those of the plan, in its pools; without a plan, of 64, in pools of 0.35
-of the full cache. Times without compilation, all in one process; then 16 tokens are decoded, at batch 1. transformers
-(torch, CPU) does the same with its own cache and as many threads, float32.
+The full cache reads in chunks of 256, CORM in those of the plan, in its pools; without a plan for as many tokens, in
+chunks of 64 and pools of 0.35 of the full cache. Then 48 tokens are decoded at batch 1. transformers (torch, on the
+CPU) does the same with its own cache, float32, and as many threads, and again after NVIDIA's kvpress, if it is
+installed, has compressed the prompt to as many keys as CORM keeps (SnapKV).
+
+Times are without compilation. Each contender has a process to itself, one after the other, so that its peak memory is
+its own.
 """
 
 import argparse
+import multiprocessing
 import resource
 import time
-from functools import partial
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 
 import jax
@@ -22,18 +29,19 @@ from corm_jax.generation import STRETCH
 from corm_jax.inputs import encode, text_from
 from corm_jax.plan import Plan
 
-MIB = 2**20
+GIB, MIB, TURNS = 2**30, 2**20, 3
 
 
-def ours(model, policy, ids, **how):
-    """Seconds to read and to decode a token, after a run that compiles; and the caches."""
-    chunk = how.pop("chunk")
+def ours(spec: str, ids, chunk: int, capacity, pooled: bool) -> dict:
+    """Reads and decodes after a run that compiles."""
+    model, _ = cj.load()
+    policy = cj.parse(spec)
     for prompt in (ids[:512], ids):
-        caches = model.make_caches(policy, batch=1, **how)
+        caches = model.make_caches(policy, batch=1, capacity=capacity, pooled=pooled)
         started = time.perf_counter()
         logits, caches = jax.block_until_ready(cj.prefill(model, policy, caches, [prompt], chunk=chunk))
         seconds, steps = time.perf_counter() - started, []
-        for _ in range(3):
+        for _ in range(TURNS):
             numbers = np.int32(STRETCH), np.zeros(0, np.int32), np.float32(0), np.float32(1)
             started = time.perf_counter()
             _, logits, _, caches = cj.decode(
@@ -41,30 +49,54 @@ def ours(model, policy, ids, **how):
             )
             jax.block_until_ready(caches)
             steps.append((time.perf_counter() - started) / STRETCH)
-    return seconds, min(steps), cj.usage(caches)
+    usage = cj.usage(caches)
+    size = {"live": usage.bytes_live, "allocated": usage.bytes_allocated, "overflow": int(usage.overflow.sum())}
+    return {"prefill": seconds, "decode": min(steps), "peak": peak()} | size
 
 
-def theirs(ids):
-    """The same of transformers."""
+def theirs(ids, kept: float | None) -> dict:
+    """The same of transformers, with the share ``kept`` of the prompt."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, DynamicCache
 
     from corm_jax import smollm2
+
+    def press():
+        if kept is None:
+            return nullcontext()
+        from kvpress import SnapKVPress
+
+        return SnapKVPress(compression_ratio=1 - kept)(model)
 
     path = smollm2.model_file()
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
     with torch.no_grad():
         for prompt in (ids[:512], ids):
+            cache = DynamicCache()
             started = time.perf_counter()
-            out = model(torch.tensor([prompt]), use_cache=True, logits_to_keep=1)
-            seconds, steps = time.perf_counter() - started, []
-            for _ in range(3):
+            with press():
+                out = model(torch.tensor([prompt]), past_key_values=cache, logits_to_keep=1)
+            seconds, steps, position = time.perf_counter() - started, [], len(prompt)
+            for _ in range(TURNS):
                 started = time.perf_counter()
                 for _ in range(STRETCH):
                     token = out.logits[:, -1:].argmax(-1)
-                    out = model(token, past_key_values=out.past_key_values, use_cache=True)
+                    out = model(token, past_key_values=cache, position_ids=torch.tensor([[position]]))
+                    position += 1
                 steps.append((time.perf_counter() - started) / STRETCH)
-    return seconds, min(steps), None
+    size = sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
+    return {"prefill": seconds, "decode": min(steps), "peak": peak(), "live": size, "allocated": size, "overflow": 0}
+
+
+def peak() -> int:
+    """Bytes that this process held at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def alone(run, *arguments) -> dict:
+    """In a process of its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(run, *arguments).result()
 
 
 def main() -> None:
@@ -72,46 +104,47 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--plan", type=Path)
     parser.add_argument("--tokens", nargs="+", type=int, default=[2048, 8192])
-    parser.add_argument("--no-transformers", action="store_true")
+    parser.add_argument("--ours-only", action="store_true")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     model, tokenizer = cj.load()
     words, name = text_from(arguments.text)
+    texts = {tokens: encode(model, tokenizer, words, name, tokens) for tokens in arguments.tokens}
+    config = model.config
+    del model
     plan = Plan.load(arguments.plan) if arguments.plan else None
     spec = plan.policy if plan else "corm:window=256,recent=256,group=mean"
     rows = []
-    print("| tokens | cache | prefill s | faster | decode ms | faster | live MiB | allocated MiB | overflow |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for tokens in arguments.tokens:
-        ids = encode(model, tokenizer, words, name, tokens)
-        room = 3 * STRETCH
-        if plan and tokens == plan.tokens:
-            pools = {"chunk": plan.chunk, "capacity": plan.capacity, "pooled": True}
-        else:
-            pools = {"chunk": 64, "capacity": int(0.35 * tokens) + 64 + room, "pooled": True}
-        contenders = {
-            "full": partial(ours, model, cj.Full(), ids, chunk=256, capacity=tokens + room),
-            f"{spec}, pooled": partial(ours, model, cj.parse(spec), ids, **pools),
-        }
-        if not arguments.no_transformers:
-            contenders["transformers"] = partial(theirs, ids)
-        first = None
-        for cache, run in contenders.items():
-            prefill, decode, usage = run()
-            first = first or (prefill, decode)
-            row = {"tokens": tokens, "cache": cache, "prefill": prefill, "decode": decode}
-            bytes_ = (usage.bytes_live, usage.bytes_allocated, int(usage.overflow.sum())) if usage else None
-            rows.append(row | {"live_allocated_overflow": bytes_})
-            print(
-                f"| {tokens:,} | {cache} | {prefill:.1f} | {first[0] / prefill:.2f} | {1e3 * decode:.1f} "
-                f"| {first[1] / decode:.2f} | "
-                + (f"{bytes_[0] / MIB:.1f} | {bytes_[1] / MIB:.1f} | {bytes_[2]} |" if bytes_ else "- | - | - |"),
-                flush=True,
-            )
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(f"\npeak memory of the process: {peak / 2**30:.2f} GiB")
+    print(
+        "| tokens | cache | prefill s | faster | decode ms | faster | live MiB | allocated MiB | overflow | peak GiB |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|")
+
+    def row(tokens, cache, found):
+        first = next((one for one in rows if one["tokens"] == tokens), found)
+        rows.append({"tokens": tokens, "cache": cache} | found)
+        faster = [first[x] / found[x] for x in ("prefill", "decode")]
+        print(
+            f"| {tokens:,} | {cache} | {found['prefill']:.1f} | {faster[0]:.2f} | {1e3 * found['decode']:.1f} "
+            f"| {faster[1]:.2f} | {found['live'] / MIB:.1f} | {found['allocated'] / MIB:.1f} | {found['overflow']:,} "
+            f"| {found['peak'] / GIB:.2f} |",
+            flush=True,
+        )
+        return found
+
+    for tokens, ids in texts.items():
+        room = TURNS * STRETCH
+        pools = (plan.chunk, plan.capacity) if plan and tokens == plan.tokens else (64, int(0.35 * tokens) + 64 + room)
+        row(tokens, "full", alone(ours, "full", ids, 256, tokens + room, False))
+        corm = row(tokens, f"{spec}, pooled", alone(ours, spec, ids, *pools, True))
+        if arguments.ours_only:
+            continue
+        row(tokens, "transformers", alone(theirs, ids, None))
+        if find_spec("kvpress"):
+            kept = corm["live"] / (2 * 4 * config.layers * config.kv_heads * config.head_dim * tokens)
+            row(tokens, f"transformers, kvpress SnapKV, {kept:.2f} kept", alone(theirs, ids, kept))
     if arguments.json:
-        write_json(arguments.json, {"rows": rows, "peak": peak})
+        write_json(arguments.json, {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -37,14 +37,20 @@ def attend(
       owned: whose keys the slots hold, as in `Slots`; None in a rectangle. In a pool every query meets every slot of
         the layer, and those that its head does not own are masked: kv_heads times the products, but each key and each
         value is read once, which is what takes the time when there are few queries. For many, see
-        `corm_jax.cache.paged`.
+        `corm_jax.cache.paged`; for one on an NVIDIA GPU, `corm_jax.kernel`.
 
     Returns:
       The output, in the dtype of ``q``, and what the policy gets to see. ``seen`` only passes through to the latter.
     """
     rows, scale = q.transpose(1, 2, 0, 3), q.shape[-1] ** -0.5
-    attended = _attend_pool if k.ndim == 2 else _attend_pages
-    output, weights, total = attended(rows, k, v, visible, owned, scale)
+    attended = partial(_attend_pool if k.ndim == 2 else _attend_pages, scale=scale)
+    if k.ndim == 2 and jax.default_backend() == "gpu":
+        from corm_jax import kernel  # only where it is of use: Pallas takes its time to import
+
+        if kernel.supports(rows, k):
+            one_pass = partial(kernel.attend_pool, scale=scale)
+            attended = partial(jax.lax.platform_dependent, cuda=one_pass, default=attended)
+    output, weights, total = attended(rows, k, v, visible, owned)
     times = seen.reshape(-1, *(1,) * (visible.ndim - 1))
     return output.transpose(2, 0, 1, 3).astype(q.dtype), Observation(weights, total, visible, times, k)
 

@@ -20,6 +20,9 @@ from corm_jax.types import EMPTY, ENDLESS, Caches, CacheSpec, Capacity, LayerCac
 PAGE = 128
 """Slots of a page, unless the cache is small. Does not change results."""
 
+RUN = 32
+"""Slots that are searched together for free ones. Does not change results."""
+
 
 def make_cache(policy: Policy, spec: CacheSpec, batch: int | None = None) -> LayerCache:
     """An empty cache for one layer: of one sequence, or of a batch, each leaf then with a leading ``batch`` axis.
@@ -87,9 +90,8 @@ def insert(
     view = slots(cache)._replace(seen=cache.seen + count)
     held = view if cache.head is None else Slots((cache.position * kv_heads + cache.head)[None], view.seen, view.prompt)
     short = held.total(held.live) + count * each - held.position.shape[1]
-    lost = held.lowest(by_store(policy.rank(cache.state, view)), short)
-    # The first free slots: of all that is as short to say, XLA on the CPU is fastest at this.
-    slot = jax.lax.top_k(((held.position < 0) | lost).astype(jnp.float32), tokens * each)[1]
+    lost = held.lowest(by_store(policy.rank(cache.state, view)), short, most=tokens * each)
+    slot = _first((held.position < 0) | lost, tokens * each)
     arrives = jnp.arange(tokens * each) < count * each
     target = jnp.where(arrives, slot, held.position.shape[1])  # out of bounds, so dropped
     store = jnp.arange(stores)[:, None]
@@ -117,6 +119,20 @@ def insert(
         overflow=cache.overflow + (loser[..., None] == jnp.arange(kv_heads)).sum((0, 1), dtype=jnp.int32),
         head=None if cache.head is None else write(cache.head, whose),
     )
+
+
+def _first(free: Bool[Array, "stores slots"], count: int) -> Int[Array, "stores {count}"]:
+    """Where the first ``count`` free slots are; anywhere, of those beyond the last.
+
+    First the run of slots that holds each of them, then its place in the run: no sort, and little to add up.
+    """
+    runs = jnp.pad(free, ((0, 0), (0, -free.shape[1] % RUN))).reshape(len(free), -1, RUN)
+    size = runs.sum(-1)
+    until, nth = jnp.cumsum(size, -1), jnp.arange(count)
+    run = jnp.minimum((until[:, None] <= nth[:, None]).sum(-1), runs.shape[1] - 1)
+    earlier = jnp.take_along_axis(until - size, run, 1)
+    inside = jnp.cumsum(jnp.take_along_axis(runs, run[..., None], 1), -1)
+    return RUN * run + (inside <= (nth - earlier)[..., None]).sum(-1)
 
 
 def paged(cache: LayerCache) -> tuple[LayerCache, Int[Array, "pages size"]]:

@@ -114,11 +114,12 @@ class Slots(NamedTuple):
         """The same with those slots alone; the others count as empty."""
         return self._replace(position=jnp.where(some, self.position, EMPTY))
 
-    def lowest(self, rank: Num[Array, "*slots"], count: PerHead) -> Bool[Array, "*slots"]:
+    def lowest(self, rank: Num[Array, "*slots"], count: PerHead, most: int | None = None) -> Bool[Array, "*slots"]:
         """Which live slots are among the ``count`` of their head that rank lowest, among equals the oldest first.
 
-        ``count`` may differ by head. A few are found one by one (a policy on a budget loses one a step), many by
-        sorting. Both are loops that need not run at all, which `jax.lax.cond` under `jax.vmap` cannot be.
+        ``count`` may differ by head; ``most``, if given, is what none exceeds. A few are found one by one (a policy on
+        a budget loses one a step), many by sorting. Both are loops that need not run at all, which `jax.lax.cond`
+        under `jax.vmap` cannot be.
         """
         live = self.total(self.live)
         count = jnp.clip(jnp.broadcast_to(jnp.asarray(count, jnp.int32), live.shape), 0, live)
@@ -135,7 +136,8 @@ class Slots(NamedTuple):
             return self.live & (place < self.spread(found[1])), 0 * count
 
         found = jnp.zeros_like(self.live), count
-        found = jax.lax.while_loop(lambda found: (found[1] > FEW).any(), many, found)
+        if most is None or most > FEW:
+            found = jax.lax.while_loop(lambda found: (found[1] > FEW).any(), many, found)
         return jax.lax.while_loop(lambda found: (found[1] > 0).any(), some, found)[0]
 
     def lowest_of_layer(self, rank: Num[Array, "*slots"], count: PerHead) -> Int[Array, " kv_heads"]:

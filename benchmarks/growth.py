@@ -1,0 +1,79 @@
+"""How the live set of CORM and the cost of a token grow with the text, from 1k tokens on.
+
+    python benchmarks/growth.py --text FILE --plan PLAN [--tokens 32768] [--json FILE]
+
+SmolLM2 reads the text in one go, in the chunks of the plan, in pools that grow from the plan's in proportion to the
+text. `live` is the share of all keys, `new` that of the keys since the row before. Then a token is decoded from pools
+with room for just the live keys, and from full caches as long, all taking turns; keys and values are random there,
+since only shapes matter for time.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from decode_speed import CORM, Contender, race
+
+import corm_jax as cj
+from corm_jax.console import progress_bar
+from corm_jax.files import write_json
+from corm_jax.generation import STRETCH
+from corm_jax.inputs import encode, text_from
+from corm_jax.perplexity import read
+from corm_jax.plan import Plan
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--plan", type=Path, required=True)
+    parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    model, tokenizer = cj.load()
+    ids = encode(model, tokenizer, *text_from(arguments.text), arguments.tokens)
+    plan = Plan.load(arguments.plan)
+    policy, capacity = cj.parse(plan.policy), [size * arguments.tokens // plan.tokens for size in plan.capacity]
+    with progress_bar() as progress:
+        task = progress.add_task(plan.policy, total=len(ids))
+        reading = read(
+            model,
+            policy,
+            ids,
+            capacity=capacity,
+            pooled=True,
+            chunk=plan.chunk,
+            progress=lambda done: progress.update(task, completed=done),
+        )
+    at, room = 1024 * 2 ** np.arange(int(np.log2(arguments.tokens / 1024)) + 1), STRETCH * (arguments.rounds + 1)
+    heads = model.config.layers * model.config.kv_heads
+    live = [int(reading.live[:, np.searchsorted(reading.seen, tokens)].sum()) for tokens in at]
+    contenders = {}
+    for tokens, keys in zip(at.tolist(), live, strict=True):
+        pool = Contender(1, tokens, "pooled", CORM, -(-keys // heads) + room)
+        full = Contender(1, tokens, "full", cj.Full(), tokens + room)
+        contenders |= {one: one.lower(model).compile() for one in (full, pool)}
+    times = race(model, contenders, arguments.rounds)
+    seconds = [float(np.median(found) / STRETCH) for found, _ in times.values()]
+    overflow = int(reading.usage.overflow.sum())
+    print(f"{plan.policy}, chunks of {plan.chunk}; {overflow:,} of {heads * len(ids):,} keys lacked a slot\n")
+    print("| tokens | NLL | live | new | live keys a head | full: ms a token | pooled: ms a token | faster |")
+    print("|---|---|---|---|---|---|---|---|")
+    rows, before = [], (0, 0)
+    for row, (tokens, keys) in enumerate(zip(at.tolist(), live, strict=True)):
+        new = (keys - before[1]) / heads / (tokens - before[0])
+        nll = float(reading.nll[before[0] : tokens].mean())
+        full, pooled = (1e3 * x for x in seconds[2 * row : 2 * row + 2])
+        rows.append({"tokens": tokens, "nll": nll, "live": keys / heads / tokens, "full": full, "pooled": pooled})
+        print(
+            f"| {tokens:,} | {nll:.3f} | {keys / heads / tokens:.3f} | {new:.3f} | {keys / heads:,.0f} | {full:.1f} "
+            f"| {pooled:.1f} | {full / pooled:.2f} |"
+        )
+        before = tokens, keys
+    if arguments.json:
+        write_json(arguments.json, {"overflow": overflow, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
