@@ -16,6 +16,7 @@ import numpy as np
 from corm_jax import console, inputs, plots, recording
 from corm_jax.cache import check_prompt, prompt_of, slots_for, usage
 from corm_jax.errors import CormError
+from corm_jax.evaluation import cli as evaluation
 from corm_jax.files import check_writable, write_json
 from corm_jax.fitting import PASSES, fitted
 from corm_jax.generation import stream
@@ -33,7 +34,6 @@ except ModuleNotFoundError as error:
 
 MIB = 2**20
 DEFAULT_POLICIES = ("full", "corm:window=256,recent=256", "corm:window=64,recent=64")
-DTYPES = ("float32", "bfloat16")
 STORED = ("float32", "float16", "bfloat16")
 
 
@@ -47,20 +47,7 @@ def corm():
     """Read and generate text through evicting key-value caches."""
 
 
-def _options(*options):
-    def decorate(command):
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorate
-
-
-_model_options = _options(
-    click.option("--model", default="smollm2-135m", show_default=True, help="name, directory, .gguf or hub id"),
-    click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True),
-)
-_cache_options = _options(
+_cache_options = console.options(
     click.option(
         "--capacity", metavar="SLOTS", help="slots a key-value head, or a plan  [default: all that could be needed]"
     ),
@@ -80,7 +67,7 @@ _cache_options = _options(
         help="without a free slot: the policy's lowest rank goes, or stop",
     ),
 )
-_text_options = _options(
+_text_options = console.options(
     click.option(
         "--text", type=click.Path(path_type=Path), help="a UTF-8 file  [default: Python's language reference]"
     ),
@@ -89,7 +76,7 @@ _text_options = _options(
 
 
 @corm.command()
-@_model_options
+@console.model_options
 @_cache_options
 @_text_options
 @click.option("--policy", "specs", multiple=True, metavar="SPEC", help="name:key=value,...; repeat to compare")
@@ -157,7 +144,7 @@ def compare(model, dtype, capacity, layout, chunk, overflow, text, tokens, specs
 
 
 @corm.command()
-@_model_options
+@console.model_options
 @_cache_options
 @click.option("--prompt", help="the prompt's text")
 @click.option("--prompt-file", type=click.Path(path_type=Path), help="a UTF-8 file that holds it")
@@ -222,7 +209,7 @@ def generate(
 
 
 @corm.command()
-@_model_options
+@console.model_options
 @_text_options
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="the directory to make")
 @click.option("--store", type=click.Choice(STORED), default="float32", show_default=True, help="round the values to it")
@@ -252,7 +239,9 @@ def record(model, dtype, text, tokens, out, store):
         kv_heads=config.kv_heads,
         head_dim=config.head_dim,
         scale=config.head_dim**-0.5,
-        model=model if dtype == DTYPES[0] else f"{model} ({dtype})",  # what differs must not go on from the other
+        model=model
+        if dtype == console.DTYPES[0]
+        else f"{model} ({dtype})",  # what differs must not go on from the other
         dtype=store,
         tokens=tuple(ids),
         pieces=tuple(tokenizer.pieces(ids)),
@@ -289,6 +278,10 @@ def policies():
     for name, meaning in COMBINATORS.items():
         table.add_row("", name, "none", meaning)
     console.output().print(table)
+
+
+for command in (evaluation.evaluate, evaluation.report, evaluation.analyse):
+    corm.add_command(command)
 
 
 class Sizes(NamedTuple):

@@ -1,6 +1,7 @@
-"""What command lines share: tables, progress bars, and errors in one line."""
+"""What command lines share: tables, progress bars, errors in one line, and the options that choose a model."""
 
 import sys
+from collections.abc import Callable
 from typing import NoReturn
 
 from corm_jax.errors import CormError
@@ -18,6 +19,26 @@ try:
     )
 except ModuleNotFoundError as error:
     sys.exit(f"corm: {error.name} is not installed: pip install 'corm-jax[cli]'")
+
+
+DTYPES = ("float32", "bfloat16")
+
+
+def options(*several: Callable) -> Callable:
+    """Options that go together, as one decorator."""
+
+    def decorate(command):
+        for option in reversed(several):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+model_options = options(
+    click.option("--model", default="smollm2-135m", show_default=True, help="name, directory, .gguf or hub id"),
+    click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True),
+)
 
 
 def run(command: click.Group, name: str) -> NoReturn:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int
 
 from corm_jax import cache
 from corm_jax.errors import CormError
@@ -74,14 +75,7 @@ def read(
         raise CormError(f"a text of {len(tokens)} tokens leaves nothing to predict: it takes at least 2")
     capacity = cache.slots_for(policy, capacity, len(tokens), chunk)
     cache.check_prompt(policy, capacity, prompt := cache.prompt_of(policy, prompt, len(tokens)))
-    # The prompt ends a chunk: what follows is read after the eviction that waits for it.
-    parts = [Blocks.cut([part], model.config.vocab, chunk) for part in (tokens[:prompt], tokens[prompt:]) if len(part)]
-    blocks, counts = (np.concatenate(x) for x in zip(*((part.tokens[0], part.count) for part in parts), strict=True))
-    targets, start = np.zeros_like(blocks), 0
-    for row, (count,) in zip(targets, counts, strict=True):
-        following = tokens[start + 1 : start + 1 + int(count)]
-        row[: len(following)] = following
-        start += int(count)
+    blocks, targets, counts = cut(tokens, prompt, model.config.vocab, chunk)
     caches = model.make_caches(policy, batch=1, capacity=capacity, pooled=pooled)
     caches = cache.expect(caches, np.array([prompt], np.int32))
     check_overflow(caches, overflow)
@@ -106,6 +100,23 @@ def read(
             f"the model's prediction of token {where} is not a number: are the weights sound in this dtype?"
         )
     return Reading(nll, np.concatenate(live, axis=1), np.array(seen[1:]), cache.usage(caches), seconds)
+
+
+def cut(
+    tokens: Sequence[int], prompt: int, vocab: int, chunk: int
+) -> tuple[Int[np.ndarray, "blocks block"], Int[np.ndarray, "blocks block"], Int[np.ndarray, "blocks 1"]]:
+    """A text in blocks, what each token is followed by, and how many are real. The prompt ends a chunk.
+
+    So what follows the prompt is read after the eviction that waits for its end.
+    """
+    parts = [Blocks.cut([part], vocab, chunk) for part in (tokens[:prompt], tokens[prompt:]) if len(part)]
+    blocks, counts = (np.concatenate(x) for x in zip(*((part.tokens[0], part.count) for part in parts), strict=True))
+    targets, start = np.zeros_like(blocks), 0
+    for row, (count,) in zip(targets, counts, strict=True):
+        following = tokens[start + 1 : start + 1 + int(count)]
+        row[: len(following)] = following
+        start += int(count)
+    return blocks, targets, counts
 
 
 @partial(jax.jit, static_argnames="chunk", donate_argnames="caches")

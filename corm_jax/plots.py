@@ -1,5 +1,6 @@
-"""The picture of a comparison: quality against memory, and where in the model the keys are kept."""
+"""Pictures: quality against memory, and where in the model the keys are kept."""
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -42,3 +43,65 @@ def compare(result: dict[str, Any], path: Path) -> None:
     figure.legend(loc="outside lower center", ncols=min(3, len(result["rows"])), fontsize="small", handles=layers.lines)
     with whole_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
+
+
+def frontier(lines: Sequence[Any], path: Path) -> None:
+    """Draws quality against memory, a panel for each task, into a PNG file: `corm_jax.evaluation.summary.Line`."""
+    from matplotlib.figure import Figure
+
+    tasks = list(dict.fromkeys(line.task for line in lines))
+    colors = {name: f"C{index}" for index, name in enumerate(dict.fromkeys(_rule(line) for line in lines))}
+    columns = min(3, len(tasks))
+    height = -(-len(tasks) // columns)
+    figure = Figure(figsize=(4.2 * columns, 0.8 + 3.4 * height), layout="constrained")
+    panels = figure.subplots(height, columns, squeeze=False).flat
+    for panel, task in zip(panels, tasks, strict=False):
+        for line in (line for line in lines if line.task == task):
+            measure, found = next(iter(line.measures.items()))
+            color = colors[_rule(line)]
+            below, above = (max(x, 0.0) for x in (found.mean - found.low, found.high - found.mean))
+            error = [[below], [above]] if below + above < float("inf") else None
+            panel.errorbar(line.live / line.full, found.mean, error, fmt="o", color=color, linewidth=1)
+            panel.plot(line.allocated / line.full, found.mean, "o", color=color, markerfacecolor="none")
+            panel.set(xlabel="of the full cache's bytes", ylabel=measure, title=task)
+        panel.set_xlim(0, 1.1)
+    for panel in list(panels):  # those left over
+        panel.set_visible(False)
+    handles = [figure.axes[0].plot([], [], "o", color=color, label=name)[0] for name, color in colors.items()]
+    handles.append(figure.axes[0].plot([], [], "o", color="grey", markerfacecolor="none", label="allocated")[0])
+    figure.legend(loc="outside lower center", ncols=min(5, len(handles)), fontsize="small", handles=handles)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+def analysis(found: dict[str, Any], path: Path) -> None:
+    """Draws what `corm_jax.evaluation.analysis.analyse` found into a PNG file."""
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    sparsity, similarity, coverage, kept = figure.subplots(2, 2).flat
+    image = sparsity.imshow(np.array(found["sparsity"]).T, aspect="auto", vmin=0, vmax=1, cmap="viridis")
+    figure.colorbar(image, ax=sparsity)
+    sparsity.set(xlabel="layer", ylabel="query head", title="Attention is sparse: share of keys below 1/t")
+    for panel, name, axis in ((similarity, "similarity", "distances"), (coverage, "coverage", "windows")):
+        values = np.array(found[name])
+        panel.fill_between(found[axis], values.min(0), values.max(0), alpha=0.2, label="least and most of a layer")
+        panel.plot(found[axis], values.mean(0), marker=".", label="mean over layers")
+        panel.set_xscale("log", base=2)
+        panel.legend(fontsize="small")
+    similarity.set(xlabel="distance of queries", ylabel="cosine", title="Neighbouring queries are alike")
+    coverage.set(
+        xlabel="w", ylabel="share of a query's important keys", ylim=(0, 1.02), title="The last w queries knew them"
+    )
+    shares = np.array(found["kept"])
+    for index, recent in enumerate(found["recents"]):
+        kept.plot(found["windows"], shares[:, :, index].mean(0), marker=".", label=f"r = {recent}")
+    kept.set(xlabel="w", ylabel="kept at the end", ylim=(0, 1.02), title="What CORM would keep")
+    kept.legend(fontsize="small")
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+def _rule(line: Any) -> str:
+    return line.policy.partition(":")[0]

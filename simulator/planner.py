@@ -66,7 +66,7 @@ def plan(
             slots = smallest(need, overflow * kv_heads * result.steps)
             capacity[layer] = max(capacity[layer], -(-slots // kv_heads))
     return Plan(
-        model=model,
+        model=model.removesuffix(" (bfloat16)"),  # what a trace adds to the name; the slots are for either
         policy=spec,
         kv_heads=kv_heads,
         head_dim=head_dim or 1,

@@ -15,6 +15,7 @@ from corm_jax.plan import Plan
 from simulator import planner
 from simulator.replay import Replay
 from simulator.synthetic import noise
+from simulator.trace import Trace
 from tests.models import tiny
 
 PLAN = Plan(
@@ -44,6 +45,12 @@ def test_several_traces():
     both = planner.plan(traces, "corm:window=4,recent=2", chunk=4)
     alone = [planner.plan([trace], "corm:window=4,recent=2", chunk=4) for trace in traces]
     assert both.capacity == tuple(map(max, *(one.capacity for one in alone)))
+
+
+def test_a_trace_in_bfloat16_plans_for_the_same_model():
+    q, k, v = np.random.default_rng(0).normal(size=(3, 1, 24, 2, 8))
+    trace = Trace.from_qkv(q, k, v, model="some/model (bfloat16)")
+    assert planner.plan([trace], "corm:window=4,recent=2", chunk=4).model == "some/model"
 
 
 def test_files(tmp_path):

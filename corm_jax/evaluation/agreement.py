@@ -1,0 +1,75 @@
+"""How close a policy stays to the full cache, token by token: NLL, KL divergence, the same likeliest token."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from corm_jax.cache import expect, slots_for, usage
+from corm_jax.model import Llama
+from corm_jax.perplexity import cut
+from corm_jax.policies import Full
+from corm_jax.types import Caches, Policy, Usage
+
+
+class Side(NamedTuple):
+    """One of the two caches that read side by side."""
+
+    policy: Policy
+    caches: Caches
+
+
+class Agreement(NamedTuple):
+    """Of each token that follows the prompt.
+
+    Attributes:
+      nll, full_nll: nats, with the policy and with the full cache.
+      kl: KL(full || policy) over the vocabulary, nats.
+      same: whether both find the same token likeliest.
+      usage: the policy's caches at the end.
+    """
+
+    nll: np.ndarray
+    full_nll: np.ndarray
+    kl: np.ndarray
+    same: np.ndarray
+    usage: Usage
+
+
+def compare(model: Llama, policy: Policy, tokens: Sequence[int], prompt: int, chunk: int) -> Agreement:
+    """Reads a text through a policy's cache and the full one side by side, so that no prediction has to be kept.
+
+    Args:
+      prompt: so many tokens are read first, and not scored.
+    """
+    blocks, targets, counts = cut(tokens, prompt, model.config.vocab, chunk)
+
+    def side(policy):
+        caches = model.make_caches(policy, batch=1, capacity=slots_for(policy, None, len(tokens), chunk))
+        return Side(policy, expect(caches, np.array([prompt], np.int32)))
+
+    one, full, rows = side(policy), side(Full()), []
+    for index, count in enumerate(counts):
+        here = blocks[index : index + 1], targets[index : index + 1], count
+        row, *caches = _both(model, one.policy, one.caches, full.caches, *here, chunk=chunk)
+        one, full = one._replace(caches=caches[0]), full._replace(caches=caches[1])
+        rows.append([np.asarray(column)[: int(count[0])] for column in row])
+    nll, full_nll, kl, same = (np.concatenate(x)[prompt - 1 : len(tokens) - 1] for x in zip(*rows, strict=True))
+    return Agreement(nll, full_nll, kl, same, usage(one.caches))
+
+
+@partial(jax.jit, static_argnames="chunk", donate_argnames=("caches", "full_caches"))
+def _both(model, policy, caches, full_caches, tokens, targets, count, *, chunk):
+    def read(policy, caches):
+        x, caches, _ = model(policy, caches, tokens, count, chunk=chunk)
+        log_probability = jax.nn.log_softmax(model.logits(x)[0])
+        nll = -jnp.take_along_axis(log_probability, targets[0][:, None], axis=-1)[:, 0]
+        return nll, log_probability, caches
+
+    full_nll, log_p, full_caches = read(Full(), full_caches)
+    nll, log_q, caches = read(policy, caches)
+    kl = (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
+    return (nll, full_nll, kl, log_p.argmax(-1) == log_q.argmax(-1)), caches, full_caches

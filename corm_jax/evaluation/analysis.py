@@ -1,0 +1,111 @@
+"""The observations on which CORM rests (arXiv 2404.15949, section 3), measured on a model and a text.
+
+Per layer, from queries and keys as attention uses them (rotated) with the full cache. Key i is important to query t if
+alpha_t[i] >= 1/t for any query head of its group.
+
+- *Attention is sparse*: the share of keys below 1/t.
+- *Neighbouring queries are alike*: their cosine similarity by distance; and how well random projections estimate it
+  (Charikar 2002): with b signs of random directions, of which m agree, cos(pi (1 - m / b)).
+- *Recent queries tell*: the share of the keys important to query t that one of the w queries before found important, or
+  that are themselves not older than w.
+- *What that would keep*: keys that CORM has not evicted at the end, if evictions changed no attention, by w and r.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from corm_jax.errors import CormError
+from corm_jax.model import Llama
+from corm_jax.recording import record
+
+DISTANCES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+WINDOWS = (64, 128, 256, 512)
+RECENTS = (16, 32, 64)
+BITS = (16, 64, 256)
+ROWS = 128
+"""Queries at a time."""
+
+FIRST = 64
+"""Earlier queries see too few keys to count."""
+
+
+def analyse(model: Llama, tokens: Sequence[int], progress: Callable[[int], None] = lambda done: None) -> dict[str, Any]:
+    """Numbers for each layer; lists run over layers first.
+
+    Returns:
+      ``sparsity [layers, heads]``; ``similarity [layers, distances]``; ``coverage [layers, windows]``;
+      ``kept [layers, windows, recents]``; ``lsh_error [layers, bits]``; and what the axes are.
+
+    Raises:
+      CormError: for a text of less than 128 tokens.
+    """
+    if len(tokens) < 2 * FIRST:
+        raise CormError(f"a text of {len(tokens)} tokens says too little: give at least {2 * FIRST}")
+    found: dict[str, list] = {name: [] for name in ("sparsity", "similarity", "coverage", "kept", "lsh_error")}
+    for one in record(model, tokens, progress=progress):
+        sparsity, coverage, kept = _importance(one.q, one.k)
+        similarity, errors = _similarity(one.q)
+        for name, value in zip(found, (sparsity, similarity, coverage, kept, errors), strict=True):
+            found[name].append(np.asarray(value, np.float64).tolist())
+    distances = [distance for distance in DISTANCES if distance < len(tokens)]
+    axes = {"distances": distances, "windows": WINDOWS, "recents": RECENTS, "bits": BITS}
+    return found | {name: list(values) for name, values in axes.items()}
+
+
+def _importance(q: np.ndarray, k: np.ndarray):
+    """Sparsity by head; coverage by w; the share kept by w and r."""
+    length, heads, head_dim = q.shape
+    kv_heads = k.shape[1]
+    grouped = np.zeros((-(-length // ROWS) * ROWS, kv_heads, heads // kv_heads, head_dim), np.float32)
+    grouped[:length] = q.reshape(length, kv_heads, -1, head_dim)
+    last = jnp.full((kv_heads, length), -(2**30), jnp.int32)
+    gone = jnp.zeros((len(WINDOWS), len(RECENTS), kv_heads, length), bool)
+    state, sparse, covered, important = (last, gone), np.zeros(heads), np.zeros(len(WINDOWS)), 0.0
+    for start in range(0, length, ROWS):
+        state, (below, hits, total) = _rows(state, grouped[start : start + ROWS], k, np.int32(start))
+        sparse += np.asarray(below).reshape(-1)
+        covered += np.asarray(hits)
+        important += float(total)
+    queries = length - FIRST
+    return sparse / queries, covered / important, 1 - np.asarray(state[1]).mean((2, 3))
+
+
+@jax.jit
+def _rows(state, q, k, start):
+    """A block of queries against all keys: what they add to the sums, and the state after them."""
+    last, gone = state
+    length = k.shape[0]
+    t, position = start + jnp.arange(1, ROWS + 1)[:, None, None], jnp.arange(1, length + 1)  # [rows, head, key]
+    seen, real, scored = position <= t, t <= length, (t > FIRST) & (t <= length)
+    logits = jnp.einsum("thgd,chd->thgc", q, k) * q.shape[-1] ** -0.5
+    alpha = jax.nn.softmax(jnp.where(seen[:, :, None], logits, -jnp.inf), axis=-1)
+    below = ((alpha < 1 / t[..., None]) & seen[:, :, None]).sum(-1) / t
+    asks = (alpha >= 1 / t[..., None]).any(2) & seen & real
+    asked = jax.lax.cummax(jnp.where(asks, t, last), axis=0)
+    before = jnp.concatenate([last[None], asked[:-1]])
+    counts, hits = asks & scored, []
+    for window in WINDOWS:
+        hits.append((counts & ((before >= t - window) | (position > t - window))).sum())
+    for w, window in enumerate(WINDOWS):
+        for r, recent in enumerate(RECENTS):
+            evicts = (asked <= t - window) & (position <= t - recent) & (t >= window) & real
+            gone = gone.at[w, r].set(gone[w, r] | evicts.any(0))
+    return (asked[-1], gone), (jnp.where(scored, below, 0).sum(0), jnp.stack(hits), counts.sum())
+
+
+def _similarity(q: np.ndarray):
+    """Mean cosine of queries by distance, over heads; and the mean error of its estimate by so many signs."""
+    unit = q / np.maximum(np.linalg.norm(q, axis=-1, keepdims=True), 1e-9)
+    distances = [distance for distance in DISTANCES if distance < len(q)]
+    exact = [(unit[distance:] * unit[:-distance]).sum(-1) for distance in distances]
+    errors = []
+    for bits in BITS:
+        directions = np.random.default_rng(0).normal(size=(q.shape[-1], bits)).astype(np.float32)
+        signs = unit @ directions > 0
+        guess = [np.cos(np.pi * (signs[d:] != signs[:-d]).mean(-1)) for d in distances]
+        errors.append(np.mean([np.abs(g - e).mean() for g, e in zip(guess, exact, strict=True)]))
+    return [one.mean() for one in exact], errors

@@ -1,0 +1,155 @@
+"""Tasks that ask for something read long ago. Made here, of any length, from a seed and a text to hide things in.
+
+- ``passkey``: a number among copies of four dull sentences (Mohtashami and Jaggi, arXiv 2305.16300).
+- ``needle``: a number of a city in the middle of real text, at a given depth (Kamradt's needle in a haystack).
+- ``pairs``: the value of one of many random keys (Liu et al., arXiv 2307.03172).
+- ``multikey``: one of many needles of the same form (RULER, arXiv 2404.06654), the others spread over the text.
+- ``repeat``: a passage, other text, then the passage again. No question, so it needs no skill at answering; its score
+  is that of the second time.
+"""
+
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from corm_jax.errors import CormError
+from corm_jax.tokenizer import Tokenizer
+
+DULL = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
+CITIES = ("Lisbon", "Oslo", "Nairobi", "Lima", "Kyoto", "Quebec", "Havana", "Perth", "Cairo", "Riga", "Dakar", "Seoul")
+
+
+class Task(NamedTuple):
+    """A prompt that ends where the answer begins.
+
+    Attributes:
+      id: unique in a run.
+      prompt, gold: token ids.
+      others: answers that would be right for another question about the same prompt.
+    """
+
+    id: str
+    task: str
+    length: int
+    depth: float
+    prompt: list[int]
+    gold: list[int]
+    others: list[list[int]]
+
+
+Hidden = tuple[list[int], list[int], list[list[int]]]
+"""The prompt, the right answer, and those that are right for another question; token ids."""
+
+
+class Haystack:
+    """Text to hide things in, cut at the ends of tokens."""
+
+    def __init__(self, tokenizer: Tokenizer, words: str):
+        self.tokenizer, self.ids = tokenizer, tokenizer.encode(words)
+
+    def cut(self, tokens: int, rng: np.random.Generator) -> list[int]:
+        """So many tokens from anywhere.
+
+        Raises:
+          CormError: for a text that is too short.
+        """
+        if len(self.ids) < tokens:
+            raise CormError(f"the text has {len(self.ids):,} tokens, a prompt takes {tokens:,}: give more text")
+        start = int(rng.integers(len(self.ids) - tokens + 1))
+        return self.ids[start : start + tokens]
+
+    def encode(self, words: str) -> list[int]:
+        """Ids of words inside a text."""
+        return self.tokenizer.inner.encode(words, add_special_tokens=False).ids
+
+
+def _passkey(hay: Haystack, length: int, depth: float, rng) -> Hidden:
+    key = str(rng.integers(10_000, 100_000))
+    start = hay.tokenizer.encode(
+        "There is important information hidden inside irrelevant text. Find and memorize it.\n"
+    )
+    fact = hay.encode(f"The pass key is {key}. Remember it. {key} is the pass key.\n")
+    question = hay.encode("What is the pass key? The pass key is")
+    dull = hay.encode(DULL)
+    copies = max((length - len(start) - len(fact) - len(question)) // len(dull), 1)
+    before = round(depth * copies)
+    return start + before * dull + fact + (copies - before) * dull + question, hay.encode(f" {key}"), []
+
+
+def _needle(hay: Haystack, length: int, depth: float, rng) -> Hidden:
+    return _needles(hay, length, depth, rng, 1)
+
+
+def _multikey(hay: Haystack, length: int, depth: float, rng) -> Hidden:
+    return _needles(hay, length, depth, rng, 8)
+
+
+def _needles(hay, length, depth, rng, count):
+    cities = rng.permutation(CITIES)[:count].tolist()
+    numbers = rng.choice(np.arange(1_000_000, 10_000_000), count, replace=False).tolist()
+    facts = [
+        hay.encode(f"\nThe special number of {city} is {number}.\n")
+        for city, number in zip(cities, numbers, strict=True)
+    ]
+    question = hay.encode(f"\nWhat is the special number of {cities[0]}? The special number of {cities[0]} is")
+    text = hay.cut(length - sum(map(len, facts)) - len(question), rng)
+    places = [round(depth * len(text)), *rng.integers(len(text) + 1, size=count - 1).tolist()]
+    for place, fact in sorted(zip(places, facts, strict=True), reverse=True):
+        text = text[:place] + fact + text[place:]
+    gold, *others = (hay.encode(f" {number}") for number in numbers)
+    return text + question, gold, others
+
+
+def _pairs(hay: Haystack, length: int, depth: float, rng) -> Hidden:
+    pairs = [(str(uuid.UUID(bytes=rng.bytes(16))), str(uuid.UUID(bytes=rng.bytes(16)))) for _ in range(length // 40)]
+    sizes = np.cumsum([len(hay.encode(f'"{key}": "{value}"\n')) for key, value in pairs])
+    count = max(int(np.searchsorted(sizes, length - sizes[0])), 2)  # the question takes as much as a pair
+    keys, values = zip(*pairs[:count], strict=True)
+    wanted = min(round(depth * (count - 1)), count - 1)
+    data = "".join(f'"{key}": "{value}"\n' for key, value in zip(keys, values, strict=True))
+    words = f'Extract the value of the key from the data below.\n\n{data}\n"{keys[wanted]}": "'
+    others = [hay.encode(value) for index, value in enumerate(values) if index != wanted]
+    return hay.tokenizer.encode(words), hay.encode(values[wanted]), others[:7]
+
+
+def _repeat(hay: Haystack, length: int, depth: float, rng) -> Hidden:
+    passage, text = length // 4, hay.cut(length - length // 4, rng)
+    return text + text[:1], text[1:passage], []
+
+
+TASKS: dict[str, Callable[..., Hidden]] = {
+    "passkey": _passkey,
+    "needle": _needle,
+    "pairs": _pairs,
+    "multikey": _multikey,
+    "repeat": _repeat,
+}
+"""Each makes a prompt of about so many tokens, with what is asked for at a depth from 0 to 1."""
+
+
+def tasks(
+    hay: Haystack, names: Sequence[str], lengths: Sequence[int], depths: Sequence[float], examples: int, seed: int
+) -> Iterator[Task]:
+    """So many examples of each task at each length and depth; each depends on nothing but its own name and the seed.
+
+    Raises:
+      CormError: for an unknown task, a length below 256, or a depth outside [0, 1].
+    """
+    for name in names:
+        if name not in TASKS:
+            raise CormError(f"unknown task {name!r}: choose from {', '.join(TASKS)}")
+    for length in lengths:
+        if length < 256:
+            raise CormError(f"a prompt of {length} tokens is too short to hide anything in: take at least 256")
+    for depth in depths:
+        if not 0 <= depth <= 1:
+            raise CormError(f"depth must be in [0, 1], from the beginning to the end, not {depth}")
+    for name in names:
+        for length in lengths:
+            for depth in depths if name != "repeat" else depths[:1]:
+                for index in range(examples):
+                    rng = np.random.default_rng([seed, list(TASKS).index(name), length, round(1000 * depth), index])
+                    prompt, gold, others = TASKS[name](hay, length, depth, rng)
+                    yield Task(f"{name}/{length}/{depth}/{index}", name, length, depth, prompt, gold, others)

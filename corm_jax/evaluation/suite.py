@@ -1,0 +1,116 @@
+"""Runs policies over examples, row by row into `Records`, on whatever budget they are held to."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+
+from corm_jax.evaluation.records import Records
+from corm_jax.fitting import fitted
+from corm_jax.model import Llama
+from corm_jax.policies import keys_of, parse
+from corm_jax.types import Policy, Usage
+
+
+@runtime_checkable
+class Example(Protocol):
+    """What every task has."""
+
+    @property
+    def id(self) -> str:
+        """Unique in a run."""
+        ...
+
+    @property
+    def task(self) -> str:
+        """What kind of example it is; rows are compared within one."""
+        ...
+
+    @property
+    def prompt(self) -> list[int]:
+        """Token ids of what is read first."""
+        ...
+
+
+@dataclasses.dataclass
+class Suite:
+    """Policies on a budget.
+
+    Attributes:
+      budget: as in `keys_of`, of the prompt; None leaves the policies as they are.
+      chunk: tokens between evictions.
+    """
+
+    model: Llama
+    specs: Sequence[str]
+    budget: str | None
+    chunk: int
+    windows: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def of(self, spec: str, prompt: Sequence[int], first: Sequence[int]) -> str:
+        """A SPEC on the budget of a prompt. CORM without a window gets the one that fits the ``first`` prompt."""
+        if self.budget is None:
+            return spec
+        if spec in self.windows:
+            return self.windows[spec]
+        found, how = fitted(spec, self.model, first, keys_of(self.budget, len(prompt)), chunk=self.chunk)
+        if how == "searched":
+            self.windows[spec] = found
+        return found
+
+    def run(
+        self,
+        records: Records,
+        examples: Sequence[Example],
+        score: Callable[[Policy, Any, Policy], dict[str, Any]],
+        progress: Callable[[int], None] = lambda done: None,
+    ) -> None:
+        """Scores every example with every policy that is not in the records yet, example by example.
+
+        Args:
+          score: of a policy and an example; the third argument is the same policy on the budget of the longest prompt,
+            after which caches are sized, so that all prompts share a compiled program.
+        """
+        longest = max((example.prompt for example in examples), key=len)
+        for index, example in enumerate(examples):
+            for place, spec in enumerate(self.specs):
+                if (spec, example.id) not in records:
+                    ran = self.of(spec, example.prompt, examples[0].prompt)
+                    largest = parse(self.of(spec, longest, examples[0].prompt))
+                    found = score(parse(ran), example, largest)
+                    records.add({"policy": spec, "example": example.id, "task": example.task, "ran": ran} | found)
+                progress(index * len(self.specs) + place + 1)
+
+
+def memory(usage: Usage) -> dict[str, Any]:
+    """The columns of a row that say how full the caches are."""
+    return {
+        "kept": float(np.asarray(usage.live).mean() / np.asarray(usage.seen).mean()),
+        "live_bytes": usage.bytes_live,
+        "allocated_bytes": usage.bytes_allocated,
+        "full_bytes": usage.bytes_full,
+        "overflow": int(usage.overflow.sum()),
+    }
+
+
+def surroundings(model: Llama, data: dict[str, bytes]) -> dict[str, Any]:
+    """What else decides about a result: versions, the device, the weights, and checksums of the data."""
+    weights = hashlib.sha256()
+    for leaf in jax.tree.leaves(model):
+        weights.update(np.asarray(leaf.reshape(-1)[:64]).tobytes())
+    return {
+        "versions": {name: version(name) for name in ("corm-jax", "jax", "jaxlib", "flax", "numpy")},
+        "device": jax.devices()[0].device_kind,
+        "weights": weights.hexdigest()[:16],
+        "data": {name: hashlib.sha256(content).hexdigest()[:16] for name, content in data.items()},
+    }
+
+
+def contents(paths: Sequence[Path]) -> dict[str, bytes]:
+    """Files by name."""
+    return {path.name: path.read_bytes() for path in paths}

@@ -1,0 +1,79 @@
+"""From rows to lines: means over examples with their intervals, and differences to the full cache."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from corm_jax.evaluation.intervals import Interval, bootstrap
+from corm_jax.evaluation.longbench import KINDS
+
+MEASURES = {
+    "score": "the task's own metric, in [0, 1]",
+    "nll": "nats a token of the right answer, or of the text",
+    "margin": "how much likelier the right answer is than the likeliest wrong one, nats a token",
+    "exact": "share of answers that the model writes down by itself",
+    "kl": "KL from the full cache's prediction, nats a token",
+    "same": "share of tokens of which the likeliest is the full cache's",
+}
+"""What may be in a row. The first that is there is the one that is compared with the full cache."""
+
+
+class Line(NamedTuple):
+    """A policy on a task, or on all tasks of a kind.
+
+    Attributes:
+      kept: live share of the keys at the end, mean over examples.
+      live, allocated, full: bytes of the cache, mean over examples.
+      measures: by name, those that the task has.
+      against_full: paired difference of the first measure; None where there is no full cache.
+    """
+
+    task: str
+    policy: str
+    examples: int
+    kept: float
+    live: float
+    allocated: float
+    full: float
+    measures: dict[str, Interval]
+    against_full: Interval | None
+
+
+def lines(rows: list[dict[str, Any]]) -> Iterator[Line]:
+    """A line for each task and policy; then one for each kind of LongBench's tasks of which there are several."""
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    groups = {task: [task] for task in tasks}
+    groups |= {
+        f"all {kind}": several for kind, of in KINDS.items() if len(several := [t for t in of if t in tasks]) > 1
+    }
+    for name, members in groups.items():
+        for policy in dict.fromkeys(row["policy"] for row in rows):
+            strata = [[row for row in rows if (row["task"], row["policy"]) == (task, policy)] for task in members]
+            if all(strata):
+                yield _line(name, policy, strata, rows)
+
+
+def _line(name: str, policy: str, strata: list[list[dict[str, Any]]], rows: list[dict[str, Any]]) -> Line:
+    mine = [row for rows in strata for row in rows]
+    full = {row["example"]: row for row in rows if row["policy"].partition(":")[0] == "full"}
+    measures = [measure for measure in MEASURES if measure in mine[0]]
+    paired = [
+        [row[measures[0]] - full[row["example"]][measures[0]] for row in rows if row["example"] in full]
+        for rows in strata
+    ]
+
+    def mean(column: str) -> float:
+        return float(np.mean([row[column] for row in mine]))
+
+    return Line(
+        name,
+        policy,
+        len(mine),
+        mean("kept"),
+        mean("live_bytes"),
+        mean("allocated_bytes"),
+        mean("full_bytes"),
+        {measure: bootstrap(*([row[measure] for row in rows] for rows in strata)) for measure in measures},
+        bootstrap(*paired) if all(paired) else None,
+    )

@@ -1,0 +1,68 @@
+"""What `analyse` measures, counted once more in loops."""
+
+import numpy as np
+import pytest
+
+from corm_jax import Corm, CormError
+from corm_jax.evaluation import analysis
+from corm_jax.recording import record
+from simulator.replay import replay
+from simulator.trace import Trace
+from tests.models import tiny
+
+MODEL = tiny()
+IDS = np.random.default_rng(0).integers(0, 97, 300).tolist()
+
+
+@pytest.fixture(scope="module")
+def found():
+    return analysis.analyse(MODEL, IDS)
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    return list(record(MODEL, IDS))
+
+
+def test_in_loops(found, recorded):
+    q, k = recorded[1].q, recorded[1].k
+    length, window, (below, covered, important) = len(q), 64, (0.0, 0, 0)
+    last = {}
+    for t in range(1, length + 1):
+        asks = set()
+        for head in range(4):
+            logits = (k[:t, head // 2] @ q[t - 1, head]) * q.shape[-1] ** -0.5
+            alpha = np.exp(logits - logits.max())
+            alpha /= alpha.sum()
+            asks |= {(head // 2, i) for i in range(t) if alpha[i] >= 1 / t}
+            if t > analysis.FIRST and head == 3:
+                below += (alpha < 1 / t).mean()
+        if t > analysis.FIRST:
+            important += len(asks)
+            covered += sum(last.get(key, -(10**6)) >= t - window or key[1] + 1 > t - window for key in asks)
+        last |= dict.fromkeys(asks, t)
+    assert found["sparsity"][1][3] == pytest.approx(below / (length - analysis.FIRST), abs=1e-3)
+    assert found["coverage"][1][0] == pytest.approx(covered / important, abs=1e-3)
+
+
+def test_keeps_what_a_replay_of_recorded_attention_keeps(found, recorded):
+    q, k, v = (np.stack([getattr(one, name) for one in recorded]) for name in ("q", "k", "v"))
+    trace = Trace.from_qkv(q, k, v)
+    for w, window in enumerate(found["windows"][:2]):
+        kept = replay(trace, Corm(window=window, recent=32), fidelity="recorded").history()[:, :, -1]
+        np.testing.assert_allclose(np.array(found["kept"])[:, w, 1], kept.mean((1, 2)), atol=2e-3)
+
+
+def test_queries(found, recorded):
+    q = recorded[0].q
+    unit = q / np.linalg.norm(q, axis=-1, keepdims=True)
+    expected = np.mean([unit[t, h] @ unit[t - 4, h] for t in range(4, 300) for h in range(4)])
+    assert found["similarity"][0][found["distances"].index(4)] == pytest.approx(expected, abs=1e-5)
+    errors = np.array(found["lsh_error"])
+    assert (errors[:, 0] > errors[:, -1]).all()  # more signs, less error
+    assert errors[:, -1].max() < 0.1
+
+
+def test_too_short():
+    with pytest.raises(CormError, match="too little: give at least 128"):
+        analysis.analyse(MODEL, IDS[:20])

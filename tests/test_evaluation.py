@@ -1,0 +1,216 @@
+"""The evaluation's parts: metrics by hand, result directories cut anywhere, tasks, and how answers are scored."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from corm_jax import Corm, CormError, Full, generate
+from corm_jax.checkpoint import Tokenizer
+from corm_jax.evaluation import agreement, longbench, recall
+from corm_jax.evaluation.asking import answer, answer_nll, ask
+from corm_jax.evaluation.intervals import bootstrap
+from corm_jax.evaluation.records import RESULTS, Records, read_rows
+from corm_jax.perplexity import read
+from tests.models import tiny
+from tests.test_checkpoint import TEXT, byte_level_tokenizer
+
+MODEL, POLICY = tiny(), Corm(window=6, recent=3)
+TEXT_IDS = np.random.default_rng(0).integers(0, 97, 90).tolist()
+ROWS = [{"policy": spec, "example": f"é{n}", "nll": n / 7} for n in range(3) for spec in ("full", "corm")]
+
+
+def question(task, answers, classes=()):
+    return longbench.Question("0", task, [], list(answers), list(classes), 8)
+
+
+@pytest.mark.parametrize(
+    ("task", "answer", "golds", "classes", "expected"),
+    [
+        # found: he sold red red house (5 words); wanted: red house (2); shared 2; F1 = 2 * 2 / 7
+        ("qasper", "He sold the red, red house.", ["a red house"], [], 4 / 7),
+        ("hotpotqa", "Paris", ["London", "Paris, France"], [], 2 / 3),  # the best of the gold answers
+        ("hotpotqa", "The", ["the"], [], 0.0),  # articles are no words
+        ("triviaqa", "Ada Lovelace\nQuestion: who else", ["ada lovelace"], [], 1.0),  # only the first line
+        ("samsum", "\n\nTom is late", ["Tom is very late"], [], 2 * 1 * 0.75 / 1.75),  # precision 1, recall 3/4
+        ("gov_report", "a b c d", ["a c e"], [], 2 * (2 / 4) * (2 / 3) / (2 / 4 + 2 / 3)),  # LCS a c
+        ("trec", "Type: Date", ["Date"], ["Date", "Place", "Dat"], 1.0),  # part of the right name does not count
+        ("trec", "Date or Place", ["Date"], ["Date", "Place"], 0.5),
+        ("trec", "Place", ["Date"], ["Date", "Place"], 0.0),
+        ("passage_retrieval_en", "Paragraph 12, then 3, 12", ["Paragraph 12"], [], 2 / 3),
+        ("passage_count", "There are 7 of 9", ["7"], [], 0.5),
+        ("lcc", "```\n// x\nreturn a;\nmore", ["return b;"], [], 0.89),  # 9 characters, one replaced: 1 - 2 / 18
+        ("lcc", "# only\n# comments", ["x"], [], 0.0),
+    ],
+)
+def test_metrics(task, answer, golds, classes, expected):
+    assert longbench.score(question(task, golds, classes), answer) == pytest.approx(expected)
+
+
+@given(st.lists(st.integers()), st.integers(1, 20))
+def test_truncation_keeps_both_ends(ids, limit):
+    cut = longbench.truncated(ids, limit)
+    assert len(cut) == min(len(ids), limit)
+    if len(ids) > limit:
+        assert cut == ids[: (limit + 1) // 2] + ids[len(ids) - limit // 2 :]
+
+
+@pytest.fixture
+def data(tmp_path):
+    folder = tmp_path / "longbench"
+    folder.mkdir()
+    row = {"input": "who?", "context": TEXT * 4, "answers": ["it"], "all_classes": None}
+    (folder / "qasper.jsonl").write_text("".join(json.dumps(row) + "\n" for _ in range(3)))
+    (folder / "trec.jsonl").write_text(json.dumps(row | {"all_classes": ["a"]}) + "\n")
+    templates = {"qasper": "Read. {context} Now: {input}", "trec": "{context}\n{input}"}
+    (folder / "dataset2prompt.json").write_text(json.dumps(templates))
+    (folder / "dataset2maxlen.json").write_text('{"qasper": 16, "trec": 8}')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer(byte_level_tokenizer(), (2,))
+
+
+def test_questions(data, tokenizer):
+    found = list(longbench.questions(data, ["qasper", "trec"], tokenizer, 100, True, 2))
+    assert [one.id for one in found] == ["qasper/0", "qasper/1", "trec/0"]
+    asked, classified = (tokenizer.decode(found[n].prompt) for n in (0, 2))
+    assert "Read. It was" in asked
+    assert asked.removesuffix("\nassistant\n").endswith("Now: who?")
+    assert tokenizer.encode("<|im_start|>user")[0] in found[0].prompt  # a question is a user's turn
+    assert tokenizer.encode("<|im_start|>user")[0] not in found[2].prompt  # examples to go on from are not
+    assert len(found[2].prompt) <= 100
+    assert classified.endswith("who?")
+
+
+@pytest.mark.parametrize(
+    ("change", "tasks", "message"),
+    [
+        (lambda folder: None, ["nothing"], "unknown task 'nothing'"),
+        (lambda folder: (folder / "trec.jsonl").unlink(), ["trec"], "there is no .*trec.jsonl"),
+        (lambda folder: (folder / "trec.jsonl").write_text("{"), ["trec"], "line 1 is not JSON"),
+        (lambda folder: (folder / "trec.jsonl").write_text('{"input": ""}'), ["trec"], "line 1 has no 'context'"),
+        (lambda folder: (folder / "dataset2maxlen.json").unlink(), ["trec"], "has no dataset2maxlen.json"),
+        (
+            lambda folder: (folder / "trec.jsonl").write_text(
+                '{"input": "", "context": "", "all_classes": null, "answers": []}'
+            ),
+            ["trec"],
+            "line 1 has no answer",
+        ),
+    ],
+)
+def test_questions_that_cannot_be(data, tokenizer, change, tasks, message):
+    change(data)
+    with pytest.raises(CormError, match=message):
+        list(longbench.questions(data, tasks, tokenizer, 100, False, None))
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@given(st.integers(0, 10**4))
+def test_records_go_on_from_any_byte(tmp_path_factory, size):
+    """Cut anywhere, as by a kill, the file becomes what it would have been."""
+    folder = tmp_path_factory.mktemp("records") / "run"
+
+    def run():
+        with Records(folder, {"seed": 0}) as records:
+            for row in ROWS:
+                if (row["policy"], row["example"]) not in records:
+                    records.add(row)
+            return records.rows
+
+    assert run() == ROWS
+    whole = (folder / RESULTS).read_bytes()
+    (folder / RESULTS).write_bytes(whole[: size % (len(whole) + 1)])
+    assert run() == ROWS
+    assert (folder / RESULTS).read_bytes() == whole
+
+
+def test_records_of_something_else(tmp_path):
+    with Records(tmp_path / "run", {"seed": 0, "budget": None}) as records:
+        records.add(ROWS[0])
+    with pytest.raises(CormError, match=r"another configuration \(seed differs; seed was 0, not 1\): choose another"):
+        Records(tmp_path / "run", {"seed": 1, "budget": None})
+    with pytest.raises(CormError, match="holds something else: choose another --out"):
+        Records(tmp_path, {"seed": 0})
+    path = tmp_path / "run" / RESULTS
+    line = path.read_bytes()
+    path.write_bytes(line + line)
+    with pytest.raises(CormError, match="line 2: 'é0' with 'full' is there twice"):
+        read_rows(path)
+    path.write_bytes(b"{\n" + line)
+    with pytest.raises(CormError, match="line 1 is damaged"):
+        read_rows(path)
+
+
+@pytest.mark.parametrize("name", recall.TASKS)
+def test_tasks_hide_what_they_ask_for(tokenizer, name):
+    hay = recall.Haystack(tokenizer, TEXT * 60)
+    found = list(recall.tasks(hay, [name], [1500], [0.0, 0.5, 1.0], 2, seed=3))
+    assert [one.id for one in found] == [one.id for one in recall.tasks(hay, [name], [1500], [0.0, 0.5, 1.0], 2, 3)]
+    assert len({one.id for one in found}) == len(found)
+    for task in found:
+        assert task.gold not in task.others
+        assert 500 < len(task.prompt) + len(task.gold) <= 1500 + 150  # about as long
+        prompt, gold = tokenizer.decode(task.prompt), tokenizer.decode(task.gold).strip()
+        assert gold in prompt
+        for other in task.others:
+            assert tokenizer.decode(other).strip() in prompt
+        if name in ("passkey", "needle"):
+            assert prompt.find(gold) / len(prompt) == pytest.approx(task.depth, abs=0.15)
+
+
+def test_tasks_that_cannot_be(tokenizer):
+    hay = recall.Haystack(tokenizer, TEXT)
+    for arguments, message in (
+        ((["nothing"], [512], [0.5]), "unknown task 'nothing'"),
+        ((["needle"], [10], [0.5]), "a prompt of 10 tokens is too short"),
+        ((["needle"], [512], [1.5]), "depth must be in"),
+        ((["repeat"], [10**6], [0.5]), "give more text"),
+    ):
+        with pytest.raises(CormError, match=message):
+            list(recall.tasks(hay, *arguments, 1, 0))
+
+
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_an_answer_is_scored_as_a_text_is(chunk):
+    """Prompt and answer apart, or one text read by `perplexity.read`: the same NLL."""
+    prompt, gold = TEXT_IDS[:40], TEXT_IDS[40:]
+    asked = ask(MODEL, POLICY, prompt, 96, chunk)
+    expected = read(MODEL, POLICY, TEXT_IDS, chunk=chunk, prompt=40).nll[39:].mean()
+    for _ in range(2):  # the caches are not used up
+        assert answer_nll(MODEL, POLICY, asked, gold, chunk) == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_an_answer_is_what_generate_writes():
+    asked = ask(MODEL, POLICY, TEXT_IDS, 130, 1)
+    expected = generate(MODEL, POLICY, [TEXT_IDS], max_new_tokens=20, capacity=130)
+    assert answer(MODEL, POLICY, asked, 20, ())[0] == expected.tokens[0]
+    end = expected.tokens[0][5]
+    assert answer(MODEL, POLICY, asked, 20, (end,))[0] == expected.tokens[0][: expected.tokens[0].index(end)]
+
+
+def test_agreement():
+    itself = agreement.compare(MODEL, Full(), TEXT_IDS, 30, 4)
+    np.testing.assert_allclose(itself.kl, 0, atol=1e-6)
+    assert itself.same.all()
+    assert len(itself.kl) == 60
+    found = agreement.compare(MODEL, POLICY, TEXT_IDS, 30, 4)
+    np.testing.assert_allclose(found.nll, read(MODEL, POLICY, TEXT_IDS, chunk=4, prompt=30).nll[29:], atol=1e-5)
+    np.testing.assert_allclose(found.full_nll, itself.nll, atol=1e-5)
+    assert (found.kl > -1e-6).all()
+    assert found.kl.mean() > 1e-3
+
+
+def test_intervals():
+    few = bootstrap([1.0])
+    assert (few.mean, few.low, few.high) == (1.0, -np.inf, np.inf)
+    values = np.random.default_rng(0).normal(size=400)
+    found = bootstrap(values)
+    assert found.mean == pytest.approx(values.mean())
+    half = 1.96 * values.std() / 20  # the interval of a normal mean
+    assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.1)
