@@ -15,7 +15,12 @@ from jaxtyping import Array, Bool, Float, Int
 from corm_jax import cache as cache_lib
 from corm_jax.errors import CormError
 from corm_jax.positions import rotate
-from corm_jax.types import EMPTY, FEW, LayerCache, Observation, Policy, Slots
+from corm_jax.types import EMPTY, EVERYTHING, FEW, LayerCache, Observation, Policy, Slots
+
+BLOCK = 512
+"""Slots that many queries attend to at once, where nobody looks at the weights. Does not change results."""
+
+LEAST = float(np.finfo(np.float32).min)
 
 
 def attend(
@@ -25,6 +30,7 @@ def attend(
     visible: Bool[Array, "tokens *slots"],
     seen: Int[Array, " tokens"],
     owned: Bool[Array, "kv_heads pages"] | None = None,
+    watched: bool = True,
 ) -> tuple[Float[Array, "tokens kv_heads group head_dim"], Observation]:
     """Softmax attention of each query group over its head's visible slots.
 
@@ -38,12 +44,16 @@ def attend(
         the layer, and those that its head does not own are masked: kv_heads times the products, but each key and each
         value is read once, which is what takes the time when there are few queries. For many, see
         `corm_jax.cache.paged`; for one on an NVIDIA GPU, `corm_jax.kernel`.
+      watched: whether somebody looks at the weights. If not, they are not numbers, and on a CPU many queries go through
+        a rectangle block by block, which keeps nothing of the size tokens x slots and stops behind the last live slot.
 
     Returns:
       The output, in the dtype of ``q``, and what the policy gets to see. ``seen`` only passes through to the latter.
     """
     rows, scale = q.transpose(1, 2, 0, 3), q.shape[-1] ** -0.5
     attended = partial(_attend_pool if k.ndim == 2 else _attend_pages, scale=scale)
+    if not watched and owned is None and len(q) > FEW and k.shape[1] > BLOCK:
+        attended = partial(jax.lax.platform_dependent, cpu=partial(_attend_blocks, scale=scale), default=attended)
     if k.ndim == 2 and jax.default_backend() == "gpu":
         from corm_jax import kernel  # only where it is of use: Pallas takes its time to import
 
@@ -75,6 +85,34 @@ def _attend_pages(rows, k, v, visible, owned, scale):
     per_head, total = (jnp.where(x == 0.0, 1.0, x) for x in over_head(jnp.sum, weights.sum(-1, keepdims=True), 0.0))
     output, _ = over_head(jnp.sum, _exact("pgtc,pcd->pgtd", weights.astype(v.dtype), v), 0.0)
     return output / per_head, weights.transpose(1, 2, 0, 3), total.transpose(1, 2, 0, 3)
+
+
+def _attend_blocks(rows, k, v, visible, owned, scale):
+    """As `_attend_pages` of a rectangle, a block of slots at a time, corrected by the largest logit so far.
+
+    The weights are not numbers: nobody looks. (Milakov and Gimelshein, arXiv 1805.02867.)
+    """
+    kv_heads, group, tokens, _ = rows.shape
+    slots = k.shape[1]
+    visible = visible.swapaxes(0, 1)[:, None]
+    used = jnp.where(visible.any((0, 1, 2)), jnp.arange(1, slots + 1), 0).max()
+
+    def body(carry):
+        block, largest, total, summed = carry
+        start = jnp.minimum(block * BLOCK, slots - BLOCK)  # the last block overlaps the one before
+        part = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=BLOCK)
+        own = part(visible, axis=3) & (start + jnp.arange(BLOCK) >= block * BLOCK)
+        logits = jnp.where(own, _exact("hgtd,hcd->hgtc", rows, part(k, axis=1)) * scale, -jnp.inf)
+        new = jnp.maximum(largest, logits.max(-1, keepdims=True))
+        weights, factor = jnp.exp(logits - new), jnp.exp(largest - new)
+        summed = summed * factor + _exact("hgtc,hcd->hgtd", weights.astype(v.dtype), part(v, axis=1))
+        return block + 1, new, total * factor + weights.sum(-1, keepdims=True), summed
+
+    least, none = jnp.full((kv_heads, group, tokens, 1), LEAST), jnp.zeros((kv_heads, group, tokens, 1))
+    start = jnp.int32(0), least, none, jnp.zeros(rows.shape, jnp.float32)
+    _, _, total, summed = jax.lax.while_loop(lambda carry: carry[0] * BLOCK < used, body, start)
+    unseen = jnp.full((group, tokens, kv_heads, slots), jnp.nan), jnp.ones((group, tokens, kv_heads, 1))
+    return summed / jnp.where(total == 0.0, 1.0, total), *unseen
 
 
 def _attend_pool(rows, k, v, visible, owned, scale):
@@ -137,7 +175,8 @@ def step(
         if frequencies is None:
             raise CormError("the policy counts positions within the cache: give frequencies, and q and k unrotated")
         q, keys = _rotated_in_cache(q, keys, slots, position, frequencies)
-    output, observation = attend(q, keys, held.v, visible, position + 1, slots.owned)
+    watched = "attention" in getattr(policy, "needs", EVERYTHING)
+    output, observation = attend(q, keys, held.v, visible, position + 1, slots.owned, watched)
     cache = cache_lib.learn(cache, policy.observe(held.state, observation, slots), table)
     return output, cache_lib.evict(policy, cache, count > 0)
 

@@ -64,7 +64,7 @@ def frontier(lines: Sequence[Any], path: Path) -> None:
             panel.errorbar(line.live / line.full, found.mean, error, fmt="o", color=color, linewidth=1)
             panel.plot(line.allocated / line.full, found.mean, "o", color=color, markerfacecolor="none")
             panel.set(xlabel="of the full cache's bytes", ylabel=measure, title=task)
-        panel.set_xlim(0, 1.1)
+        panel.set_xlim(0, 1.05 * max(panel.get_xlim()[1], 1))
     for panel in list(panels):  # those left over
         panel.set_visible(False)
     handles = [figure.axes[0].plot([], [], "o", color=color, label=name)[0] for name, color in colors.items()]
@@ -88,7 +88,6 @@ def analysis(found: dict[str, Any], path: Path) -> None:
         values = np.array(found[name])
         panel.fill_between(found[axis], values.min(0), values.max(0), alpha=0.2, label="least and most of a layer")
         panel.plot(found[axis], values.mean(0), marker=".", label="mean over layers")
-        panel.set_xscale("log", base=2)
         panel.legend(fontsize="small")
     similarity.set(xlabel="distance of queries", ylabel="cosine", title="Neighbouring queries are alike")
     coverage.set(
@@ -99,6 +98,9 @@ def analysis(found: dict[str, Any], path: Path) -> None:
         kept.plot(found["windows"], shares[:, :, index].mean(0), marker=".", label=f"r = {recent}")
     kept.set(xlabel="w", ylabel="kept at the end", ylim=(0, 1.02), title="What CORM would keep")
     kept.legend(fontsize="small")
+    for panel, axis in ((similarity, "distances"), (coverage, "windows"), (kept, "windows")):
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(found[axis], labels=map(str, found[axis]))
     with whole_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 

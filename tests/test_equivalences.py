@@ -1,5 +1,7 @@
 """The equivalences that make the cache simple (and one that lets a fused attention stand in)."""
 
+from unittest.mock import patch
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -92,3 +94,18 @@ def test_keys_in_bfloat16_are_scored_in_float32():
     assert observation.weights.dtype == jnp.float32
     assert float(observation.total[0, 0, 0, 0]) == 300.0
     assert output.dtype == jnp.bfloat16
+
+
+@given(seed=st.integers(0, 2**16), share=st.sampled_from([0.0, 0.02, 0.5, 1.0]), filled=st.integers(0, 200))
+def test_attention_nobody_looks_at_goes_block_by_block(seed, share, filled):
+    """The same output, whatever is live; the weights are not numbers."""
+    rng = np.random.default_rng(seed)
+    q = jnp.asarray(3 * rng.normal(size=(TOKENS, 2, 2, HEAD_DIM)), jnp.float32)
+    k, v = (jnp.asarray(rng.normal(size=(2, 200, HEAD_DIM)), jnp.float32) for _ in range(2))
+    visible = jnp.asarray((rng.random((TOKENS, 2, 200)) < share) & (np.arange(200) < filled))
+    seen = jnp.arange(1, TOKENS + 1)
+    plain, _ = attention.attend(q, k, v, visible, seen)
+    with patch.object(attention, "BLOCK", 64):
+        output, observation = attention.attend(q, k, v, visible, seen, watched=False)
+    np.testing.assert_allclose(output, plain, atol=2e-6)
+    assert jnp.isnan(observation.weights).all()

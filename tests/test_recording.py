@@ -229,7 +229,6 @@ def content(name, spoiled):
         (lambda part: (part / "layer-001.safetensors").unlink(), 0),
         (content("layer-000.safetensors", lambda old: old[:-1]), 0),
     ],
-    ids=str,
 )
 def test_hidden_states_are_used_only_if_they_fit(tmp_path, monkeypatch, spoil, first):
     save(tmp_path / "whole")

@@ -16,7 +16,8 @@ class Interval(NamedTuple):
     high: float
 
     def __str__(self) -> str:
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        known = np.isfinite(self.low)
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]" if known else f"{self.mean:.3f} [?]"
 
 
 def bootstrap(*strata: Sequence[float] | np.ndarray, seed: int = 0) -> Interval:
