@@ -1,11 +1,11 @@
 """How the live set of CORM and the cost of a token grow with the text, from 1k tokens on.
 
-    python benchmarks/growth.py --text FILE --plan PLAN [--tokens 32768] [--json FILE]
+    python benchmarks/growth.py --text FILE --plan PLAN [--tokens 32768] [--grow 1.6] [--json FILE]
 
-SmolLM2 reads the text in one go, in the chunks of the plan, in pools that grow from the plan's in proportion to the
-text. `live` is the share of all keys, `new` that of the keys since the row before. Then a token is decoded from pools
-with room for just the live keys, and from full caches as long, all taking turns; keys and values are random there,
-since only shapes matter for time.
+SmolLM2 reads the text in one go, in the chunks of the plan, in pools so many times as large as the plan's. `live` is the
+share of all keys, `new` that of the keys since the row before. Then a token is decoded from pools with room for just the
+live keys, and from full caches as long, all taking turns; keys and values are random there, since only shapes matter for
+time.
 """
 
 import argparse
@@ -28,13 +28,14 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--plan", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--grow", type=float, default=1.6)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     model, tokenizer = cj.load()
     ids = encode(model, tokenizer, *text_from(arguments.text), arguments.tokens)
     plan = Plan.load(arguments.plan)
-    policy, capacity = cj.parse(plan.policy), [size * arguments.tokens // plan.tokens for size in plan.capacity]
+    policy, capacity = cj.parse(plan.policy), [int(size * arguments.grow) for size in plan.capacity]
     with progress_bar() as progress:
         task = progress.add_task(plan.policy, total=len(ids))
         reading = read(
