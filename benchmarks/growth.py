@@ -2,10 +2,10 @@
 
     python benchmarks/growth.py --text FILE --plan PLAN [--tokens 32768] [--grow 1.6] [--json FILE]
 
-SmolLM2 reads the text in one go, in the chunks of the plan, in pools so many times as large as the plan's. `live` is the
-share of all keys, `new` that of the keys since the row before. Then a token is decoded from pools with room for just the
-live keys, and from full caches as long, all taking turns; keys and values are random there, since only shapes matter for
-time.
+SmolLM2 reads the text in one go, in the chunks of the plan, in pools so many times as large as the plan's. `live` is
+the share of all keys, `new` that of the keys since the row before. Then a token is decoded from pools with room for
+just the live keys, and from full caches as long, all taking turns; keys and values are random there, since only shapes
+matter for time.
 """
 
 import argparse
