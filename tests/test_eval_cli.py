@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -78,13 +79,20 @@ def test_agreement(evaluate, text, tmp_path):
 
 
 def test_recall(evaluate, text, tmp_path):
-    arguments = "--text", text, "--length", 256, "--depth", 0.5, "--limit", 1, "--budget", 64, "--out", tmp_path / "out"
+    out = tmp_path / "out"
+    arguments = "--text", text, "--length", 256, "--depth", 0.5, "--limit", 1, "--budget", 0.25, "--out", out
     tasks = "--task", "pairs", "--task", "repeat"
-    code, printed, _ = evaluate("recall", *arguments, *tasks, "--policy", "full", "--policy", "h2o")
+    policies = [part for spec in ("full", "h2o", "corm") for part in ("--policy", spec)]
+    code, printed, _ = evaluate("recall", *arguments, *tasks, *policies)
     assert code == 0
+    whole = (out / RESULTS).read_bytes()
+    (out / RESULTS).write_bytes(b"".join(whole.splitlines(keepends=True)[:4]))
+    assert evaluate("recall", *arguments, *tasks, *policies)[0] == 0
+    assert (out / RESULTS).read_bytes() == whole  # CORM's window too is the same, though searched again
     assert "margin" in printed
     found = {(row["task"], row["policy"]): row for row in rows(tmp_path / "out")}
-    assert len(found) == 4
+    assert len(found) == 6
+    assert found["pairs", "corm"]["ran"] == found["repeat", "corm"]["ran"]
     assert found["pairs", "full"].keys() >= {"nll", "margin", "exact", "answer", "kept", "allocated_bytes"}
     assert "exact" not in found["repeat", "full"]
     assert found["repeat", "h2o"]["kept"] < 0.5
@@ -138,6 +146,7 @@ def test_analyse(run_main, model, text, tmp_path):
         ("perplexity", ["--policy", "full", "--tokens", "9999"], "--tokens asks for 9,999"),
         ("perplexity", ["--policy", "snapkv:budget=40"], "say how many of the tokens are the prompt"),
         ("agreement", ["--policy", "full", "--prompt", "9999"], "say fewer"),
+        ("agreement", ["--policy", "full", "--text", str(Path(__file__).parent / "nowhere.txt")], "cannot read"),
         ("recall", ["--policy", "full", "--task", "nothing"], "unknown task 'nothing'"),
         ("recall", ["--policy", "full", "--budget", "1.5"], "a budget must be"),
         ("recall", ["--policy", "full", "--limit", "0"], "--limit must be at least 1"),

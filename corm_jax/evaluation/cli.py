@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -185,6 +186,8 @@ def agreement(model, dtype, specs, budget, chunk, limit, seed, out, paths, token
 def recall(model, dtype, specs, budget, chunk, limit, seed, out, paths, names, lengths, depths):
     """Whether what was read long ago is still known: pass keys, needles, pairs, a passage seen again.
 
+    There are --limit examples of each task, length and depth, or 5.
+
     `nll` is that of the right answer, in nats a token; `margin` is how much likelier it is than the likeliest of the
     wrong ones; `exact` says whether the model writes it down by itself.
     """
@@ -228,6 +231,9 @@ def longbench(model, dtype, specs, budget, chunk, limit, seed, out, data, names,
     names = list(names) or [task for task in benchmark.METRICS if (data / f"{task}.jsonl").exists()]
     if not names:
         raise CormError(f"there is no task of LongBench in {data}: it should hold files such as qasper.jsonl")
+    for package in ("rapidfuzz", "rouge_score"):
+        if find_spec(package) is None:
+            raise CormError(f"{package} is not installed: pip install 'corm-jax[evaluation]'")
     files = [path for task in names if (path := data / f"{task}.jsonl").exists()]
 
     def examples(model, tokenizer):

@@ -161,6 +161,8 @@ def questions(
     for task in tasks:
         if task not in METRICS:
             raise CormError(f"unknown task {task!r}: choose from {', '.join(METRICS)}")
+        if task not in templates or task not in new_tokens:
+            raise CormError(f"{' and '.join(CONFIG)} do not both know {task!r}: get them from LongBench's repository")
         for index, row in enumerate(_rows(folder / f"{task}.jsonl", limit)):
             room = length - new_tokens[task]
             words = templates[task].format(**row)

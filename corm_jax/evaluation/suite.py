@@ -10,10 +10,11 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import numpy as np
 
+from corm_jax.errors import CormError
 from corm_jax.evaluation.records import Records
 from corm_jax.fitting import fitted
 from corm_jax.model import Llama
-from corm_jax.policies import keys_of, parse
+from corm_jax.policies import keys_of, lacks_window, parse
 from corm_jax.types import Policy, Usage
 
 
@@ -58,7 +59,10 @@ class Suite:
             return spec
         if spec in self.windows:
             return self.windows[spec]
-        found, how = fitted(spec, self.model, first, keys_of(self.budget, len(prompt)), chunk=self.chunk)
+        # Nothing but the first prompt decides about a window, so that it is the same wherever a run goes on.
+        tokens = len(first if lacks_window(spec) else prompt)
+        keys = min(keys_of(self.budget, tokens), tokens)
+        found, how = fitted(spec, self.model, first, keys, chunk=self.chunk)
         if how == "searched":
             self.windows[spec] = found
         return found
@@ -112,5 +116,12 @@ def surroundings(model: Llama, data: dict[str, bytes]) -> dict[str, Any]:
 
 
 def contents(paths: Sequence[Path]) -> dict[str, bytes]:
-    """Files by name."""
+    """Files by name.
+
+    Raises:
+      CormError: for two of the same name, which results could not tell apart.
+    """
+    names = [path.name for path in paths]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise CormError(f"two files are called {twice[0]!r}: rename one, results go by the name")
     return {path.name: path.read_bytes() for path in paths}
