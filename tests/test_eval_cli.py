@@ -166,7 +166,7 @@ def test_no_data(evaluate, tmp_path):
 
 def test_killed_again_and_again(model, text, tmp_path):
     """Ten kills at random moments, and the file is what it is without."""
-    arguments = ["eval", "perplexity", "--model", model, "--text", str(text), "--tokens", "48", "--limit", "16"]
+    arguments = ["eval", "perplexity", "--model", model, "--text", str(text), "--tokens", "48", "--limit", "12"]
     command = [sys.executable, "-c", "from corm_jax.cli import main; main()", *arguments, *POLICIES, "--out"]
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled")}
     environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
