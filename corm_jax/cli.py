@@ -239,9 +239,8 @@ def record(model, dtype, text, tokens, out, store):
         kv_heads=config.kv_heads,
         head_dim=config.head_dim,
         scale=config.head_dim**-0.5,
-        model=model
-        if dtype == console.DTYPES[0]
-        else f"{model} ({dtype})",  # what differs must not go on from the other
+        # What differs must not go on from the other.
+        model=model if dtype == console.DTYPES[0] else f"{model} ({dtype})",
         dtype=store,
         tokens=tuple(ids),
         pieces=tuple(tokenizer.pieces(ids)),

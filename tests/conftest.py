@@ -1,3 +1,5 @@
+import json
+
 import hypothesis
 import jax
 import pytest
@@ -34,3 +36,31 @@ def run_main(monkeypatch, capsys):
         return stopped.value.code or 0, out, err
 
     return run
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tiny Hugging Face directory with a tokenizer."""
+    from tests.test_checkpoint import byte_level_tokenizer
+    from tests.test_model import hugging_face
+
+    path = tmp_path_factory.mktemp("model")
+    hugging_face(path, vocab_size=400)
+    byte_level_tokenizer().save(str(path / "tokenizer.json"))
+    return str(path)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A directory as LongBench has it."""
+    from tests.test_checkpoint import TEXT
+
+    folder = tmp_path / "longbench"
+    folder.mkdir()
+    row = {"input": "who?", "context": TEXT * 4, "answers": ["it"], "all_classes": None}
+    (folder / "qasper.jsonl").write_text("".join(json.dumps(row) + "\n" for _ in range(3)))
+    (folder / "trec.jsonl").write_text(json.dumps(row | {"all_classes": ["a"]}) + "\n")
+    templates = {"qasper": "Read. {context} Now: {input}", "trec": "{context}\n{input}"}
+    (folder / "dataset2prompt.json").write_text(json.dumps(templates))
+    (folder / "dataset2maxlen.json").write_text('{"qasper": 16, "trec": 8}')
+    return folder

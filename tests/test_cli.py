@@ -10,17 +10,8 @@ import pytest
 from corm_jax import cli, recording
 from simulator.trace import Trace
 from tests.test_checkpoint import TEXT, byte_level_tokenizer
-from tests.test_model import hugging_face
 
 KEYS = "policy nll ppl delta_nll kept_final kept_mean kv_bytes_full kv_bytes_live kv_bytes_allocated overflow seconds"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    hugging_face(path, vocab_size=400)
-    byte_level_tokenizer().save(str(path / "tokenizer.json"))
-    return str(path)
 
 
 @pytest.fixture

@@ -13,20 +13,10 @@ import pytest
 
 from corm_jax import cli
 from corm_jax.evaluation.records import CONFIG, RESULTS
-from tests.test_checkpoint import TEXT, byte_level_tokenizer
-from tests.test_evaluation import data  # noqa: F401
-from tests.test_model import hugging_face
+from tests.test_checkpoint import TEXT
 
 KILLS = 3
 POLICIES = ("--policy", "full", "--policy", "corm:window=8,recent=4")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    hugging_face(path, vocab_size=400)
-    byte_level_tokenizer().save(str(path / "tokenizer.json"))
-    return str(path)
 
 
 @pytest.fixture
@@ -99,7 +89,7 @@ def test_recall(evaluate, text, tmp_path):
     assert found["repeat", "h2o"]["kept"] < 0.5
 
 
-def test_longbench(evaluate, data, tmp_path):  # noqa: F811
+def test_longbench(evaluate, data, tmp_path):
     arguments = "--data", data, "--length", 128, "--limit", 2, "--out", tmp_path / "out", "--chat", *POLICIES
     code, printed, _ = evaluate("longbench", *arguments)
     assert code == 0
@@ -108,7 +98,7 @@ def test_longbench(evaluate, data, tmp_path):  # noqa: F811
     assert all(0 <= row["score"] <= 1 for row in rows(tmp_path / "out"))
 
 
-def test_report(run_main, evaluate, data, text, tmp_path):  # noqa: F811
+def test_report(run_main, evaluate, data, text, tmp_path):
     grid = [f"corm:window={w},recent={r}" for w in (8, 16) for r in (4, 8)]
     specs = [part for spec in ("full", *grid) for part in ("--policy", spec)]
     evaluate("perplexity", "--text", text, "--tokens", 64, "--limit", 2, "--out", tmp_path / "texts", *specs)

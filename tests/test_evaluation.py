@@ -1,7 +1,5 @@
 """The evaluation's parts: metrics by hand, result directories cut anywhere, tasks, and how answers are scored."""
 
-import json
-
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -55,19 +53,6 @@ def test_truncation_keeps_both_ends(ids, limit):
     assert len(cut) == min(len(ids), limit)
     if len(ids) > limit:
         assert cut == ids[: (limit + 1) // 2] + ids[len(ids) - limit // 2 :]
-
-
-@pytest.fixture
-def data(tmp_path):
-    folder = tmp_path / "longbench"
-    folder.mkdir()
-    row = {"input": "who?", "context": TEXT * 4, "answers": ["it"], "all_classes": None}
-    (folder / "qasper.jsonl").write_text("".join(json.dumps(row) + "\n" for _ in range(3)))
-    (folder / "trec.jsonl").write_text(json.dumps(row | {"all_classes": ["a"]}) + "\n")
-    templates = {"qasper": "Read. {context} Now: {input}", "trec": "{context}\n{input}"}
-    (folder / "dataset2prompt.json").write_text(json.dumps(templates))
-    (folder / "dataset2maxlen.json").write_text('{"qasper": 16, "trec": 8}')
-    return folder
 
 
 @pytest.fixture(scope="module")

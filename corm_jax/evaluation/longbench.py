@@ -25,7 +25,6 @@ KINDS = {
 }
 """The six kinds of tasks, those in English."""
 
-KIND_OF = {task: kind for kind, tasks in KINDS.items() for task in tasks}
 PLAIN = ("trec", "triviaqa", "samsum", "lcc", "repobench-p")
 """Tasks whose prompt is no question: they get no chat template."""
 
