@@ -1,9 +1,11 @@
 """The policies of the field: the conformance suite, and sets of survivors worked by hand."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from corm_jax import CormError, Random, budget, parse, protect
+from corm_jax import CormError, Random, SnapKV, budget, parse, protect
+from corm_jax.types import Slots
 from simulator.replay import replay, sweep
 from simulator.specification import readings, rule_of
 from simulator.synthetic import noise
@@ -121,6 +123,15 @@ def test_nine_tokens_by_hand(spec, prompt):
     assert {t: words(expected.kept[t - 1]) for t in survivors} == survivors
     kept = replay(Trace.from_qkv(q[None, :, 0], k[None], v[None]), policy, prompt=prompt).history()[0, 0]
     assert {t: words(np.flatnonzero(kept[t - 1])) for t in survivors} == survivors
+
+
+def test_equal_sums_are_equal_in_any_order():
+    """The mean of 0.3, 0.7 and 0.9 is the same in whichever order they stand, so the older keys go."""
+    scores = jnp.asarray([[0.3, 0.7, 0.9, 0.3, 0.7, 0.9, 0.3, 0.7, 0.0]], jnp.float32)
+    slots = Slots(jnp.arange(9)[None], jnp.int32(9), jnp.int32(9))
+    pooled = SnapKV(budget=4, window=1, kernel=3, pool="mean").verdict(scores, slots)[0]
+    assert np.isin(np.arange(9), [4, 5, 6, 8]).tolist() == (pooled[:9] >= 0).tolist()
+    assert len(set(pooled[4:7].tolist())) == 1
 
 
 def test_heads_that_share_a_budget_by_hand():

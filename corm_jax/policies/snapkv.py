@@ -73,7 +73,8 @@ class SnapKV:
         early = slots.only(slots.live & self._early(slots))
         absent = -jnp.inf if self.pool == "max" else 0.0
         around = early.neighbours(scores, self.kernel // 2, absent)
-        pooled = around.max(0) if self.pool == "max" else around.sum(0) / self.kernel
+        # In order of size, equal scores add up to equal sums wherever they stand: a tie is one in every program.
+        pooled = around.max(0) if self.pool == "max" else jnp.sort(around, 0).sum(0) / self.kernel
         over = early.total(early.live) - self.allowed(pooled, early)
         return jnp.where(early.lowest(pooled, over), GONE, jnp.where(early.live, pooled, scores))
 
