@@ -18,9 +18,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from policy_table import SPECS, interval
+from policy_table import SPECS, shown
 
 import corm_jax as cj
+from corm_jax.evaluation.intervals import bootstrap
 from corm_jax.files import write_json
 from corm_jax.fitting import fitted
 from corm_jax.perplexity import read
@@ -89,12 +90,8 @@ class Asker:
 
     def row(self, budget, spec, nll, kept):
         """A row of the table, printed."""
-        delta = interval(nll - self.full, block=1)
-        print(
-            f"| {budget} | `{spec}` | {kept.mean():.3f} | {nll.mean():.3f} "
-            f"| {delta[0]:+.3f} [{delta[1]:+.3f}, {delta[2]:+.3f}] |",
-            flush=True,
-        )
+        delta = bootstrap(nll - self.full)
+        print(f"| {budget} | `{spec}` | {kept.mean():.3f} | {nll.mean():.3f} | {shown(delta, '+.3f')} |", flush=True)
         row = {"file": self.name, "budget": budget, "policy": spec, "kept": float(kept.mean())}
         return row | {"nll": float(nll.mean()), "delta_nll": delta}
 

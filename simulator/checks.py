@@ -32,9 +32,8 @@ CLOSE = 1e-4
 CHECKS: list[Callable[[Subject, st.DataObject], None]] = []
 """All checks, the most basic ones first."""
 
-ONCE: list[Callable[[Subject, st.DataObject], None]] = []
-"""Those that no second history makes any stronger."""
-
+ENOUGH: dict[Callable[[Subject, st.DataObject], None], int] = {}
+"""How many histories are enough, for those that more make no stronger."""
 
 CORM: list[Callable[[Subject, st.DataObject], None]] = []
 """Those that hold for CORM only."""
@@ -45,9 +44,12 @@ def _check(function):
     return function
 
 
-def _check_once(function):
-    ONCE.append(function)
-    return _check(function)
+def _check_enough(examples: int):
+    def check(function):
+        ENOUGH[function] = examples
+        return _check(function)
+
+    return check
 
 
 def _check_corm(function):
@@ -55,7 +57,7 @@ def _check_corm(function):
     return _check(function)
 
 
-@_check_once
+@_check_enough(1)
 def shapes(subject: Subject, data: st.DataObject) -> None:
     """State keeps its shapes and dtypes and ends in the slot axes; `retain` and `rank` give one value for each slot."""
     case, before = subject.draw(data), subject.cache(subject.few)
@@ -283,7 +285,7 @@ def empty_slots(subject: Subject, data: st.DataObject) -> None:
     _goes_on("empty_slots", subject, data, _littered, "before the empty slots were littered")
 
 
-@_check
+@_check_enough(2)  # without a compiler loops are slow
 def jit_eager_vmap(subject: Subject, data: st.DataObject) -> None:
     """One step gives the same compiled, uncompiled and vectorized."""
     case = subject.draw(data, counts=[1] * TOKENS)
@@ -301,7 +303,7 @@ def jit_eager_vmap(subject: Subject, data: st.DataObject) -> None:
         _close("jit_eager_vmap", output, compiled[0], "with jit")
 
 
-@_check_once
+@_check_enough(1)
 def one_compile(subject: Subject, data: st.DataObject) -> None:
     """Other numbers, positions and counts need no other program: nothing depends on a value while tracing."""
     case, traced = subject.draw(data, counts=[1] * TOKENS), []
@@ -345,19 +347,19 @@ def replays_alike(subject: Subject, data: st.DataObject) -> None:
 
     A replay knows the capacity of a head, not that of a pool.
     """
-    chunk = data.draw(st.sampled_from([1, CHUNK]))
+    chunk, capacity = data.draw(st.sampled_from([(1, None), (CHUNK, subject.few)]))
+    capacity = None if subject.implementation.pooled else capacity
     case = subject.draw(data, counts=[min(chunk, max(TOKENS - chunk * i, 0)) for i in range(TOKENS)])
     steps = case.counts > 0
-    for capacity in [None] if subject.implementation.pooled else [None, subject.few]:
-        _assume_decided(subject, case, capacity)  # they add up in another order
-        history = subject.read(case, capacity)
-        options = {"capacity": capacity, "chunk": chunk, "prompt": case.prompt}
-        other = replay(case.trace(), subject.policy, **options, errors=False)
-        kept, replayed = history.kept[:, :, steps, :TOKENS], other.history()[:, :, case.clock[steps] - 1]
-        invariants.same_decisions("replays_alike", kept, replayed, "in the replay", case.clock[steps])
-        invariants.within_capacity(replayed, capacity or TOKENS, case.clock[steps])
-        for head in range(KV_HEADS):
-            _same_number("replays_alike", "overflow", int(history.overflow[-1, head]), int(other.overflow[0, head]))
+    _assume_decided(subject, case, capacity)  # they add up in another order
+    history = subject.read(case, capacity)
+    options = {"capacity": capacity, "chunk": chunk, "prompt": case.prompt}
+    other = replay(case.trace(), subject.policy, **options, errors=False)
+    kept, replayed = history.kept[:, :, steps, :TOKENS], other.history()[:, :, case.clock[steps] - 1]
+    invariants.same_decisions("replays_alike", kept, replayed, "in the replay", case.clock[steps])
+    invariants.within_capacity(replayed, capacity or TOKENS, case.clock[steps])
+    for head in range(KV_HEADS):
+        _same_number("replays_alike", "overflow", int(history.overflow[-1, head]), int(other.overflow[0, head]))
 
 
 @_check_corm

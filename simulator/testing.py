@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from corm_jax.policies import Corm
 from corm_jax.types import Policy
-from simulator.checks import CHECKS, CORM, ONCE, specification
+from simulator.checks import CHECKS, CORM, ENOUGH, specification
 from simulator.invariants import InvariantError
 from simulator.reference import corm_messages
 from simulator.specification import Reference, specified
@@ -92,8 +92,8 @@ def parametrize_checks(
 
 def _run(check, policy, reference, implementation, examples: int) -> None:
     @settings(
-        max_examples=1 if check in ONCE else examples,
-        phases=[Phase.generate] if check in ONCE else [Phase.explicit, Phase.generate, Phase.shrink],
+        max_examples=min(ENOUGH.get(check, examples), examples),
+        phases=[Phase.generate] if ENOUGH.get(check) == 1 else [Phase.explicit, Phase.generate, Phase.shrink],
         deadline=None,
         derandomize=True,
         database=None,

@@ -1,5 +1,7 @@
 """The evaluation's parts: metrics by hand, result directories cut anywhere, tasks, and how answers are scored."""
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 
 from corm_jax import Corm, CormError, Full, generate
 from corm_jax.checkpoint import Tokenizer
-from corm_jax.evaluation import agreement, longbench, recall
+from corm_jax.evaluation import agreement, longbench, recall, texts
 from corm_jax.evaluation.asking import answer, answer_nll, ask
 from corm_jax.evaluation.intervals import bootstrap
 from corm_jax.evaluation.records import RESULTS, Records, read_rows
@@ -58,6 +60,21 @@ def test_truncation_keeps_both_ends(ids, limit):
 @pytest.fixture(scope="module")
 def tokenizer():
     return Tokenizer(byte_level_tokenizer(), (2,))
+
+
+def test_texts_of_a_data_set(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "books"
+    folder.mkdir()
+    (folder / "test.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ("é one\n", "two")))
+    assert texts.read_texts([], [str(folder)]) == {str(folder): "é one\ntwo\n".encode()}
+    monkeypatch.setattr(texts, "CHARACTERS", 4)
+    assert texts.from_hub(f"{folder}::test") == "é on".encode()
+    with pytest.raises(CormError, match="cannot load the data set"):
+        texts.from_hub(f"{folder}::train")
+    (folder / "test.jsonl").write_text('{"words": "one"}\n')
+    with pytest.raises(CormError, match="has no column 'text', but words"):
+        texts.from_hub(str(folder))
 
 
 def test_questions(data, tokenizer):
@@ -147,6 +164,10 @@ def test_tasks_hide_what_they_ask_for(tokenizer, name):
             assert tokenizer.decode(other).strip() in prompt
         if name in ("passkey", "needle"):
             assert prompt.find(gold) / len(prompt) == pytest.approx(task.depth, abs=0.15)
+    for task, blind in zip(found, recall.tasks(hay, [name], [1500], [0.0, 0.5, 1.0], 2, 3, blind=True), strict=True):
+        assert (blind.id, blind.gold) == (task.id, task.gold)
+        assert tokenizer.decode(task.prompt).endswith(tokenizer.decode(blind.prompt))
+        assert tokenizer.decode(task.gold).strip() not in tokenizer.decode(blind.prompt)
 
 
 def test_tasks_that_cannot_be(tokenizer):

@@ -26,6 +26,7 @@ DISTANCES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 WINDOWS = (64, 128, 256, 512)
 RECENTS = (16, 32, 64)
 BITS = (16, 64, 256)
+MEASURED = ("sparsity", "similarity", "coverage", "kept", "lsh_error")
 ROWS = 128
 """Queries at a time."""
 
@@ -45,7 +46,7 @@ def analyse(model: Llama, tokens: Sequence[int], progress: Callable[[int], None]
     """
     if len(tokens) < 2 * FIRST:
         raise CormError(f"a text of {len(tokens)} tokens says too little: give at least {2 * FIRST}")
-    found: dict[str, list] = {name: [] for name in ("sparsity", "similarity", "coverage", "kept", "lsh_error")}
+    found: dict[str, list] = {name: [] for name in MEASURED}
     for one in record(model, tokens, progress=progress):
         sparsity, coverage, kept = _importance(one.q, one.k)
         similarity, errors = _similarity(one.q)
@@ -54,6 +55,11 @@ def analyse(model: Llama, tokens: Sequence[int], progress: Callable[[int], None]
     distances = [distance for distance in DISTANCES if distance < len(tokens)]
     axes = {"distances": distances, "windows": WINDOWS, "recents": RECENTS, "bits": BITS}
     return found | {name: list(values) for name, values in axes.items()}
+
+
+def mean(every: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The mean of what was found in several texts."""
+    return every[0] | {name: np.mean([found[name] for found in every], axis=0).tolist() for name in MEASURED}
 
 
 def _importance(q: np.ndarray, k: np.ndarray):

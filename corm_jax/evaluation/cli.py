@@ -1,11 +1,10 @@
 """The command line of the evaluation: ``corm eval``, ``corm report`` and ``corm analyse``."""
 
 import sys
-from collections.abc import Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import click
 import numpy as np
@@ -19,10 +18,12 @@ from corm_jax.evaluation import analysis
 from corm_jax.evaluation import longbench as benchmark
 from corm_jax.evaluation import recall as recalls
 from corm_jax.evaluation.asking import answer, answer_nll, ask
+from corm_jax.evaluation.intervals import bootstrap
 from corm_jax.evaluation.records import Records
 from corm_jax.evaluation.report import report as write_report
 from corm_jax.evaluation.suite import Suite, contents, memory, surroundings
 from corm_jax.evaluation.summary import MEASURES, lines
+from corm_jax.evaluation.texts import read_texts, stretches
 from corm_jax.files import check_writable, write_json
 from corm_jax.perplexity import read
 from corm_jax.policies import keys_of, parse
@@ -44,43 +45,17 @@ _options = console.options(
     click.option("--seed", type=int, default=0, show_default=True),
     click.option("--out", type=click.Path(path_type=Path), required=True, help="the directory of the results"),
 )
-_texts = click.option(
-    "--text",
-    "paths",
-    type=click.Path(path_type=Path),
-    multiple=True,
-    help="a UTF-8 file, or a directory of .txt files; repeat for more  [default: Python's language reference]",
+_blind = click.option("--blind", is_flag=True, help="ask without the text that holds the answer: what is guessed")
+_texts = console.options(
+    click.option(
+        "--text",
+        "paths",
+        type=click.Path(path_type=Path),
+        multiple=True,
+        help="a UTF-8 file, or a directory of .txt files; repeat for more  [default: Python's language reference]",
+    ),
+    click.option("--dataset", "datasets", multiple=True, metavar="NAME[:CONFIG[:SPLIT]]", help="texts from the hub"),
 )
-
-
-class Document(NamedTuple):
-    """A stretch of a text; ``prompt`` is all of it."""
-
-    id: str
-    task: str
-    prompt: list[int]
-
-
-def _documents(tokenizer, texts: dict[str, bytes], tokens: int, limit: int | None) -> list[Document]:
-    if tokens < 2:
-        raise CormError(f"--tokens must be at least 2, not {tokens}: the first predicts, the second is predicted")
-    found = []
-    for name, content in texts.items():
-        ids = tokenizer.encode(content.decode("utf-8"))
-        starts = range(0, len(ids) - tokens + 1, tokens)
-        if not starts:
-            raise CormError(f"the text {name!r} has {len(ids):,} tokens, --tokens asks for {tokens:,}")
-        found += [Document(f"{name}/{start}", name, ids[start : start + tokens]) for start in list(starts)[:limit]]
-    return found
-
-
-def _files(paths: Sequence[Path]) -> dict[str, bytes]:
-    files = [file for path in paths for file in (sorted(path.glob("*.txt")) if path.is_dir() else [path])]
-    if paths and not files:
-        raise CormError(f"there is no .txt file in {paths[0]}")
-    for file in files:
-        inputs.read_text(file)
-    return contents(files) or {"pydoc_data.topics": inputs.reference_text().encode()}
 
 
 def _go(kind, common, settings: dict[str, Any], data, make_examples, make_score) -> None:
@@ -130,9 +105,9 @@ def _table(kind: str, rows: list[dict[str, Any]]) -> None:
 @click.option("--tokens", type=int, default=2048, show_default=True, help="of each stretch of a text")
 @click.option("--prompt", type=int, help="how many of them are the prompt; not scored")
 @click.option("--bucket", type=int, default=512, show_default=True, help="positions that are averaged together")
-def perplexity(model, dtype, specs, budget, chunk, limit, seed, out, paths, tokens, prompt, bucket):
+def perplexity(model, dtype, specs, budget, chunk, limit, seed, out, paths, datasets, tokens, prompt, bucket):
     """How well texts are predicted: NLL, and by position."""
-    data = _files(paths)
+    data = read_texts(paths, datasets)
     for spec in specs or POLICIES:
         prompt_of(parse(spec), prompt, tokens - 1)
 
@@ -147,7 +122,7 @@ def perplexity(model, dtype, specs, budget, chunk, limit, seed, out, paths, toke
         return of
 
     settings = {"tokens": tokens, "prompt": prompt, "bucket": bucket}
-    documents = partial(_documents, texts=data, tokens=tokens, limit=limit)
+    documents = partial(stretches, texts=data, tokens=tokens, limit=limit)
     common = model, dtype, specs, budget, chunk, limit, seed, out
     _go("perplexity", common, settings, data, lambda model, tokenizer: documents(tokenizer), score)
 
@@ -157,9 +132,9 @@ def perplexity(model, dtype, specs, budget, chunk, limit, seed, out, paths, toke
 @_texts
 @click.option("--tokens", type=int, default=2048, show_default=True, help="of each stretch of a text")
 @click.option("--prompt", type=int, help="how many of them are the prompt; not scored  [default: half]")
-def agreement(model, dtype, specs, budget, chunk, limit, seed, out, paths, tokens, prompt):
+def agreement(model, dtype, specs, budget, chunk, limit, seed, out, paths, datasets, tokens, prompt):
     """How close predictions stay to those of the full cache: KL, and how often the likeliest token is the same."""
-    data, prompt = _files(paths), tokens // 2 if prompt is None else prompt
+    data, prompt = read_texts(paths, datasets), tokens // 2 if prompt is None else prompt
     for spec in specs or POLICIES:
         prompt_of(parse(spec), prompt, tokens - 1)
 
@@ -172,7 +147,7 @@ def agreement(model, dtype, specs, budget, chunk, limit, seed, out, paths, token
         return of
 
     common = model, dtype, specs, budget, chunk, limit, seed, out
-    documents = partial(_documents, texts=data, tokens=tokens, limit=limit)
+    documents = partial(stretches, texts=data, tokens=tokens, limit=limit)
     settings = {"tokens": tokens, "prompt": prompt}
     _go("agreement", common, settings, data, lambda model, tokenizer: documents(tokenizer), score)
 
@@ -183,7 +158,8 @@ def agreement(model, dtype, specs, budget, chunk, limit, seed, out, paths, token
 @click.option("--task", "names", multiple=True, default=tuple(recalls.TASKS), show_default=True)
 @click.option("--length", "lengths", type=int, multiple=True, default=(1024,), show_default=True, help="of a prompt")
 @click.option("--depth", "depths", type=float, multiple=True, default=(0.1, 0.5, 0.9), show_default=True)
-def recall(model, dtype, specs, budget, chunk, limit, seed, out, paths, names, lengths, depths):
+@_blind
+def recall(model, dtype, specs, budget, chunk, limit, seed, out, paths, datasets, names, lengths, depths, blind):
     """Whether what was read long ago is still known: pass keys, needles, pairs, a passage seen again.
 
     There are --limit examples of each task, length and depth, or 5.
@@ -191,12 +167,12 @@ def recall(model, dtype, specs, budget, chunk, limit, seed, out, paths, names, l
     `nll` is that of the right answer, in nats a token; `margin` is how much likelier it is than the likeliest of the
     wrong ones; `exact` says whether the model writes it down by itself.
     """
-    data = _files(paths)
+    data = read_texts(paths, datasets)
     words = "\n\n".join(content.decode("utf-8") for content in data.values())
 
     def examples(model, tokenizer):
         hay = recalls.Haystack(tokenizer, words)
-        return list(recalls.tasks(hay, names, lengths, depths, limit or 5, seed))
+        return list(recalls.tasks(hay, names, lengths, depths, limit or 5, seed, blind))
 
     def score(model, tokenizer, longest):
         def of(policy, task, largest):
@@ -216,7 +192,7 @@ def recall(model, dtype, specs, budget, chunk, limit, seed, out, paths, names, l
         return of
 
     common = model, dtype, specs, budget, chunk, limit, seed, out
-    settings = {"tasks": list(names), "lengths": list(lengths), "depths": list(depths)}
+    settings = {"tasks": list(names), "lengths": list(lengths), "depths": list(depths), "blind": blind}
     _go("recall", common, settings, data, examples, score)
 
 
@@ -226,7 +202,8 @@ def recall(model, dtype, specs, budget, chunk, limit, seed, out, paths, names, l
 @click.option("--task", "names", multiple=True, help="repeat for more  [default: all that are there]")
 @click.option("--length", type=int, default=3500, show_default=True, help="longer prompts lose their middle")
 @click.option("--chat", is_flag=True, help="wrap questions as a user's turn, as LongBench does for chat models")
-def longbench(model, dtype, specs, budget, chunk, limit, seed, out, data, names, length, chat):
+@_blind
+def longbench(model, dtype, specs, budget, chunk, limit, seed, out, data, names, length, chat, blind):
     """LongBench: its prompts, truncation and metrics, in [0, 1]."""
     names = list(names) or [task for task in benchmark.METRICS if (data / f"{task}.jsonl").exists()]
     if not names:
@@ -237,7 +214,7 @@ def longbench(model, dtype, specs, budget, chunk, limit, seed, out, data, names,
     files = [path for task in names if (path := data / f"{task}.jsonl").exists()]
 
     def examples(model, tokenizer):
-        return list(benchmark.questions(data, names, tokenizer, length, chat, limit))
+        return list(benchmark.questions(data, names, tokenizer, length, chat, limit, blind))
 
     def score(model, tokenizer, longest):
         def of(policy, question, largest):
@@ -249,7 +226,7 @@ def longbench(model, dtype, specs, budget, chunk, limit, seed, out, data, names,
         return of
 
     common = model, dtype, specs, budget, chunk, limit, seed, out
-    settings = {"tasks": names, "length": length, "chat": chat}
+    settings = {"tasks": names, "length": length, "chat": chat, "blind": blind}
     _go("longbench", common, settings, contents(files), examples, score)
 
 
@@ -265,36 +242,49 @@ def report(folders, out):
 
 @click.command("analyse")
 @console.model_options
-@click.option("--text", type=click.Path(path_type=Path), help="a UTF-8 file  [default: Python's language reference]")
-@click.option("--tokens", type=int, default=2048, show_default=True, help="how many to read")
+@_texts
+@click.option("--tokens", type=int, default=2048, show_default=True, help="how many to read of each")
 @click.option("--out", type=click.Path(path_type=Path), default="analysis.json", show_default=True)
-def analyse(model, dtype, text, tokens, out):
-    """Check what CORM rests on: sparse attention, queries alike, and recent ones that tell which keys matter."""
+def analyse(model, dtype, paths, datasets, tokens, out):
+    """Check what CORM rests on: sparse attention, queries alike, and recent ones that tell which keys matter.
+
+    Intervals are over texts, so there are none for one text.
+    """
     check_writable(out)
     plots.check_picture(out.with_suffix(".png"))
-    words, name = inputs.text_from(text)
+    texts = read_texts(paths, datasets)
     network, tokenizer = inputs.load(model, dtype)
-    ids = inputs.encode(network, tokenizer, words, name, tokens)
+    ids = {
+        name: inputs.encode(network, tokenizer, words.decode("utf-8"), name, tokens) for name, words in texts.items()
+    }
+    layers, every = network.config.layers, []
     with console.progress_bar() as progress:
-        task = progress.add_task(f"{network.config.layers} layers", total=network.config.layers * tokens)
-        found = analysis.analyse(network, ids, lambda done: progress.update(task, completed=done))
-    plots.analysis(found, out.with_suffix(".png"))
-    write_json(out, {"model": model, "text": name, "tokens": tokens} | found)
-    table = Table(title=f"{model} reads {tokens:,} tokens of {name}", title_justify="left")
-    for column in ("what", "mean over layers", "least of a layer", "most of a layer"):
+        for name, read_ids in ids.items():
+            task = progress.add_task(f"{name}, {layers} layers", total=layers * tokens)
+            every.append(
+                analysis.analyse(network, read_ids, lambda done, task=task: progress.update(task, completed=done))
+            )
+    plots.analysis(analysis.mean(every), out.with_suffix(".png"))
+    write_json(out, {"model": model, "tokens": tokens, "texts": dict(zip(ids, every, strict=True))})
+    table = Table(title=f"{model} reads {tokens:,} tokens of {', '.join(ids)}", title_justify="left")
+    for column in ("what", "mean over layers and texts [95%]", "least of a layer", "most of a layer"):
         table.add_column(column)
 
-    def row(what, values):
-        table.add_row(what, f"{np.mean(values):.3f}", f"{np.min(values):.3f}", f"{np.max(values):.3f}")
+    def row(what, name, *place):
+        values = np.array([found[name] for found in every])  # [texts, layers, ...]
+        values = values[(slice(None), slice(None), *place)].reshape(*values.shape[:2], -1).mean(-1)
+        by_layer = values.mean(0)
+        table.add_row(what, str(bootstrap(values.mean(1))), f"{by_layer.min():.3f}", f"{by_layer.max():.3f}")
 
-    row("keys below 1/t", np.mean(found["sparsity"], axis=1))
-    for index, distance in enumerate(found["distances"]):
-        row(f"cosine of queries {distance} apart", np.array(found["similarity"])[:, index])
-    for index, window in enumerate(found["windows"]):
-        row(f"important keys that the last {window} queries knew", np.array(found["coverage"])[:, index])
-    for w, window in enumerate(found["windows"]):
-        row(f"kept with w = {window}, r = {found['recents'][-1]}", np.array(found["kept"])[:, w, -1])
-    for index, bits in enumerate(found["bits"]):
-        row(f"error of the cosine from {bits} signs", np.array(found["lsh_error"])[:, index])
+    axes = every[0]
+    row("keys below 1/t", "sparsity")
+    for index, distance in enumerate(axes["distances"]):
+        row(f"cosine of queries {distance} apart", "similarity", index)
+    for index, window in enumerate(axes["windows"]):
+        row(f"important keys that the last {window} queries knew", "coverage", index)
+    for index, window in enumerate(axes["windows"]):
+        row(f"kept with w = {window}, r = {axes['recents'][-1]}", "kept", index, -1)
+    for index, bits in enumerate(axes["bits"]):
+        row(f"error of the cosine from {bits} signs", "lsh_error", index)
     console.output().print(table)
     print(f"{out}, {out.with_suffix('.png')}")

@@ -149,9 +149,18 @@ def truncated(ids: list[int], limit: int) -> list[int]:
 
 
 def questions(
-    folder: Path, tasks: list[str], tokenizer: Tokenizer, length: int, chat: bool, limit: int | None
+    folder: Path,
+    tasks: list[str],
+    tokenizer: Tokenizer,
+    length: int,
+    chat: bool,
+    limit: int | None,
+    blind: bool = False,
 ) -> Iterator[Question]:
     """The rows of each task, as prompts of at most ``length`` tokens less those of the answer.
+
+    Args:
+      blind: leave the context out: what a model guesses from the question alone.
 
     Raises:
       CormError: for a task or a file that does not exist, or a row that lacks something.
@@ -164,7 +173,7 @@ def questions(
             raise CormError(f"{' and '.join(CONFIG)} do not both know {task!r}: get them from LongBench's repository")
         for index, row in enumerate(_rows(folder / f"{task}.jsonl", limit)):
             room = length - new_tokens[task]
-            words = templates[task].format(**row)
+            words = templates[task].format(**row | ({"context": ""} if blind else {}))
             ids = tokenizer.encode(words)
             if len(ids) > room:  # cut as text, since the template for a conversation goes around what is left
                 words = "".join(tokenizer.decode(part) for part in _halves(ids, room))

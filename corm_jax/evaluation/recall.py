@@ -39,8 +39,13 @@ class Task(NamedTuple):
     others: list[list[int]]
 
 
-Hidden = tuple[list[int], list[int], list[list[int]]]
-"""The prompt, the right answer, and those that are right for another question; token ids."""
+class Hidden(NamedTuple):
+    """Token ids: what hides the answer, the question, the answer, and those that are right for another question."""
+
+    context: list[int]
+    question: list[int]
+    gold: list[int]
+    others: list[list[int]]
 
 
 class Haystack:
@@ -65,7 +70,7 @@ class Haystack:
         return self.tokenizer.inner.encode(words, add_special_tokens=False).ids
 
 
-def _passkey(hay: Haystack, length: int, depth: float, rng) -> Hidden:
+def _passkey(hay: Haystack, length: int, depth: float, rng: np.random.Generator) -> Hidden:
     key = str(rng.integers(10_000, 100_000))
     start = hay.tokenizer.encode(
         "There is important information hidden inside irrelevant text. Find and memorize it.\n"
@@ -75,7 +80,8 @@ def _passkey(hay: Haystack, length: int, depth: float, rng) -> Hidden:
     dull = hay.encode(DULL)
     copies = max((length - len(start) - len(fact) - len(question)) // len(dull), 1)
     before = round(depth * copies)
-    return start + before * dull + fact + (copies - before) * dull + question, hay.encode(f" {key}"), []
+    context = start + before * dull + fact + (copies - before) * dull
+    return Hidden(context, question, hay.encode(f" {key}"), [])
 
 
 def _needle(hay: Haystack, length: int, depth: float, rng) -> Hidden:
@@ -99,7 +105,7 @@ def _needles(hay, length, depth, rng, count):
     for place, fact in sorted(zip(places, facts, strict=True), reverse=True):
         text = text[:place] + fact + text[place:]
     gold, *others = (hay.encode(f" {number}") for number in numbers)
-    return text + question, gold, others
+    return Hidden(text, question, gold, others)
 
 
 def _pairs(hay: Haystack, length: int, depth: float, rng) -> Hidden:
@@ -109,14 +115,14 @@ def _pairs(hay: Haystack, length: int, depth: float, rng) -> Hidden:
     keys, values = zip(*pairs[:count], strict=True)
     wanted = min(round(depth * (count - 1)), count - 1)
     data = "".join(f'"{key}": "{value}"\n' for key, value in zip(keys, values, strict=True))
-    words = f'Extract the value of the key from the data below.\n\n{data}\n"{keys[wanted]}": "'
+    context = hay.tokenizer.encode(f"Extract the value of the key from the data below.\n\n{data}")
     others = [hay.encode(value) for index, value in enumerate(values) if index != wanted]
-    return hay.tokenizer.encode(words), hay.encode(values[wanted]), others[:7]
+    return Hidden(context, hay.encode(f'\n"{keys[wanted]}": "'), hay.encode(values[wanted]), others[:7])
 
 
 def _repeat(hay: Haystack, length: int, depth: float, rng) -> Hidden:
     passage, text = length // 4, hay.cut(length - length // 4, rng)
-    return text + text[:1], text[1:passage], []
+    return Hidden(text, text[:1], text[1:passage], [])
 
 
 TASKS: dict[str, Callable[..., Hidden]] = {
@@ -130,9 +136,18 @@ TASKS: dict[str, Callable[..., Hidden]] = {
 
 
 def tasks(
-    hay: Haystack, names: Sequence[str], lengths: Sequence[int], depths: Sequence[float], examples: int, seed: int
+    hay: Haystack,
+    names: Sequence[str],
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    examples: int,
+    seed: int,
+    blind: bool = False,
 ) -> Iterator[Task]:
     """So many examples of each task at each length and depth; each depends on nothing but its own name and the seed.
+
+    Args:
+      blind: ask without the text that holds the answer: what a model guesses.
 
     Raises:
       CormError: for an unknown task, a length below 256, or a depth outside [0, 1].
@@ -151,5 +166,7 @@ def tasks(
             for depth in depths if name != "repeat" else depths[:1]:
                 for index in range(examples):
                     rng = np.random.default_rng([seed, list(TASKS).index(name), length, round(1000 * depth), index])
-                    prompt, gold, others = TASKS[name](hay, length, depth, rng)
-                    yield Task(f"{name}/{length}/{depth}/{index}", name, length, depth, prompt, gold, others)
+                    hidden = TASKS[name](hay, length, depth, rng)
+                    prompt = hidden.question if blind else hidden.context + hidden.question
+                    identity = f"{name}/{length}/{depth}/{index}"
+                    yield Task(identity, name, length, depth, prompt, hidden.gold, hidden.others)
