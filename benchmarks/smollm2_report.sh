@@ -3,10 +3,35 @@
 #
 #     bash benchmarks/smollm2_report.sh DATA OUT
 #
-# DATA holds pg19/*.txt (books), and longbench/ and longbench_config/ as `corm analyse --text "$data/pg19" --out "$out/analysis.json"
-corm eval longbench --data "$data/longbench" --length 1000 --chat --limit 3 --chunk 64 --policy full --blind \
-    --out "$out/longbench-blind"
-corm eval longbench --data "$data/longbench" --length 1000 --chat --limit 3 --chunk 64 --budget 0.3 "${few[@]}" \
-    --out "$out/longbench"
+# DATA holds pg19/*.txt (books), and longbench/ and longbench_config/ as LongBench has them. Results go to OUT, a
+# directory a run; interrupted, the same command goes on. On two CPU cores it takes less than two hours.
+set -euo pipefail
+data=$1 out=$2
+mkdir -p "$out"
+
+policies=() few=()
+for spec in full corm corm:window=256,recent=32,sinks=4 streaming_llm scissorhands h2o snapkv; do
+    policies+=(--policy "$spec")
+    [[ $spec == corm:* ]] || few+=(--policy "$spec")
+done
+grid=(--policy full)
+for window in 64 128 256 512; do
+    for recent in 16 32 64; do
+        grid+=(--policy "corm:window=$window,recent=$recent")
+    done
+done
+
+for budget in 0.1 0.3 0.5; do
+    corm eval agreement --text "$data/pg19" --tokens 1024 --limit 2 --budget $budget "${policies[@]}" \
+        --out "$out/agreement-$budget"
+done
+corm eval perplexity --text "$data/pg19" --tokens 2048 --limit 1 --chunk 64 "${grid[@]}" --out "$out/grid"
+recall=(--text "$data/pg19/860.txt" --length 512 --limit 2)
+corm eval recall "${recall[@]}" --policy full --blind --out "$out/recall-blind"
+corm eval recall "${recall[@]}" --budget 0.3 "${policies[@]}" --out "$out/recall"
+corm analyse --text "$data/pg19" --out "$out/analysis.json"
+bench=(--data "$data/longbench" --length 1000 --chat --limit 3 --chunk 64)
+corm eval longbench "${bench[@]}" --policy full --blind --out "$out/longbench-blind"
+corm eval longbench "${bench[@]}" --budget 0.3 "${few[@]}" --out "$out/longbench"
 corm report "$out"/{agreement-0.1,agreement-0.3,agreement-0.5,grid,recall,recall-blind,longbench,longbench-blind} \
     --out "$out/report.md"
