@@ -21,7 +21,7 @@ for window in 64 128 256 512; do
     done
 done
 
-for budget in 0.1 0.3 0.5; do
+for budget in 0.1 0.3; do
     corm eval agreement --text "$data/pg19" --tokens 1024 --limit 2 --budget $budget "${policies[@]}" \
         --out "$out/agreement-$budget"
 done
@@ -30,8 +30,8 @@ recall=(--text "$data/pg19/860.txt" --length 512 --limit 2)
 corm eval recall "${recall[@]}" --policy full --blind --out "$out/recall-blind"
 corm eval recall "${recall[@]}" --budget 0.3 "${policies[@]}" --out "$out/recall"
 corm analyse --text "$data/pg19" --out "$out/analysis.json"
-bench=(--data "$data/longbench" --length 1000 --chat --limit 3 --chunk 64)
+bench=(--data "$data/longbench" --length 1000 --chat --limit 2 --chunk 64)
 corm eval longbench "${bench[@]}" --policy full --blind --out "$out/longbench-blind"
 corm eval longbench "${bench[@]}" --budget 0.3 "${few[@]}" --out "$out/longbench"
-corm report "$out"/{agreement-0.1,agreement-0.3,agreement-0.5,grid,recall,recall-blind,longbench,longbench-blind} \
+corm report "$out"/{agreement-0.1,agreement-0.3,grid,recall,recall-blind,longbench,longbench-blind} \
     --out "$out/report.md"

@@ -35,6 +35,12 @@ def make_cache(policy: Policy, spec: CacheSpec, batch: int | None = None) -> Lay
     """
     if spec.capacity < 1 or (batch is not None and batch < 1):
         raise CormError(f"capacity and batch must be at least 1, not {spec.capacity} and {batch}")
+    for shape in map(np.shape, jax.tree.leaves(policy)):
+        if shape not in ((), (spec.kv_heads,)):
+            raise CormError(
+                f"the policy has hyperparameters of shape {shape} for a layer of {spec.kv_heads} key-value heads: "
+                "give one number, or one for each head"
+            )
     cache = LayerCache(
         k=jnp.zeros((*spec.slots, spec.head_dim), spec.dtype),
         v=jnp.zeros((*spec.slots, spec.head_dim), spec.dtype),
@@ -202,7 +208,18 @@ def usage(caches: Caches) -> Usage:
 
 
 def per_layer(policy: Policy | Sequence[Policy], layers: int) -> tuple[Policy, ...]:
-    """One policy a layer: those given, or the one given, as it is `for_layer` where it, or one inside it, differs."""
+    """One policy a layer: those given, or the one given.
+
+    Where it, or one inside it, has a method `for_layer`, that says what a layer gets. Hyperparameters
+    ``[layers, kv_heads]`` are one for each layer and head.
+
+    >>> from corm_jax.policies import Corm
+    >>> [one.window.tolist() for one in per_layer(Corm(window=np.array([[16, 64], [32, 8]])), 2)]
+    [[16, 64], [32, 8]]
+
+    Raises:
+      CormError: for another number of policies, or of rows of hyperparameters, than there are layers.
+    """
     if not isinstance(policy, Policy):
         if len(policy) != layers:
             raise CormError(f"{len(policy)} policies for {layers} layers: give one for all, or one for each")
@@ -212,7 +229,15 @@ def per_layer(policy: Policy | Sequence[Policy], layers: int) -> tuple[Policy, .
         return hasattr(part, "for_layer")
 
     def of_layer(layer: int) -> Policy:
-        return jax.tree.map(lambda x: x.for_layer(layer, layers) if varies(x) else x, policy, is_leaf=varies)
+        one = jax.tree.map(lambda x: x.for_layer(layer, layers) if varies(x) else x, policy, is_leaf=varies)
+        return jax.tree.map(lambda x: x[layer] if np.ndim(x) == 2 else x, one)
+
+    for shape in map(np.shape, jax.tree.leaves(policy)):
+        if len(shape) == 2 and shape[0] != layers:
+            raise CormError(
+                f"the policy has hyperparameters for {shape[0]} layers of {shape[1]} heads, not for {layers} layers: "
+                "give [layers, kv_heads]"
+            )
 
     return tuple(of_layer(layer) for layer in range(layers))
 

@@ -31,7 +31,10 @@ State: TypeAlias = PyTree[Any]
 
 
 PerHead: TypeAlias = Any
-"""A number, or one for each head (``[kv_heads]``): of Python, NumPy or JAX, and possibly traced."""
+"""A number, or one for each head: of Python, NumPy or JAX, and possibly traced.
+
+``[kv_heads]`` for one layer. A policy for a whole model may have ``[layers, kv_heads]``: `corm_jax.cache.per_layer`.
+"""
 
 
 Capacity: TypeAlias = int | Sequence[int]
@@ -239,7 +242,8 @@ class Policy(Protocol):
     """An eviction rule: hyperparameters in a frozen dataclass that is a pytree, and four pure functions.
 
     `corm_jax.policy` makes such a class. Numbers such as a window are leaves: they may be traced, mapped over by
-    `jax.vmap`, and arrays ``[kv_heads]`` where a scalar was. Choices are static metadata. The cache calls, for each
+    `jax.vmap`, and arrays ``[kv_heads]`` where a scalar was, or
+    ``[layers, kv_heads]`` in a policy for a whole model. Choices are static metadata. The cache calls, for each
     chunk of newest tokens: `rank` while there are fewer free slots than new keys, `observe` after attention, then
     `retain`.
 

@@ -47,14 +47,14 @@ def none_returns(kept: np.ndarray, clock: np.ndarray | None = None) -> None:
 
 
 def newest_live(kept: np.ndarray, recent, clock: np.ndarray | None = None) -> None:
-    """The newest ``recent`` keys (a number, or ``[kv_heads]``) are live."""
+    """The newest ``recent`` keys (a number, ``[kv_heads]``, or ``[layers, kv_heads]``) are live."""
     key, clock = _axes(kept, clock)
     newest = (key < clock) & (key >= clock - _per_head(recent))
     _refuse("newest_live", ~kept & newest, clock, f"is gone, but among the newest {recent}")
 
 
 def none_early(kept: np.ndarray, window, clock: np.ndarray | None = None) -> None:
-    """Nothing is evicted before ``window`` queries (a number, or ``[kv_heads]``) were seen."""
+    """Nothing is evicted before ``window`` queries (a number, ``[kv_heads]``, or ``[layers, kv_heads]``) were seen."""
     key, clock = _axes(kept, clock)
     bad = ~kept & (key < clock) & (clock < _per_head(window))
     _refuse("none_early", bad, clock, f"is gone before {window} queries were seen")
@@ -151,8 +151,8 @@ def _asked(important, clock, window):
     counts = np.concatenate([np.zeros_like(important[..., :1, :], int), important.cumsum(-2)], axis=-2)
     layers, heads = np.ogrid[: important.shape[0], : important.shape[1]]
     ends = clock[:, 0]
-    starts = np.maximum(ends - np.broadcast_to(np.asarray(window)[..., None], (heads.size, 1)), 0)
-    return counts[..., ends, :] > counts[layers[..., None], heads[..., None], starts[None]]
+    starts = np.maximum(ends - np.broadcast_to(np.asarray(window)[..., None], (layers.size, heads.size, 1)), 0)
+    return counts[..., ends, :] > counts[layers[..., None], heads[..., None], starts]
 
 
 def _axes(kept: np.ndarray, clock: np.ndarray | None):
@@ -162,7 +162,7 @@ def _axes(kept: np.ndarray, clock: np.ndarray | None):
 
 def _per_head(number):
     number = np.asarray(number)
-    return number[:, None, None] if number.ndim else number
+    return number[..., None, None] if number.ndim else number
 
 
 def _first(bad: np.ndarray) -> tuple[int, ...]:

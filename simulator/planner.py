@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from corm_jax.cache import per_layer
 from corm_jax.errors import CormError
 from corm_jax.plan import Plan
 from corm_jax.policies import parse
@@ -56,7 +57,7 @@ def plan(
     if len(shapes) > 1:
         raise CormError(f"the traces are of {len(shapes)} models: plan for each by itself")
     (model, layers, kv_heads, head_dim), policy = shapes.pop(), parse(spec)
-    capacity = np.full(layers, np.max(policy.protected) + chunk)
+    capacity = np.array([np.max(one.protected) + chunk for one in per_layer(policy, layers)])
     for index, trace in enumerate(traces):
         before = index * layers
         result = replay(

@@ -223,11 +223,12 @@ def _checked(
                 "which the same keys stay"
             )
         for path, leaf in jax.tree_util.tree_leaves_with_path(policy):
-            if np.shape(leaf) not in ((), (trace.meta.kv_heads,)):
+            layers, kv_heads = trace.meta.layers, trace.meta.kv_heads
+            if np.shape(leaf) not in ((), (kv_heads,), (layers, kv_heads)):
                 name = jax.tree_util.keystr(path)
                 raise CormError(
                     f"{type(policy).__name__}{name} has the shape {np.shape(leaf)}: give a number, or one for each "
-                    f"of the {trace.meta.kv_heads} key-value heads"
+                    f"of the {kv_heads} key-value heads, or for each of them in {layers} layers"
                 )
     chunk = min(chunk, trace.meta.steps)
     slots_for(policies, capacity, trace.meta.steps, chunk)

@@ -80,7 +80,7 @@ def readings(
     shared = pooled and capacity is not None
     if not shared and (reference := reference or WHOLE.get(type(policy))):
         how |= {"prompt": prompt} if whole_prompt(policy) else {}
-        return [reference(q[:, h], k[:, h], v[:, h], **how, **fields_of(policy, h)) for h in heads]
+        return [reference(q[:, h], k[:, h], v[:, h], **how, **fields_of(policy, h, layer)) for h in heads]
     return rules.read(
         [rule_of(policy, head, layer, layers) for head in heads], q, k, v, pooled=pooled, prompt=prompt, **how
     )
@@ -88,11 +88,11 @@ def readings(
 
 def rule_of(policy: Policy, head: int, layer: int = 0, layers: int = 1) -> rules.Rule:
     """A fresh rule for one head of one layer."""
-    fields = fields_of(policy, head)
+    fields = fields_of(policy, head, layer)
     if isinstance(policy, COMBINATORS):
         inner = rule_of(fields.pop("policy"), head, layer, layers)
         if isinstance(policy, policies.Budget):
-            return rules.Budget(inner, least=int(np.broadcast_to(policy.protected, head + 1)[head]), **fields)
+            return rules.Budget(inner, least=int(_own(policy.protected, head, layer)), **fields)
         return (rules.Protect if isinstance(policy, policies.Protect) else rules.Oneshot)(inner, **fields)
     if type(policy) not in RULES:
         raise CormError(f"{type(policy).__name__} has no specification in simulator.rules")
@@ -100,7 +100,14 @@ def rule_of(policy: Policy, head: int, layer: int = 0, layers: int = 1) -> rules
     return RULES[type(policy)](**fields, **where)
 
 
-def fields_of(policy: Any, head: int) -> dict[str, Any]:
-    """A policy's hyperparameters by name, those of one head where there is one for each."""
+def fields_of(policy: Any, head: int, layer: int = 0) -> dict[str, Any]:
+    """A policy's hyperparameters by name, those of one head where there is one for each, of one layer likewise."""
     values = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)}
-    return {name: value[head] if isinstance(value, np.ndarray) else value for name, value in values.items()}
+    return {name: _own(value, head, layer) for name, value in values.items()}
+
+
+def _own(value: Any, head: int, layer: int) -> Any:
+    """A head's own of ``[kv_heads]`` or ``[layers, kv_heads]``; what is not an array is everybody's."""
+    if not isinstance(value, np.ndarray):
+        return value
+    return value[layer, head] if value.ndim == 2 else value[head]

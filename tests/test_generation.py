@@ -264,3 +264,20 @@ def test_good_specs():
     assert parse(" corm: window=3, eager=true,threshold=live ") == Corm(window=3, eager=True, threshold="live")
     with pytest.raises(CormError, match="window must be a whole number"):
         Corm(window=2.5)
+
+
+def test_one_window_for_each_layer_and_head():
+    """As with a policy for each layer."""
+    window, recent = np.array([[3, 40], [9, 1]]), np.array([[2, 1], [1, 5]])
+    each = [Corm(window=w, recent=r) for w, r in zip(window, recent, strict=True)]
+    options = {"max_new_tokens": 8, "chunk": 4, "capacity": 70}
+    one, other = (
+        generate(MODEL, policy, [list(range(50))], **options) for policy in (Corm(window=window, recent=recent), each)
+    )
+    assert one.tokens == other.tokens
+    np.testing.assert_array_equal(usage(one.caches).live, usage(other.caches).live)
+    assert len(np.unique(usage(one.caches).live)) > 2
+    with pytest.raises(CormError, match="for 1 layers of 2 heads, not for 2 layers"):
+        generate(MODEL, Corm(window=window[:1]), [[1]], max_new_tokens=1)
+    with pytest.raises(CormError, match=r"shape \(1,\) for a layer of 2 key-value heads"):
+        generate(MODEL, Corm(window=window[:, :1]), [[1]], max_new_tokens=1)

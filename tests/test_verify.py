@@ -1,10 +1,14 @@
 """Proof on a trace, and that it can fail."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from corm_jax import TOVA, Corm, CormError, budget, policy
+from corm_jax import TOVA, Corm, CormError, budget, parse, policy
 from simulator import synthetic
+from simulator.replay import replay
+from simulator.synthetic import noise
 from simulator.trace import Trace, TraceError
 from simulator.verify import verify
 from tests.heads import corm_last
@@ -56,3 +60,26 @@ def test_what_cannot_work_is_said():
         verify(rows, Corm(window=2, recent=1))
     with pytest.raises(CormError, match="is not a policy"):
         verify(TRACE, [Corm()] * 2)
+
+
+@pytest.mark.parametrize("spec", ["corm", "corm:group=mean,sinks=1"])
+def test_one_number_for_each_layer_and_head(spec):
+    """Two layers of two heads with four windows: as specified, as layers by themselves, and in the cache."""
+    window, recent = np.array([[3, 40], [9, 1]]), np.array([[2, 1], [1, 5]])
+    trace = noise(layers=2, steps=30, kv_heads=2)
+
+    def made(window, recent):
+        policy = parse(spec)
+        if isinstance(policy, Corm):
+            return replace(policy, window=window, recent=recent)
+        return replace(policy, policy=replace(policy.policy, window=window, recent=recent))
+
+    whole = made(window, recent)
+    assert all(finding.held for finding in verify(trace, whole))
+    kept = replay(trace, whole).history()
+    for layer in range(2):
+        alone = replay(trace, [made(window[layer], recent[layer])] * 2).history()
+        np.testing.assert_array_equal(kept[layer], alone[layer])
+    assert len({int(kept[layer, head, -1].sum()) for layer in range(2) for head in range(2)}) > 2
+    with pytest.raises(CormError, match="of the 2 key-value heads, or for each of them in 3 layers"):
+        replay(noise(layers=3, steps=30, kv_heads=2), whole)

@@ -15,13 +15,6 @@ from corm_jax.policies import Full
 from corm_jax.types import Caches, Policy, Usage
 
 
-class Side(NamedTuple):
-    """One of the two caches that read side by side."""
-
-    policy: Policy
-    caches: Caches
-
-
 class Agreement(NamedTuple):
     """Of each token that follows the prompt.
 
@@ -47,18 +40,17 @@ def compare(model: Llama, policy: Policy, tokens: Sequence[int], prompt: int, ch
     """
     blocks, targets, counts = cut(tokens, prompt, model.config.vocab, chunk)
 
-    def side(policy):
+    def empty(policy: Policy) -> Caches:
         caches = model.make_caches(policy, batch=1, capacity=slots_for(policy, None, len(tokens), chunk))
-        return Side(policy, expect(caches, np.array([prompt], np.int32)))
+        return expect(caches, np.array([prompt], np.int32))
 
-    one, full, rows = side(policy), side(Full()), []
+    caches, full, rows = empty(policy), empty(Full()), []
     for index, count in enumerate(counts):
         here = blocks[index : index + 1], targets[index : index + 1], count
-        row, *caches = _both(model, one.policy, one.caches, full.caches, *here, chunk=chunk)
-        one, full = one._replace(caches=caches[0]), full._replace(caches=caches[1])
+        row, caches, full = _both(model, policy, caches, full, *here, chunk=chunk)
         rows.append([np.asarray(column)[: int(count[0])] for column in row])
     nll, full_nll, kl, same = (np.concatenate(x)[prompt - 1 : len(tokens) - 1] for x in zip(*rows, strict=True))
-    return Agreement(nll, full_nll, kl, same, usage(one.caches))
+    return Agreement(nll, full_nll, kl, same, usage(caches))
 
 
 @partial(jax.jit, static_argnames="chunk", donate_argnames=("caches", "full_caches"))
