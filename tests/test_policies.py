@@ -28,8 +28,7 @@ SPECS = [
     "snapkv:budget=5,window=2,kernel=3",
     "snapkv:budget=4,window=1,kernel=5,pool=mean,sinks=1",
     "pyramidkv:budget=6,window=3,kernel=1",
-    "adakv:budget=5,window=2,kernel=3",
-    "adakv:budget=4,window=1,kernel=1,floor=0.5",
+    "adakv:budget=5,window=2,kernel=3,floor=0.5",
 ]
 
 

@@ -18,10 +18,10 @@ from tests.models import tiny
 
 MODEL = tiny()
 
-SLOTS = ["corm:window=4,recent=2", "h2o:recent=2,budget=5", "scissorhands:budget=6,window=5,recent=2", "tova:budget=5"]
+SLOTS = ["corm:window=4,recent=2", "scissorhands:budget=6,window=5,recent=2", "tova:budget=5"]
 PAGES = [
     "corm:window=4,recent=2,group=mean,threshold=live,sinks=1",
-    "tova:budget=5",
+    "h2o:recent=2,budget=5",
     "adakv:budget=6,window=2,kernel=3",
 ]
 
