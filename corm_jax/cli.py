@@ -17,6 +17,7 @@ from corm_jax import console, inputs, plots, recording
 from corm_jax.cache import check_prompt, prompt_of, slots_for, usage
 from corm_jax.errors import CormError
 from corm_jax.evaluation import cli as evaluation
+from corm_jax.evaluation.texts import read_texts
 from corm_jax.files import check_writable, write_json
 from corm_jax.fitting import PASSES, fitted
 from corm_jax.generation import stream
@@ -110,6 +111,7 @@ def compare(model, dtype, capacity, layout, chunk, overflow, text, tokens, specs
     words, name = inputs.text_from(text)
     network, tokenizer = inputs.load(model, dtype)
     sizes.check(model, network.config)
+    inputs.check_profiles(specs, model, network)
     ids = inputs.encode(network, tokenizer, words, name, tokens)
     result = {
         "model": model,
@@ -181,6 +183,7 @@ def generate(
     slots_for(policy, sizes.of_spec(spec), 1, chunk)
     network, tokenizer = inputs.load(model, dtype)
     sizes.check(model, network.config)
+    inputs.check_profiles([spec], model, network)
     ids = tokenizer.encode(tokenizer.chat(words) if chat else words)
     inputs.note_context(network, len(ids) + max_new_tokens)
     pieces = tokenizer.stream()
@@ -258,6 +261,41 @@ def record(model, dtype, text, tokens, out, store):
     size = sum(file.stat().st_size for file in out.iterdir())
     print(f"{out}: {config.layers} layers of {tokens:,} tokens, {size / MIB:.1f} MiB. To replay a policy on it:")
     print(f"python -m simulator replay {shlex.quote(str(out))} --policy {DEFAULT_POLICIES[1]}")
+
+
+@corm.command()
+@console.model_options
+@click.option(
+    "--text",
+    "paths",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="a UTF-8 file or a directory; repeatable",
+)
+@click.option("--tokens", type=int, default=4096, show_default=True, help="how many to read of each")
+@click.option("--target-live", "target", type=float, required=True, help="the share of the keys that is to stay")
+@click.option("--seed", type=int, default=0, show_default=True, help="of the random tokens of the probe")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="the profile, for corm:profile=FILE")
+def calibrate(model, dtype, paths, tokens, target, seed, out):
+    """Find a window for each head: what its attention loses on texts, and on a probe, against the keys that stay."""
+    from simulator import calibrate as calibration
+
+    if not 0 < target <= 1:
+        raise CormError(f"--target-live must be in (0, 1], not {target}")
+    check_writable(out)
+    texts = read_texts(paths, [])
+    network, tokenizer = inputs.load(model, dtype)
+    ids = {name: inputs.encode(network, tokenizer, words.decode(), name, tokens) for name, words in texts.items()}
+    layers = network.config.layers
+    with console.progress_bar() as progress:
+        bars = {"probe": progress.add_task("probe", total=layers * calibration.SEEDS)}
+        bars |= {name: progress.add_task(name, total=layers) for name in ids}
+        found = calibration.calibrate(
+            network, model, ids, target, seed=seed, progress=lambda name: progress.advance(bars[name])
+        )
+    found.save(out)
+    whole = sum(window is None for layer in found.window for window in layer)
+    print(f"{out}: {found.made['live']:.3f} live, {whole} heads whole. To use it: --policy corm:profile={out}")
 
 
 @corm.command()

@@ -2,6 +2,7 @@
 
 import platform
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -11,6 +12,7 @@ from corm_jax import checkpoint
 from corm_jax.console import progress_bar
 from corm_jax.errors import CormError
 from corm_jax.model import Llama
+from corm_jax.policies import profile_of
 from corm_jax.tokenizer import Tokenizer
 
 
@@ -25,6 +27,13 @@ def load(model: str, dtype: str) -> tuple[Llama, Tokenizer]:
         return checkpoint.load(model, jnp.dtype(dtype), bar)
     except ModuleNotFoundError as error:
         raise CormError(f"{error.name} is not installed: pip install 'corm-jax[cli]'") from None
+
+
+def check_profiles(specs: Sequence[str], model: str, network: Llama) -> None:
+    """Raises if a SPEC has a profile, and it is for another model."""
+    for spec in specs:
+        if profile := profile_of(spec):
+            profile.check(model, network.config)
 
 
 def reference_text() -> str:

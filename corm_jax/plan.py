@@ -5,6 +5,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+
 from corm_jax.errors import CormError
 from corm_jax.files import write_json
 from corm_jax.policies import parse
@@ -76,4 +79,7 @@ class Plan:
 
     def is_for(self, spec: str) -> bool:
         """Whether a SPEC means the policy of the plan."""
-        return parse(spec) == parse(self.policy)
+        one, other = parse(spec), parse(self.policy)
+        return jax.tree.structure(one) == jax.tree.structure(other) and all(
+            map(np.array_equal, jax.tree.leaves(one), jax.tree.leaves(other))
+        )

@@ -69,6 +69,7 @@ def _go(kind, common, settings: dict[str, Any], data, make_examples, make_score)
     if chunk < 1 or (limit is not None and limit < 1):
         raise CormError(f"--chunk and --limit must be at least 1, not {chunk} and {limit}")
     model, tokenizer = inputs.load(model_name, dtype)
+    inputs.check_profiles(specs, model_name, model)
     examples = make_examples(model, tokenizer)
     config = {"format": "corm-jax evaluation 1", "kind": kind, "model": model_name, "dtype": dtype, "policies": specs}
     config |= {"budget": budget, "chunk": chunk, "limit": limit, "seed": seed} | settings | surroundings(model, data)

@@ -19,6 +19,7 @@ from corm_jax.policies.scissorhands import Scissorhands
 from corm_jax.policies.snapkv import SnapKV
 from corm_jax.policies.streaming_llm import StreamingLLM
 from corm_jax.policies.tova import TOVA
+from corm_jax.profile import Profile
 from corm_jax.types import Policy
 
 POLICIES: dict[str, type[Any]] = {
@@ -48,7 +49,7 @@ def parse(spec: str) -> Policy:
     """The policy that a SPEC names.
 
     Beside its own options every policy takes ``budget``, ``sinks``, ``recent`` and ``oneshot``: see `budget`,
-    `protect` and `oneshot`.
+    `protect` and `oneshot`. ``corm:profile=NAME_OR_PATH`` is CORM with a window for each head: see `corm_jax.profile`.
 
     >>> parse("corm:window=64,recent=32,group=mean")
     Corm(window=64, recent=32, threshold='position', group='mean', eager=False)
@@ -59,20 +60,23 @@ def parse(spec: str) -> Policy:
       CormError: for an unknown policy or option, or a value out of range.
     """
     name, _, rest = spec.strip().partition(":")
+    profile, rest = _profile(name, rest)
     if name not in POLICIES:
         raise CormError(f"unknown policy {name!r} in {spec!r}: choose from {', '.join(POLICIES)}")
-    fields = {field.name: field for field in dataclasses.fields(POLICIES[name])}
+    fields = {} if profile else {field.name: field for field in dataclasses.fields(POLICIES[name])}
     options: dict[str, str] = {}
     for item in filter(None, rest.split(",")):
         key, equals, text = (part.strip() for part in item.partition("="))
         if key not in fields | COMBINATORS or not equals:
             known = ", ".join(f"{option}=..." for option in dict.fromkeys([*fields, *COMBINATORS]))
-            raise CormError(f"unknown option {item.strip()!r} in {spec!r}: {name} has {known}")
+            what = f"{name} with a profile, which says the rest," if profile else name
+            raise CormError(f"unknown option {item.strip()!r} in {spec!r}: {what} has {known}")
         if key in options:
             raise CormError(f"option {key!r} is given twice in {spec!r}")
         options[key] = text
     try:
-        policy = POLICIES[name](**{key: _value(fields[key], text) for key, text in options.items() if key in fields})
+        own = {key: _value(fields[key], text) for key, text in options.items() if key in fields}
+        policy = Profile.load(profile).policy() if profile else POLICIES[name](**own)
         guards = {key: _whole(key, options[key]) for key in ("sinks", "recent") if key in options.keys() - fields}
         if guards:
             policy = protect(policy, **guards)
@@ -109,7 +113,23 @@ def lacks_window(spec: str) -> bool:
     (True, False, False)
     """
     name, _, rest = spec.partition(":")
-    return name == "corm" and not {"window", "recent", *COMBINATORS} & _names(rest)
+    return name == "corm" and not {"window", "recent", "profile", *COMBINATORS} & _names(rest)
+
+
+def profile_of(spec: str) -> Profile | None:
+    """The profile that a SPEC names, if it names one."""
+    name, _, rest = spec.strip().partition(":")
+    profile, _ = _profile(name, rest)
+    return Profile.load(profile) if profile else None
+
+
+def _profile(name: str, rest: str) -> tuple[str, str]:
+    """The profile among CORM's options, and the options without it."""
+    items = [item for item in rest.split(",") if item]
+    found = [item for item in items if name == "corm" and item.partition("=")[0].strip() == "profile"]
+    if len(found) > 1 or (found and not found[0].partition("=")[2].strip()):
+        raise CormError(f"{','.join(found)}: give one profile, a name or a file")
+    return (found[0].partition("=")[2].strip() if found else ""), ",".join(x for x in items if x not in found)
 
 
 def _names(options: str) -> set[str]:
@@ -188,5 +208,6 @@ __all__ = [
     "oneshot",
     "parse",
     "policy",
+    "profile_of",
     "protect",
 ]

@@ -1,0 +1,99 @@
+"""Profiles: a window for each head, found by `simulator.calibrate`, for CORM: ``corm:profile=NAME_OR_PATH``."""
+
+import json
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from corm_jax.errors import CormError
+from corm_jax.files import write_json
+from corm_jax.policies.corm import Corm
+from corm_jax.policies.protect import Protect, protect
+
+FORMAT = "corm-jax profile 1"
+
+WHOLE = 2**30
+"""A window longer than any text: the head keeps every key."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """CORM's choices for each head of one model.
+
+    Attributes:
+      model: its name.
+      window: w of each key-value head of each layer, ``[layers][kv_heads]``; None keeps every key.
+      recent: r, likewise.
+      sinks: first tokens that stay, in all heads.
+      group: as in `corm_jax.Corm`.
+      made: how it was made, and what it was chosen by.
+    """
+
+    model: str
+    window: list[list[int | None]]
+    recent: list[list[int]]
+    sinks: int
+    group: str
+    made: dict[str, Any]
+
+    def policy(self) -> Protect:
+        """CORM with these windows."""
+        window = np.array([[WHOLE if w is None else w for w in layer] for layer in self.window], np.int32)
+        fields: dict[str, Any] = {"window": window, "recent": np.array(self.recent, np.int32), "group": self.group}
+        return protect(Corm(**fields), sinks=self.sinks)
+
+    def save(self, path: Path) -> None:
+        """Writes the profile as JSON."""
+        write_json(path, {"format": FORMAT} | asdict(self))
+
+    @classmethod
+    def load(cls, name: str) -> "Profile":
+        """Reads a profile: a file, or one that comes with the package.
+
+        Raises:
+          CormError: for a file that is not one, or of which a number cannot be.
+        """
+        shipped = files("corm_jax") / "profiles" / f"{name}.json"
+        try:
+            found: Any = json.loads((shipped if shipped.is_file() else Path(name)).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CormError(f"cannot read the profile {name}: {error}") from None
+        fields = {"model": str, "window": list, "recent": list, "sinks": int, "group": str, "made": dict}
+        if not isinstance(found, dict) or found.pop("format", None) != FORMAT or set(found) != set(fields):
+            raise CormError(f"{name} is not a profile: make one with corm calibrate")
+        for field, kind in fields.items():
+            if not isinstance(found[field], kind) or isinstance(found[field], bool):
+                raise CormError(f"the profile {name} says {field} = {found[field]!r}: make a new one")
+        shapes = [
+            [len(layer) if isinstance(layer, list) else 0 for layer in found[field]] for field in ("window", "recent")
+        ]
+        if shapes[0] != shapes[1] or len(set(shapes[0])) != 1 or not shapes[0][0]:
+            raise CormError(
+                f"the profile {name} does not have w and r for as many heads in every layer: make a new one"
+            )
+        for layer, pairs in enumerate(zip(found["window"], found["recent"], strict=True)):
+            for head, (window, recent) in enumerate(zip(*pairs, strict=True)):
+                if not (window is None or _whole(window)) or not _whole(recent):
+                    raise CormError(
+                        f"the profile {name} gives head {head} of layer {layer} w = {window!r} and r = {recent!r}: "
+                        "both are whole numbers from 1 up, or w is null for all keys"
+                    )
+        return cls(**found)
+
+    def check(self, model: str, config: Any) -> None:
+        """Raises unless the profile is for this model, a name and a `corm_jax.Config`."""
+        shape = len(self.window), len(self.window[0])
+        if shape != (config.layers, config.kv_heads):
+            raise CormError(
+                f"the profile is for {shape[0]} layers of {shape[1]} key-value heads, the model has {config.layers} of "
+                f"{config.kv_heads}: calibrate this model with corm calibrate"
+            )
+        if self.model != model:
+            raise CormError(f"the profile is for {self.model!r}, not {model!r}: calibrate with corm calibrate")
+
+
+def _whole(number: Any) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and 1 <= number <= WHOLE

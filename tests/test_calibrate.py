@@ -1,0 +1,126 @@
+"""Calibration: the probe in loops, choices against all assignments, profiles from their making to their use."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from corm_jax import CormError, cli, parse, protect
+from corm_jax.policies import Corm
+from corm_jax.profile import WHOLE, Profile
+from corm_jax.recording import record
+from simulator import calibrate
+from simulator.replay import replay
+from simulator.trace import Trace
+from tests.models import tiny
+from tests.test_checkpoint import TEXT
+
+MODEL = tiny()
+IDS = np.random.default_rng(0).integers(0, 97, 300).tolist()
+
+
+def test_induction_in_loops():
+    one = list(record(MODEL, IDS[:20] * 2))[1]
+    found, group = calibrate.induction(one), one.q.shape[1] // one.k.shape[1]
+    for head in range(one.k.shape[1]):
+        by_query_head = []
+        for q in one.q[:, head * group : (head + 1) * group].transpose(1, 0, 2).astype(np.float64):
+            looks = []
+            for t in range(20, 39):
+                weights = np.exp(one.k[: t + 1, head] @ q[t] / np.sqrt(len(q[t])))
+                looks.append(weights[t - 20 + 1] / weights.sum())
+            by_query_head.append(np.mean(looks))
+        assert found[head] == pytest.approx(max(by_query_head), rel=1e-4)
+
+
+def test_what_a_choice_keeps_and_loses():
+    one = next(record(MODEL, IDS))
+    live, lost = calibrate.measure(one)
+    assert live[-1].tolist() == [1, 1]
+    assert lost[-1].tolist() == [0, 0]
+    place = calibrate.CHOICES.index((32, 128))
+    policy = protect(Corm(window=32, recent=128, group="mean"), sinks=4)
+    result = replay(Trace.from_qkv(one.q[None], one.k[None], one.v[None]), policy, chunk=calibrate.CHUNK)
+    np.testing.assert_allclose(live[place], result.live[0, :, -1] / 300)
+    np.testing.assert_allclose(lost[place], 1 - result.mass[0].reshape(2, -1, 300).mean((1, 2)), atol=1e-6)
+
+
+@settings(max_examples=100)
+@given(seed=st.integers(0, 2**16), target=st.floats(0.2, 1))
+def test_no_other_assignment_of_that_size_loses_less(seed, target):
+    rng = np.random.default_rng(seed)
+    live, cost = rng.random((2, 4, 1, 3))
+    live[-1], cost[-1], live[0] = 1, 0, 0.1
+    choice = calibrate.choose(live, cost, target)[0]
+    mine = live[choice, 0, range(3)].sum(), cost[choice, 0, range(3)].sum()
+    assert mine[0] <= 3 * target + 1e-9
+    for other in itertools.product(range(4), repeat=3):
+        if live[other, 0, range(3)].sum() <= mine[0]:
+            assert cost[other, 0, range(3)].sum() >= mine[1] - 1e-9
+    with pytest.raises(CormError, match="no choice keeps as little as 0.05"):
+        calibrate.choose(live, cost, 0.05)
+
+
+def test_from_calibration_to_use(run_main, model, tmp_path):
+    text, out = tmp_path / "text.txt", tmp_path / "profile.json"
+    text.write_text(TEXT * 40, encoding="utf-8")
+    made = "calibrate", "--model", model, "--text", text, "--tokens", 300, "--out", out
+    code, printed, _ = run_main(cli.main, "corm", *made, "--target-live", 0.6)
+    assert code == 0
+    assert f"--policy corm:profile={out}" in printed
+    profile = Profile.load(str(out))
+    assert 0 < profile.made["live"] <= 0.6
+    first = out.read_bytes()
+    run_main(cli.main, "corm", *made, "--target-live", 0.6)
+    assert out.read_bytes() == first
+    spec, other = f"corm:profile={out}", tmp_path / "result.json"
+    read = "compare", "--model", model, "--text", text, "--tokens", 300, "--chunk", 16, "--policy"
+    assert run_main(cli.main, "corm", *read, "full", "--policy", spec, "--json", other)[0] == 0
+    assert json.loads(other.read_text())["rows"][1]["kept_final"] < 1
+    found = json.loads(first)
+    for change, message in (
+        ({"model": "another"}, "the profile is for 'another', not"),
+        ({"window": found["window"][:1], "recent": found["recent"][:1]}, "is for 1 layers of"),
+        ({"window": [[0] * len(layer) for layer in found["window"]]}, "w = 0 and r ="),
+        ({"recent": [layer[:1] for layer in found["recent"]]}, "for as many heads in every layer"),
+        ({"sinks": "4"}, "says sinks = '4'"),
+        ({"format": "nothing"}, "is not a profile: make one with corm calibrate"),
+    ):
+        out.write_text(json.dumps(found | change))
+        code, _, err = run_main(cli.main, "corm", *read, spec)
+        assert (code, message in err) == (2, True), err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--target-live", "0"], "--target-live must be in (0, 1]"),
+        (["--target-live", "0.5", "--tokens", "100"], "texts of at least 256 tokens"),
+        (["--target-live", "0.01"], "no choice keeps as little as 0.01"),
+        (["--target-live", "0.5", "--text", "nowhere.txt"], "cannot read 'nowhere.txt'"),
+    ],
+)
+def test_what_cannot_be(run_main, model, tmp_path, arguments, message):
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT * 40, encoding="utf-8")
+    given_ = "--model", model, "--text", text, "--tokens", 300, "--out", tmp_path / "out.json"
+    code, _, err = run_main(cli.main, "corm", "calibrate", *given_, *arguments)
+    assert (code, message in err) == (2, True), err
+
+
+def test_specs():
+    profile = Profile(
+        model="m", window=[[3, None], [7, 9]], recent=[[1, 1], [2, 3]], sinks=1, group="any", made={"by": "hand"}
+    )
+    assert profile.policy().policy.window.tolist() == [[3, WHOLE], [7, 9]]
+    for spec, message in (
+        ("corm:profile=nowhere", "cannot read the profile nowhere"),
+        ("corm:profile=", "give one profile"),
+        ("corm:profile=a,window=3", "unknown option 'window=3'"),
+        ("tova:profile=a", "unknown option 'profile=a'"),
+    ):
+        with pytest.raises(CormError, match=message):
+            parse(spec)
