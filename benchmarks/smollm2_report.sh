@@ -33,5 +33,6 @@ corm analyse --text "$data/pg19" --out "$out/analysis.json"
 bench=(--data "$data/longbench" --length 1000 --chat --limit 2 --chunk 64)
 corm eval longbench "${bench[@]}" --policy full --blind --out "$out/longbench-blind"
 corm eval longbench "${bench[@]}" --budget 0.3 "${few[@]}" --out "$out/longbench"
-corm report "$out"/{agreement-0.1,agreement-0.3,grid,recall,recall-blind,longbench,longbench-blind} \
-    --out "$out/report.md"
+runs=("$out"/{agreement-0.1,agreement-0.3,grid,recall,recall-blind,longbench,longbench-blind})
+corm report "${runs[@]}" --out "$out/report.md"
+corm report "${runs[@]}" --against corm --out "$out/report-against-corm.md"

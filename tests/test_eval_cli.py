@@ -110,6 +110,11 @@ def test_report(run_main, evaluate, data, text, tmp_path):
     assert (code, printed.strip()) == (0, str(page))
     words = page.read_text()
     assert "| w | r = 4 | r = 8 |" in words
+    assert "text.txt, nll minus that of full by w" in words
+    assert "| all tasks | `full` | 3 |" in words
+    code, _, _ = run_main(cli.main, "corm", "report", tmp_path / "bench", "--against", POLICIES[-1], "--out", page)
+    assert code == 0
+    assert f"score - {POLICIES[-1]} |" in page.read_text()
     assert "`qasper/0`:" in words
     assert words.count("| `corm:window=8,recent=4` |") >= 3
     assert all((tmp_path / f"page-{kind}.png").exists() for kind in ("perplexity", "longbench"))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from corm_jax import Corm, CormError, Full, generate
 from corm_jax.checkpoint import Tokenizer
-from corm_jax.evaluation import agreement, longbench, recall, texts
+from corm_jax.evaluation import agreement, longbench, recall, summary, texts
 from corm_jax.evaluation.asking import answer, answer_nll, ask
 from corm_jax.evaluation.intervals import bootstrap
 from corm_jax.evaluation.records import RESULTS, Records, read_rows
@@ -220,3 +220,20 @@ def test_intervals():
     assert found.mean == pytest.approx(values.mean())
     half = 1.96 * values.std() / 20  # the interval of a normal mean
     assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.1)
+
+
+def test_texts_are_one_sample_and_tasks_are_strata():
+    rows = [
+        {"policy": policy, "example": f"{task}/{n}", "task": task, measure: value * (1 + n) + (policy == "corm")}
+        | dict.fromkeys(("kept", "live_bytes", "allocated_bytes", "full_bytes"), 1)
+        for measure, task, value in (("nll", "a", 1.0), ("nll", "b", 10.0))
+        for n in range(2)
+        for policy in ("full", "corm")
+    ]
+    found = {(line.task, line.policy): line for line in summary.lines("perplexity", rows)}
+    assert found["all texts", "full"].measures["nll"].mean == np.mean([1, 2, 10, 20])
+    assert found["all texts", "corm"].against == (1, 1, 1)
+    assert found["all texts", "full"].measures["nll"].low < 3 < 15 < found["all texts", "full"].measures["nll"].high
+    found = {(line.task, line.policy): line for line in summary.lines("longbench", rows, against="corm")}
+    assert found["all tasks", "full"].measures["nll"] == bootstrap([1.0, 2.0], [10.0, 20.0])
+    assert found["all tasks", "full"].against == (-1, -1, -1)

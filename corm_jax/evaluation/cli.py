@@ -87,16 +87,14 @@ def _go(kind, common, settings: dict[str, Any], data, make_examples, make_score)
 
 
 def _table(kind: str, rows: list[dict[str, Any]]) -> None:
-    found = list(lines(rows))
+    found = list(lines(kind, rows))
     measures = [measure for measure in MEASURES if any(measure in line.measures for line in found)]
     table = Table(title=f"{kind}: means over examples [95%]", title_justify="left")
     for column in ("task", "policy", "examples", "kept", *measures, f"{measures[0]} - full"):
         table.add_column(column)
     for line in found:
         cells = [str(line.measures.get(measure, "")) for measure in measures]
-        table.add_row(
-            line.task, line.policy, str(line.examples), f"{line.kept:.3f}", *cells, str(line.against_full or "")
-        )
+        table.add_row(line.task, line.policy, str(line.examples), f"{line.kept:.3f}", *cells, str(line.against or ""))
     console.output().print(table)
 
 
@@ -234,10 +232,13 @@ def longbench(model, dtype, specs, budget, chunk, limit, seed, out, data, names,
 @click.command("report")
 @click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), default="report.md", show_default=True)
-def report(folders, out):
+@click.option(
+    "--against", metavar="SPEC", default="full", show_default=True, help="the policy to take differences from"
+)
+def report(folders, out, against):
     """Put the results of several runs of corm eval on one Markdown page, with figures."""
     plots.check_picture(out.with_suffix(".png"))
-    write_report(folders, out)
+    write_report(folders, out, against)
     print(out)
 
 

@@ -18,8 +18,11 @@ SAMPLES = 2
 Run = tuple[str, dict[str, Any], list[dict[str, Any]], list[Line]]
 
 
-def report(folders: Sequence[Path], page: Path) -> None:
+def report(folders: Sequence[Path], page: Path, against: str = "full") -> None:
     """Writes the page, and ``<page>-<kind>.png`` for each kind of run beside it.
+
+    Args:
+      against: the policy from which differences are taken, example by example.
 
     Raises:
       CormError: for a directory without results.
@@ -29,7 +32,7 @@ def report(folders: Sequence[Path], page: Path) -> None:
         config, rows = read_config(folder), read_rows(folder / RESULTS)
         if not rows:
             raise CormError(f"{folder} has no results yet: run corm eval {config.get('kind', '')} first")
-        runs.append((folder.name, config, rows, list(lines(rows))))
+        runs.append((folder.name, config, rows, list(lines(config["kind"], rows, against))))
     parts = ["# How policies do", ""]
     for kind in dict.fromkeys(config["kind"] for _, config, _, _ in runs):
         of_kind = [run for run in runs if run[1]["kind"] == kind]
@@ -37,12 +40,12 @@ def report(folders: Sequence[Path], page: Path) -> None:
         plots.frontier([line for run in of_kind for line in run[3]], picture)
         parts += [f"## {kind}", "", f"![Quality against live memory]({picture.name})", ""]
         for run in of_kind:
-            parts += [*_table(run), *_grid(run), *_samples(run)]
+            parts += [*_table(run, against), *_grid(run, against), *_samples(run)]
     with whole_file(page) as temporary:
         temporary.write_text("\n".join(parts), encoding="utf-8")
 
 
-def _table(run: Run) -> list[str]:
+def _table(run: Run, against: str) -> list[str]:
     name, config, _, found = run
     measures = [measure for measure in MEASURES if any(measure in line.measures for line in found)]
     versions = ", ".join(f"{package} {version}" for package, version in config["versions"].items())
@@ -57,19 +60,17 @@ def _table(run: Run) -> list[str]:
         + " ".join(f"`{measure}`: {MEASURES[measure]}." for measure in measures),
         "",
         f"| task | policy | examples | kept | live MiB | allocated MiB | full MiB | {' | '.join(measures)} "
-        f"| {measures[0]} - full |",
+        f"| {measures[0]} - {against} |",
         "|---" * (8 + len(measures)) + "|",
     ]
     for line in found:
         sizes = f"{line.kept:.3f} | {line.live / MIB:.1f} | {line.allocated / MIB:.1f} | {line.full / MIB:.1f}"
         cells = " | ".join(str(line.measures.get(measure, "")) for measure in measures)
-        parts.append(
-            f"| {line.task} | `{line.policy}` | {line.examples} | {sizes} | {cells} | {line.against_full or ''} |"
-        )
+        parts.append(f"| {line.task} | `{line.policy}` | {line.examples} | {sizes} | {cells} | {line.against or ''} |")
     return [*parts, ""]
 
 
-def _grid(run: Run) -> list[str]:
+def _grid(run: Run, against: str) -> list[str]:
     """The first measure by w and r, for runs of CORM over a grid."""
     parts: list[str] = []
     for task in dict.fromkeys(line.task for line in run[3]):
@@ -81,14 +82,16 @@ def _grid(run: Run) -> list[str]:
         windows, recents = (sorted({key[axis] for key in cells}) for axis in (0, 1))
         if len(windows) < 2 or len(recents) < 2:
             continue
-        parts += [f"{task}, by w (down) and r (across); kept in brackets:", ""]
+        what = f"minus that of {against} " if any(line.against for line in cells.values()) else ""
+        parts += [f"{task}, {next(iter(cells.values())).first} {what}by w (down) and r (across); kept in brackets:", ""]
         parts += [
             "| w | " + " | ".join(f"r = {recent}" for recent in recents) + " |",
             "|---" * (1 + len(recents)) + "|",
         ]
         for window in windows:
             row = [cells.get((window, recent)) for recent in recents]
-            shown = [f"{next(iter(x.measures.values())).mean:.3f} ({x.kept:.3f})" if x else "" for x in row]
+            values = [x and (x.against or next(iter(x.measures.values()))) for x in row]
+            shown = [f"{v.mean:.3f} ({x.kept:.3f})" if x and v else "" for x, v in zip(row, values, strict=True)]
             parts.append(f"| {window} | " + " | ".join(shown) + " |")
         parts.append("")
     return parts

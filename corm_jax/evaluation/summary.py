@@ -26,7 +26,7 @@ class Line(NamedTuple):
       kept: live share of the keys at the end, mean over examples.
       live, allocated, full: bytes of the cache, mean over examples.
       measures: by name, those that the task has.
-      against_full: paired difference of the first measure; None where there is no full cache.
+      against: paired difference of the first measure to another policy; None where that is not there.
     """
 
     task: str
@@ -37,30 +37,42 @@ class Line(NamedTuple):
     allocated: float
     full: float
     measures: dict[str, Interval]
-    against_full: Interval | None
+    against: Interval | None
+
+    @property
+    def first(self) -> str:
+        """The measure that is compared with another policy's."""
+        return next(iter(self.measures))
 
 
-def lines(rows: list[dict[str, Any]]) -> Iterator[Line]:
-    """A line for each task and policy; then one for each kind of LongBench's tasks of which there are several."""
+ALL = "all texts"
+
+
+def lines(kind: str, rows: list[dict[str, Any]], against: str = "full") -> Iterator[Line]:
+    """A line for each task and policy; then for all texts together, or for each kind of LongBench's tasks, and all.
+
+    Texts are one sample, of which stretches are drawn; a kind is the mean of its tasks.
+    """
+    if kind in ("perplexity", "agreement") and len({row["task"] for row in rows}) > 1:
+        rows = [*rows, *(row | {"task": ALL} for row in rows)]
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     groups = {task: [task] for task in tasks}
-    groups |= {
-        f"all {kind}": several for kind, of in KINDS.items() if len(several := [t for t in of if t in tasks]) > 1
-    }
+    groups |= {f"all {one}": several for one, of in KINDS.items() if len(several := [t for t in of if t in tasks]) > 1}
+    if kind == "longbench" and len(tasks) > 1:
+        groups["all tasks"] = tasks
     for name, members in groups.items():
         for policy in dict.fromkeys(row["policy"] for row in rows):
             strata = [[row for row in rows if (row["task"], row["policy"]) == (task, policy)] for task in members]
             if all(strata):
-                yield _line(name, policy, strata, rows)
+                yield _line(name, policy, strata, {row["example"]: row for row in rows if row["policy"] == against})
 
 
-def _line(name: str, policy: str, strata: list[list[dict[str, Any]]], rows: list[dict[str, Any]]) -> Line:
+def _line(name: str, policy: str, strata: list[list[dict[str, Any]]], other: dict[str, dict[str, Any]]) -> Line:
     mine = [row for rows in strata for row in rows]
-    full = {row["example"]: row for row in rows if row["policy"].partition(":")[0] == "full"}
     measures = [measure for measure in MEASURES if measure in mine[0]]
     paired = [
-        [row[measures[0]] - full[row["example"]][measures[0]] for row in rows if row["example"] in full]
-        for rows in strata
+        [row[measures[0]] - other[row["example"]][measures[0]] for row in stratum if row["example"] in other]
+        for stratum in strata
     ]
 
     def mean(column: str) -> float:
