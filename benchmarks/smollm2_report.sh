@@ -26,9 +26,9 @@ for budget in 0.1 0.3; do
         --out "$out/agreement-$budget"
 done
 corm eval perplexity --text "$data/pg19" --tokens 2048 --limit 1 --chunk 64 "${grid[@]}" --out "$out/grid"
-recall=(--text "$data/pg19/860.txt" --length 512 --limit 2)
+recall=(--text "$data/pg19/860.txt" --length 512 --limit 2 --task passkey --task needle --task multikey --task repeat)
 corm eval recall "${recall[@]}" --policy full --blind --out "$out/recall-blind"
-corm eval recall "${recall[@]}" --budget 0.3 "${policies[@]}" --out "$out/recall"
+corm eval recall "${recall[@]}" --budget 0.3 "${few[@]}" --out "$out/recall"
 corm analyse --text "$data/pg19" --out "$out/analysis.json"
 bench=(--data "$data/longbench" --length 1000 --chat --limit 2 --chunk 64)
 corm eval longbench "${bench[@]}" --policy full --blind --out "$out/longbench-blind"
