@@ -9,11 +9,11 @@ set -euo pipefail
 data=$1 out=$2
 mkdir -p "$out"
 
-policies=() few=()
-for spec in full corm corm:window=256,recent=32,sinks=4 streaming_llm scissorhands h2o snapkv; do
-    policies+=(--policy "$spec")
-    [[ $spec == corm:* ]] || few+=(--policy "$spec")
+paper=() # the full cache, and those that the paper compares
+for spec in full corm streaming_llm scissorhands h2o; do
+    paper+=(--policy "$spec")
 done
+capped=corm:window=256,recent=32,sinks=4
 grid=(--policy full)
 for window in 64 128 256 512; do
     for recent in 16 32 64; do
@@ -22,17 +22,17 @@ for window in 64 128 256 512; do
 done
 
 for budget in 0.1 0.3; do
-    corm eval agreement --text "$data/pg19" --tokens 1024 --limit 2 --budget $budget "${policies[@]}" \
-        --out "$out/agreement-$budget"
+    corm eval agreement --text "$data/pg19" --tokens 1024 --limit 2 --budget $budget --policy full --policy corm --policy $capped \
+        "${paper[@]:4}" --policy snapkv --out "$out/agreement-$budget"
 done
 corm eval perplexity --text "$data/pg19" --tokens 2048 --limit 1 --chunk 64 "${grid[@]}" --out "$out/grid"
 recall=(--text "$data/pg19/860.txt" --length 512 --limit 2 --task passkey --task needle --task multikey --task repeat)
 corm eval recall "${recall[@]}" --policy full --blind --out "$out/recall-blind"
-corm eval recall "${recall[@]}" --budget 0.3 "${few[@]}" --out "$out/recall"
+corm eval recall "${recall[@]}" --budget 0.3 "${paper[@]}" --policy snapkv --out "$out/recall"
 corm analyse --text "$data/pg19" --out "$out/analysis.json"
 bench=(--data "$data/longbench" --length 1000 --chat --limit 2 --chunk 64)
 corm eval longbench "${bench[@]}" --policy full --blind --out "$out/longbench-blind"
-corm eval longbench "${bench[@]}" --budget 0.3 "${few[@]}" --out "$out/longbench"
+corm eval longbench "${bench[@]}" --budget 0.3 "${paper[@]}" --out "$out/longbench"
 runs=("$out"/{agreement-0.1,agreement-0.3,grid,recall,recall-blind,longbench,longbench-blind})
 corm report "${runs[@]}" --out "$out/report.md"
 corm report "${runs[@]}" --against corm --out "$out/report-against-corm.md"

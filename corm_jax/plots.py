@@ -45,8 +45,11 @@ def compare(result: dict[str, Any], path: Path) -> None:
         figure.savefig(temporary, format="png", dpi=150)
 
 
-def frontier(lines: Sequence[Any], path: Path) -> None:
-    """Draws quality against memory, a panel for each task, into a PNG file: `corm_jax.evaluation.summary.Line`."""
+def frontier(lines: Sequence[Any], path: Path, against: str = "full") -> None:
+    """Draws quality against memory, a panel for each task, into a PNG file: `corm_jax.evaluation.summary.Line`.
+
+    Quality is the difference from another policy, where there is one: its interval is the narrower.
+    """
     from matplotlib.figure import Figure
 
     tasks = list(dict.fromkeys(line.task for line in lines))
@@ -54,18 +57,19 @@ def frontier(lines: Sequence[Any], path: Path) -> None:
     columns = min(3, len(tasks))
     height = -(-len(tasks) // columns)
     figure = Figure(figsize=(4.2 * columns, 0.8 + 3.4 * height), layout="constrained")
-    panels = figure.subplots(height, columns, squeeze=False).flat
+    panels = list(figure.subplots(height, columns, squeeze=False).flat)
     for panel, task in zip(panels, tasks, strict=False):
         for line in (line for line in lines if line.task == task):
-            measure, found = next(iter(line.measures.items()))
+            measure, found = line.first, line.against or line.measures[line.first]
             color = colors[_rule(line)]
             below, above = (max(x, 0.0) for x in (found.mean - found.low, found.high - found.mean))
             error = [[below], [above]] if below + above < float("inf") else None
             panel.errorbar(line.live / line.full, found.mean, error, fmt="o", color=color, linewidth=1)
             panel.plot(line.allocated / line.full, found.mean, "o", color=color, markerfacecolor="none")
-            panel.set(xlabel="of the full cache's bytes", ylabel=measure, title=task)
+            name = f"{measure} - {against}" if line.against else measure
+            panel.set(xlabel="of the full cache's bytes", ylabel=name, title=task)
         panel.set_xlim(0, 1.05 * max(panel.get_xlim()[1], 1))
-    for panel in list(panels):  # those left over
+    for panel in panels[len(tasks) :]:
         panel.set_visible(False)
     handles = [figure.axes[0].plot([], [], "o", color=color, label=name)[0] for name, color in colors.items()]
     handles.append(figure.axes[0].plot([], [], "o", color="grey", markerfacecolor="none", label="allocated")[0])

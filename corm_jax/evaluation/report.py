@@ -37,7 +37,7 @@ def report(folders: Sequence[Path], page: Path, against: str = "full") -> None:
     for kind in dict.fromkeys(config["kind"] for _, config, _, _ in runs):
         of_kind = [run for run in runs if run[1]["kind"] == kind]
         picture = page.with_name(f"{page.stem}-{kind}.png")
-        plots.frontier([line for run in of_kind for line in run[3]], picture)
+        plots.frontier([line for run in of_kind for line in run[3]], picture, against)
         parts += [f"## {kind}", "", f"![Quality against live memory]({picture.name})", ""]
         for run in of_kind:
             parts += [*_table(run, against), *_grid(run, against), *_samples(run)]
