@@ -4,7 +4,7 @@
 #     bash benchmarks/smollm2_report.sh DATA OUT
 #
 # DATA holds pg19/*.txt (books), and longbench/ and longbench_config/ as LongBench has them. Results go to OUT, a
-# directory a run; interrupted, the same command goes on. On two CPU cores it takes less than two hours.
+# directory a run; interrupted, the same command goes on. Allow two CPU cores a few hours.
 set -euo pipefail
 data=$1 out=$2
 mkdir -p "$out"
@@ -22,8 +22,8 @@ for window in 64 128 256 512; do
 done
 
 for budget in 0.1 0.3; do
-    corm eval agreement --text "$data/pg19" --tokens 1024 --limit 2 --budget $budget --policy full --policy corm --policy $capped \
-        "${paper[@]:4}" --policy snapkv --out "$out/agreement-$budget"
+    corm eval agreement --text "$data/pg19" --tokens 1024 --limit 2 --budget $budget --policy full --policy corm \
+        --policy $capped "${paper[@]:4}" --policy snapkv --out "$out/agreement-$budget"
 done
 corm eval perplexity --text "$data/pg19" --tokens 2048 --limit 1 --chunk 64 "${grid[@]}" --out "$out/grid"
 recall=(--text "$data/pg19/860.txt" --length 512 --limit 2 --task passkey --task needle --task multikey --task repeat)
