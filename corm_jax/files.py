@@ -38,3 +38,21 @@ def write_json(path: Path, result: Any) -> None:
     """Writes a result for people and programs to read."""
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def read_fields(path: Path, what: str, form: str, fields: dict[str, Any], command: str) -> dict[str, Any]:
+    """The fields of a JSON file that one of our commands made, each of its type; ``form`` is its ``format``.
+
+    Raises:
+      CormError: for a file that cannot be read or is something else, or a field of another type.
+    """
+    try:
+        found: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CormError(f"cannot read the {what} {path}: {error}") from None
+    if not isinstance(found, dict) or found.pop("format", None) != form or set(found) != set(fields):
+        raise CormError(f"{path} is not a {what}: make one with {command}")
+    for name, kind in fields.items():
+        if not isinstance(found[name], kind) or isinstance(found[name], bool):
+            raise CormError(f"the {what} {path} says {name} = {found[name]!r}: make a new one")
+    return found

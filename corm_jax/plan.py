@@ -1,6 +1,5 @@
 """Plans: how many slots each layer needs. Made from traces by `simulator.planner`, used by the pooled layout."""
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import jax
 import numpy as np
 
 from corm_jax.errors import CormError
-from corm_jax.files import write_json
+from corm_jax.files import read_fields, write_json
 from corm_jax.policies import parse
 
 FORMAT = "corm-jax plan 1"
@@ -49,17 +48,9 @@ class Plan:
         Raises:
           CormError: for a file that is not one, or of which a number cannot be.
         """
-        try:
-            found: Any = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CormError(f"cannot read the plan {path}: {error}") from None
         fields: dict[str, Any] = {"model": str, "policy": str, "overflow": (int, float), "capacity": list}
         fields |= dict.fromkeys(("kv_heads", "head_dim", "chunk", "tokens"), int)
-        if not isinstance(found, dict) or found.pop("format", None) != FORMAT or set(found) != set(fields):
-            raise CormError(f"{path} is not a plan: make one with python -m simulator plan")
-        for name, kind in fields.items():
-            if not isinstance(found[name], kind) or isinstance(found[name], bool):
-                raise CormError(f"the plan {path} says {name} = {found[name]!r}: make a new one")
+        found = read_fields(path, "plan", FORMAT, fields, "python -m simulator plan")
         for layer, slots in enumerate(found["capacity"]):
             if not isinstance(slots, int) or slots < 1:
                 raise CormError(f"the plan {path} gives layer {layer} {slots!r} slots a head: it takes at least 1")

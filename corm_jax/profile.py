@@ -1,15 +1,13 @@
-"""Profiles: a window for each head, found by `simulator.calibrate`, for CORM: ``corm:profile=NAME_OR_PATH``."""
+"""Profiles: a window for each head, found by `simulator.calibrate`, for CORM: ``corm:profile=FILE``."""
 
-import json
 from dataclasses import asdict, dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from corm_jax.errors import CormError
-from corm_jax.files import write_json
+from corm_jax.files import read_fields, write_json
 from corm_jax.policies.corm import Corm
 from corm_jax.policies.protect import Protect, protect
 
@@ -51,22 +49,13 @@ class Profile:
 
     @classmethod
     def load(cls, name: str) -> "Profile":
-        """Reads a profile: a file, or one that comes with the package.
+        """Reads a profile from the file of that name.
 
         Raises:
           CormError: for a file that is not one, or of which a number cannot be.
         """
-        shipped = files("corm_jax") / "profiles" / f"{name}.json"
-        try:
-            found: Any = json.loads((shipped if shipped.is_file() else Path(name)).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CormError(f"cannot read the profile {name}: {error}") from None
         fields = {"model": str, "window": list, "recent": list, "sinks": int, "group": str, "made": dict}
-        if not isinstance(found, dict) or found.pop("format", None) != FORMAT or set(found) != set(fields):
-            raise CormError(f"{name} is not a profile: make one with corm calibrate")
-        for field, kind in fields.items():
-            if not isinstance(found[field], kind) or isinstance(found[field], bool):
-                raise CormError(f"the profile {name} says {field} = {found[field]!r}: make a new one")
+        found = read_fields(Path(name), "profile", FORMAT, fields, "corm calibrate")
         shapes = [
             [len(layer) if isinstance(layer, list) else 0 for layer in found[field]] for field in ("window", "recent")
         ]

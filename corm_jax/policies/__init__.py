@@ -49,7 +49,7 @@ def parse(spec: str) -> Policy:
     """The policy that a SPEC names.
 
     Beside its own options every policy takes ``budget``, ``sinks``, ``recent`` and ``oneshot``: see `budget`,
-    `protect` and `oneshot`. ``corm:profile=NAME_OR_PATH`` is CORM with a window for each head: see `corm_jax.profile`.
+    `protect` and `oneshot`. ``corm:profile=FILE`` is CORM with a window for each head: see `corm_jax.profile`.
 
     >>> parse("corm:window=64,recent=32,group=mean")
     Corm(window=64, recent=32, threshold='position', group='mean', eager=False)
@@ -128,7 +128,7 @@ def _profile(name: str, rest: str) -> tuple[str, str]:
     items = [item for item in rest.split(",") if item]
     found = [item for item in items if name == "corm" and item.partition("=")[0].strip() == "profile"]
     if len(found) > 1 or (found and not found[0].partition("=")[2].strip()):
-        raise CormError(f"{','.join(found)}: give one profile, a name or a file")
+        raise CormError(f"{','.join(found)}: give one profile, a file")
     return (found[0].partition("=")[2].strip() if found else ""), ",".join(x for x in items if x not in found)
 
 
