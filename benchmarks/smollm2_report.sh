@@ -21,6 +21,9 @@ for window in 64 128 256 512; do
     done
 done
 
+bench=(--data "$data/longbench" --length 1000 --chat --limit 2 --chunk 64)
+corm eval longbench "${bench[@]}" --policy full --blind --out "$out/longbench-blind"
+corm eval longbench "${bench[@]}" --budget 0.3 "${paper[@]}" --out "$out/longbench"
 for budget in 0.1 0.3; do
     corm eval agreement --text "$data/pg19" --tokens 1024 --limit 2 --budget $budget --policy full --policy corm \
         --policy $capped "${paper[@]:4}" --policy snapkv --out "$out/agreement-$budget"
@@ -30,9 +33,6 @@ recall=(--text "$data/pg19/860.txt" --length 512 --limit 2 --task passkey --task
 corm eval recall "${recall[@]}" --policy full --blind --out "$out/recall-blind"
 corm eval recall "${recall[@]}" --budget 0.3 "${paper[@]}" --policy snapkv --out "$out/recall"
 corm analyse --text "$data/pg19" --out "$out/analysis.json"
-bench=(--data "$data/longbench" --length 1000 --chat --limit 2 --chunk 64)
-corm eval longbench "${bench[@]}" --policy full --blind --out "$out/longbench-blind"
-corm eval longbench "${bench[@]}" --budget 0.3 "${paper[@]}" --out "$out/longbench"
 runs=("$out"/{agreement-0.1,agreement-0.3,grid,recall,recall-blind,longbench,longbench-blind})
 corm report "${runs[@]}" --out "$out/report.md"
 corm report "${runs[@]}" --against corm --out "$out/report-against-corm.md"

@@ -1,4 +1,7 @@
-"""Profiles: a window for each head, found by `simulator.calibrate`, for CORM: ``corm:profile=FILE``."""
+"""Profiles: a window for each head, found by `simulator.calibrate`, for CORM: ``corm:profile=FILE``.
+
+``corm:profile=smollm2-135m`` comes with the package (`PACKAGED`).
+"""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +15,9 @@ from corm_jax.policies.corm import Corm
 from corm_jax.policies.protect import Protect, protect
 
 FORMAT = "corm-jax profile 1"
+
+PACKAGED = Path(__file__).parent / "profiles"
+"""Profiles that have a name and no need for a file."""
 
 WHOLE = 2**30
 """A window longer than any text: the head keeps every key."""
@@ -49,13 +55,15 @@ class Profile:
 
     @classmethod
     def load(cls, name: str) -> "Profile":
-        """Reads a profile from the file of that name.
+        """Reads a profile that comes with the package, or else from the file of that name.
 
         Raises:
           CormError: for a file that is not one, or of which a number cannot be.
         """
         fields = {"model": str, "window": list, "recent": list, "sinks": int, "group": str, "made": dict}
-        found = read_fields(Path(name), "profile", FORMAT, fields, "corm calibrate")
+        packaged = PACKAGED / f"{name}.json"
+        path = packaged if packaged.parent == PACKAGED and packaged.is_file() else Path(name)
+        found = read_fields(path, "profile", FORMAT, fields, "corm calibrate")
         shapes = [
             [len(layer) if isinstance(layer, list) else 0 for layer in found[field]] for field in ("window", "recent")
         ]

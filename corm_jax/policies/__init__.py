@@ -49,7 +49,8 @@ def parse(spec: str) -> Policy:
     """The policy that a SPEC names.
 
     Beside its own options every policy takes ``budget``, ``sinks``, ``recent`` and ``oneshot``: see `budget`,
-    `protect` and `oneshot`. ``corm:profile=FILE`` is CORM with a window for each head: see `corm_jax.profile`.
+    `protect` and `oneshot`. ``corm:profile=FILE`` is CORM with a window for each head, and
+    ``corm:profile=smollm2-135m`` one that comes with the package: see `corm_jax.profile`.
 
     >>> parse("corm:window=64,recent=32,group=mean")
     Corm(window=64, recent=32, threshold='position', group='mean', eager=False)
