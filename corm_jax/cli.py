@@ -274,10 +274,9 @@ def record(model, dtype, text, tokens, out, store):
 )
 @click.option("--tokens", type=int, default=4096, show_default=True, help="how many to read of each")
 @click.option("--target-live", "target", type=float, required=True, help="the share of the keys that is to stay")
-@click.option("--seed", type=int, default=0, show_default=True, help="of the random tokens of the probe")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="the profile, for corm:profile=FILE")
-def calibrate(model, dtype, paths, tokens, target, seed, out):
-    """Find a window for each head: what its attention loses on texts, and on a probe, against the keys that stay."""
+def calibrate(model, dtype, paths, tokens, target, out):
+    """Find a window for each head: what is lost on texts, and where they are read again, against the keys that stay."""
     from simulator import calibrate as calibration
 
     if not 0 < target <= 1:
@@ -288,11 +287,8 @@ def calibrate(model, dtype, paths, tokens, target, seed, out):
     ids = {name: inputs.encode(network, tokenizer, words.decode(), name, tokens) for name, words in texts.items()}
     layers = network.config.layers
     with console.progress_bar() as progress:
-        bars = {"probe": progress.add_task("probe", total=layers * calibration.SEEDS)}
-        bars |= {name: progress.add_task(name, total=layers) for name in ids}
-        found = calibration.calibrate(
-            network, model, ids, target, seed=seed, progress=lambda name: progress.advance(bars[name])
-        )
+        bars = {name: progress.add_task(name, total=layers + calibration.NODES) for name in ids}
+        found = calibration.calibrate(network, model, ids, target, progress=lambda name: progress.advance(bars[name]))
     found.save(out)
     whole = sum(window is None for layer in found.window for window in layer)
     print(f"{out}: {found.made['live']:.3f} live, {whole} heads whole. To use it: --policy corm:profile={out}")

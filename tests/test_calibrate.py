@@ -1,4 +1,4 @@
-"""Calibration: the probe in loops, choices against all assignments, profiles from their making to their use."""
+"""Calibration: costs against replays and loops, choices against all assignments, from making a profile to its use."""
 
 import itertools
 import json
@@ -22,30 +22,39 @@ MODEL = tiny()
 IDS = np.random.default_rng(0).integers(0, 97, 300).tolist()
 
 
-def test_induction_in_loops():
-    one = list(record(MODEL, IDS[:20] * 2))[1]
-    found, group = calibrate.induction(one), one.q.shape[1] // one.k.shape[1]
-    for head in range(one.k.shape[1]):
-        by_query_head = []
-        for q in one.q[:, head * group : (head + 1) * group].transpose(1, 0, 2).astype(np.float64):
-            looks = []
-            for t in range(20, 39):
-                weights = np.exp(one.k[: t + 1, head] @ q[t] / np.sqrt(len(q[t])))
-                looks.append(weights[t - 20 + 1] / weights.sum())
-            by_query_head.append(np.mean(looks))
-        assert found[head] == pytest.approx(max(by_query_head), rel=1e-4)
+def trace(one):
+    return Trace.from_qkv(one.q[None], one.k[None], one.v[None])
+
+
+def policy(place):
+    window, recent = calibrate.CHOICES[place]
+    return protect(Corm(window=window, recent=recent, group="mean"), sinks=4)
 
 
 def test_what_a_choice_keeps_and_loses():
     one = next(record(MODEL, IDS))
-    live, lost = calibrate.measure(one)
-    assert live[-1].tolist() == [1, 1]
-    assert lost[-1].tolist() == [0, 0]
-    place = calibrate.CHOICES.index((32, 128))
-    policy = protect(Corm(window=32, recent=128, group="mean"), sinks=4)
-    result = replay(Trace.from_qkv(one.q[None], one.k[None], one.v[None]), policy, chunk=calibrate.CHUNK)
-    np.testing.assert_allclose(live[place], result.live[0, :, -1] / 300)
-    np.testing.assert_allclose(lost[place], 1 - result.mass[0].reshape(2, -1, 300).mean((1, 2)), atol=1e-6)
+    live, lost, again = calibrate.measure(one)
+    assert (live[-1].tolist(), lost[-1].tolist(), again.any()) == ([1, 1], [0, 0], False)
+    for place in (0, calibrate.CHOICES.index((32, 128)), calibrate.CHOICES.index((64, 32))):
+        result = replay(trace(one), policy(place), chunk=calibrate.CHUNK, fidelity="recorded")
+        np.testing.assert_allclose(live[place], result.live[0, :, -1] / 300)
+        np.testing.assert_allclose(lost[place], 1 - result.mass[0].reshape(2, -1, 300).mean((1, 2)), atol=1e-6)
+
+
+def test_what_a_second_reading_loses():
+    """In loops: outputs from what the replay keeps, in float64."""
+    one = next(record(MODEL, IDS))
+    place, group = calibrate.CHOICES.index((16, 32)), one.q.shape[1] // one.k.shape[1]
+    gradient = np.random.default_rng(1).normal(size=(300, one.k.shape[1], group, one.k.shape[2])).astype(np.float32)
+    result = replay(trace(one), policy(place), chunk=calibrate.CHUNK, fidelity="recorded")
+    expected = np.zeros(one.k.shape[1])
+    for t, head, member in np.ndindex(300, one.k.shape[1], group):
+        weights = np.exp(one.k[: t + 1, head].astype(np.float64) @ one.q[t, head * group + member] / 8**0.5)
+        there = result.until[0, head, : t + 1] > t
+        everything = weights @ one.v[: t + 1, head] / weights.sum()
+        rest = (weights * there) @ one.v[: t + 1, head] / (weights * there).sum()
+        expected[head] += gradient[t, head, member] @ (rest - everything)
+    np.testing.assert_allclose(calibrate.measure(one, gradient).again[place], expected, rtol=1e-3, atol=1e-3)
 
 
 @settings(max_examples=100)
