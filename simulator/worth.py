@@ -43,7 +43,7 @@ def worth(
         _, gradients = gradient(model, tokens, first, (place + 1) / 2)
         found.append([weight / 2 * one for one in gradients])
         progress()
-    return [sum(layer) for layer in zip(*found, strict=True)]
+    return [np.sum(layer, axis=0) for layer in zip(*found, strict=True)]
 
 
 def gradient(

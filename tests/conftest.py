@@ -5,7 +5,7 @@ import jax
 import pytest
 
 hypothesis.settings.register_profile(
-    "default", deadline=None, derandomize=True, max_examples=60, report_multiple_bugs=False
+    "default", deadline=None, derandomize=True, max_examples=50, report_multiple_bugs=False
 )
 hypothesis.settings.load_profile("default")
 

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corm_jax import CormError, cli, parse, protect
-from corm_jax.policies import Corm
+from corm_jax import CormError, cli, parse
 from corm_jax.profile import WHOLE, Profile
 from corm_jax.recording import record
 from simulator import calibrate
@@ -28,7 +27,7 @@ def trace(one):
 
 def policy(place):
     window, recent = calibrate.CHOICES[place]
-    return protect(Corm(window=window, recent=recent, group="mean"), sinks=4)
+    return parse(f"corm:window={window},recent={recent},group=mean,sinks=4")
 
 
 def test_what_a_choice_keeps_and_loses():
