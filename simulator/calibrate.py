@@ -42,7 +42,7 @@ CHOICES = [*product(WINDOWS, RECENTS), (None, 1)]
 CHUNK = 32
 """Tokens between evictions."""
 
-RETURNS = 1.0
+RETURNS = 3.0
 """What a nat of a second reading weighs, in lost attention of a head."""
 
 QUARTER, NODES = 256, 4
