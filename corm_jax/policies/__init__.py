@@ -129,7 +129,7 @@ def _profile(name: str, rest: str) -> tuple[str, str]:
     items = [item for item in rest.split(",") if item]
     found = [item for item in items if name == "corm" and item.partition("=")[0].strip() == "profile"]
     if len(found) > 1 or (found and not found[0].partition("=")[2].strip()):
-        raise CormError(f"{','.join(found)}: give one profile, a file")
+        raise CormError(f"{','.join(found)}: give one profile, a name or a file")
     return (found[0].partition("=")[2].strip() if found else ""), ",".join(x for x in items if x not in found)
 
 
