@@ -17,7 +17,8 @@ full cache's queries, keys and values; CORM judges by that attention. With the p
 
 and p is the lowest price at which the mean of live is at most the target (every choice on the lower convex hull is one
 for some price, so that no other exchange of keys between heads gains at that size). Few heads carry recall, as
-RazorAttention (arXiv 2407.15891) and DuoAttention (arXiv 2410.10819) found; these come out with all of their keys, or wide windows.
+RazorAttention (arXiv 2407.15891) and DuoAttention (arXiv 2410.10819) found; these come out with all of their keys, or
+with wide windows.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -124,7 +124,9 @@ def test_specs():
         model="m", window=[[3, None], [7, 9]], recent=[[1, 1], [2, 3]], sinks=1, group="any", made={"by": "hand"}
     )
     assert profile.policy().policy.window.tolist() == [[3, WHOLE], [7, 9]]
-    assert parse("corm:profile=smollm2-135m").policy.window.shape == (30, 3)  # it comes with the package
+    packaged = Profile.load("smollm2-135m")
+    assert packaged.policy().policy.window.shape == (30, 3)
+    assert repr(parse("corm:profile=smollm2-135m")) == repr(packaged.policy())
     for spec, message in (
         ("corm:profile=nowhere", "cannot read the profile nowhere"),
         ("corm:profile=", "give one profile"),
