@@ -1,14 +1,21 @@
 """What policies lose on a text, and of a passage that comes again, on SmolLM2.
 
     python benchmarks/profile_table.py --text FILE [--tokens 4096] [--passages 5] [--chunk 32] --policy SPEC...
+        [--budget SHARE...] [--json FILE] [--plot PNG]
 
-Text: stretches of so many tokens, spread over the file; their NLL above that of the full cache, in percent, and the
-share of the keys that are live at the end. Repeat: 512 tokens, 1,024 others from elsewhere in the file, the same 512
-again; the NLL of the second reading, nats a token, and the share that is live when it begins. `full` comes first.
-Intervals: 95%, by the bootstrap over passages. A profile must have been calibrated on other texts than FILE.
+Each reading is a stretch of the file, of so many tokens, and then its first 512 once more; the stretches are spread
+over the file. Text: the NLL of the stretch above that of the full cache, in percent. Repeat: the NLL of the second
+reading, nats a token, and the share of the gap between a window and the full cache that is closed, where
+`streaming_llm` is among the policies. Live: the share of the stretch's keys that is live where it ends. `full` comes
+first.
+
+Policies that can be held to a budget get each `--budget`, a share of the stretch, in turn; CORM and profiles decide by
+themselves. Intervals: 95%, by the bootstrap over stretches. With `--json` every reading is kept, and none is read
+twice: the same command goes on after a kill. A profile must have been calibrated on other texts than FILE.
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +23,12 @@ import numpy as np
 import corm_jax as cj
 from corm_jax import perplexity
 from corm_jax.evaluation.intervals import bootstrap
+from corm_jax.files import write_json
 from corm_jax.inputs import check_profiles, read_text
+from corm_jax.policies import keys_of, on_budget
 
-PASSAGE, BETWEEN = 512, 1024
+AGAIN = 512
+"""Tokens that are read once more."""
 
 
 def main() -> None:
@@ -28,38 +38,87 @@ def main() -> None:
     parser.add_argument("--passages", type=int, default=5)
     parser.add_argument("--chunk", type=int, default=32, help="tokens between evictions")
     parser.add_argument("--policy", nargs="+", required=True, metavar="SPEC")
+    parser.add_argument("--budget", nargs="+", default=[], metavar="SHARE")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
     model, tokenizer = cj.load()
-    check_profiles(arguments.policy, "smollm2-135m", model)
+    specs = held(arguments.policy, arguments.budget, arguments.tokens)
+    check_profiles(specs, "smollm2-135m", model)
     ids = tokenizer.encode(read_text(arguments.text))
-    texts = [ids[start : start + arguments.tokens] for start in spread(ids, arguments.tokens, arguments.passages)]
-    again = []
-    for start in spread(ids, PASSAGE, arguments.passages):
-        other = (start + len(ids) // 2) % (len(ids) - BETWEEN)
-        again.append([*ids[start : start + PASSAGE], *ids[other : other + BETWEEN], *ids[start : start + PASSAGE]])
-    begins = PASSAGE + BETWEEN
+    starts = np.linspace(0, len(ids) - arguments.tokens, arguments.passages).astype(int).tolist()
+    kept: dict[str, dict[str, list[float]]] = {}
+    if arguments.json and arguments.json.exists():
+        kept = json.loads(arguments.json.read_text())
 
-    def read(spec: str, passage: list[int]) -> perplexity.Reading:
-        return perplexity.read(model, cj.parse(spec), passage, chunk=arguments.chunk)
+    def read(spec: str, start: int) -> list[float]:
+        """NLL of the stretch, share live where it ends, NLL of the second reading."""
+        key = f"{arguments.text.name} {start} {arguments.tokens} {arguments.chunk}"
+        if key not in kept.setdefault(spec, {}):
+            stretch = ids[start : start + arguments.tokens]
+            found = perplexity.read(model, cj.parse(spec), [*stretch, *stretch[:AGAIN]], chunk=arguments.chunk)
+            end = arguments.tokens - 1
+            live = found.kept[arguments.tokens // arguments.chunk - 1]
+            kept[spec][key] = [float(found.nll[:end].mean()), float(live), float(found.nll[end + 1 :].mean())]
+            if arguments.json:
+                write_json(arguments.json, kept)
+        return kept[spec][key]
 
-    print(f"| {arguments.tokens:,} tokens | NLL above full, % | live at the end | repeat NLL | live when it begins |")
-    print("|---|---|---|---|---|")
-    full: list[float] = []
-    for spec in ("full", *arguments.policy):
-        found = [read(spec, passage) for passage in texts]
-        nll = [float(one.nll.mean()) for one in found]
-        full = full or nll
-        above = bootstrap([100 * (mine / best - 1) for mine, best in zip(nll, full, strict=True)])
-        live = bootstrap([one.kept[-1] for one in found])
-        found = [read(spec, passage) for passage in again]
-        second = bootstrap([float(one.nll[begins:].mean()) for one in found])
-        held = np.mean([one.kept[begins // arguments.chunk - 1] for one in found])
-        print(f"| `{spec}` | {above} | {live} | {second} | {held:.3f} |", flush=True)
+    rows = []
+    print(f"| {arguments.tokens:,} tokens | live | NLL above full, % | repeat NLL |")
+    print("|---|---|---|---|")
+    for spec in specs:
+        nll, live, again = np.array([read(spec, start) for start in starts]).T
+        full = nll if not rows else rows[0][1]
+        above = bootstrap(100 * (nll / full - 1))
+        rows.append((spec, nll, live, again))
+        print(f"| `{spec}` | {bootstrap(live)} | {above} | {bootstrap(again)} |", flush=True)
+    for spec, _, _, window in rows:
+        if spec.startswith("streaming_llm"):
+            print(f"\nOf the gap to `{spec}` in the repeat, closed by\n")
+            for other, _, _, again in rows:
+                print(f"- `{other}`: {bootstrap((window - again) / (window - rows[0][3]))}")
+    if arguments.plot:
+        draw(rows, arguments)
 
 
-def spread(ids: list[int], tokens: int, count: int) -> list[int]:
-    """Where so many stretches of a text begin, evenly over it."""
-    return np.linspace(0, len(ids) - tokens, count).astype(int).tolist()
+def held(policies: list[str], budgets: list[str], tokens: int) -> list[str]:
+    """The SPECs to be read, `full` first: each at each budget, unless it decides by itself."""
+    found = ["full"]
+    for spec in policies:
+        free = spec.startswith("corm") or not budgets or "budget=" in spec
+        found += [spec] if free else [on_budget(spec, keys_of(budget, tokens)) for budget in budgets]
+    return list(dict.fromkeys(found))
+
+
+def draw(rows: list, arguments: argparse.Namespace) -> None:
+    """Both losses against the live share, a line for each policy."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    families: dict[str, list] = {}
+    for spec, nll, live, again in rows[1:]:
+        name, _, options = spec.partition(":")
+        name += ":profile" if "profile=" in options else ":score=mean" if "score=mean" in options else ""
+        families.setdefault(name, []).append((live.mean(), 100 * np.mean(nll / rows[0][1] - 1), again.mean()))
+    figure, both = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    for name, points in families.items():
+        for axes, column in zip(both, (1, 2), strict=True):
+            points = sorted(points)
+            wide = 2.5 if "profile" in name else 1.2
+            axes.plot(
+                [point[0] for point in points], [point[column] for point in points], "o-", ms=4, lw=wide, label=name
+            )
+    both[1].axhline(rows[0][3].mean(), color="black", lw=0.8, ls="--", label="full")
+    both[0].set(yscale="log", ylabel="NLL above the full cache, %", title=f"{arguments.tokens:,} tokens of a book")
+    both[1].set(ylabel="NLL, nats a token", title=f"its first {AGAIN}, read again")
+    for axes in both:
+        axes.set(xlabel="live share of the keys")
+        axes.grid(alpha=0.3)
+    both[1].legend(fontsize=8)
+    figure.savefig(arguments.plot, dpi=110)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from corm_jax.cache import check_prompt, prompt_of, slots_for, usage
 from corm_jax.errors import CormError
 from corm_jax.evaluation import cli as evaluation
 from corm_jax.evaluation.texts import read_texts
-from corm_jax.files import check_writable, write_json
+from corm_jax.files import check_writable, make_directory, write_json
 from corm_jax.fitting import PASSES, fitted
 from corm_jax.generation import stream
 from corm_jax.model import Config
@@ -275,20 +275,30 @@ def record(model, dtype, text, tokens, out, store):
 @click.option("--tokens", type=int, default=4096, show_default=True, help="how many to read of each")
 @click.option("--target-live", "target", type=float, required=True, help="the share of the keys that is to stay")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="the profile, for corm:profile=FILE")
-def calibrate(model, dtype, paths, tokens, target, out):
+@click.option("--seed", type=int, default=0, show_default=True, help="of what the model draws to find what is lost")
+@click.option(
+    "--work",
+    type=click.Path(path_type=Path),
+    help="keep here what was measured of each text, to go on after a kill, or with another target",
+)
+def calibrate(model, dtype, paths, tokens, target, out, seed, work):
     """Find a window for each head: what is lost on texts, and where they are read again, against the keys that stay."""
     from simulator import calibrate as calibration
 
     if not 0 < target <= 1:
         raise CormError(f"--target-live must be in (0, 1], not {target}")
     check_writable(out)
+    if work:
+        make_directory(work)
     texts = read_texts(paths, [])
     network, tokenizer = inputs.load(model, dtype)
     ids = {name: inputs.encode(network, tokenizer, words.decode(), name, tokens) for name, words in texts.items()}
     layers = network.config.layers
     with console.progress_bar() as progress:
-        bars = {name: progress.add_task(name, total=layers + calibration.NODES) for name in ids}
-        found = calibration.calibrate(network, model, ids, target, progress=lambda name: progress.advance(bars[name]))
+        bars = {name: progress.add_task(name, total=layers + calibration.NODES + 1) for name in ids}
+        found = calibration.calibrate(
+            network, model, ids, target, seed=seed, work=work, progress=lambda name: progress.advance(bars[name])
+        )
     found.save(out)
     whole = sum(window is None for layer in found.window for window in layer)
     print(f"{out}: {found.made['live']:.3f} live, {whole} heads whole. To use it: --policy corm:profile={out}")

@@ -34,6 +34,18 @@ def check_writable(path: Path) -> None:
         raise CormError(f"cannot write {path}: no permission in {path.parent}")
 
 
+def make_directory(path: Path) -> None:
+    """Makes a directory, with those above it, unless it is there already.
+
+    Raises:
+      CormError: if it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CormError(f"cannot make {path}: {error.strerror}") from None
+
+
 def write_json(path: Path, result: Any) -> None:
     """Writes a result for people and programs to read."""
     with whole_file(path) as temporary:

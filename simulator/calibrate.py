@@ -2,18 +2,21 @@
 
 Heads differ in what they need. For each key-value head h and each choice o of CORM's (w, r), calibration texts give
 
-    live[o, h]   the share of the keys that are live at the end,
-    lost[o, h]   the share of the attention that falls on keys that are gone, mean over queries.
+    live[o, h]     the share of the keys that are live at the end,
+    blurred[o, h]  the KL divergence of the prediction from that of the full cache, nats a token, to second order:
+                   mean over queries t of  (s[t, h] . (o_live[t] - o_all[t]))^2 / 2
 
-Texts hardly ask for what was read long ago. So a quarter of each is read once more, after the two that follow it:
+with o the head's outputs read from the live keys and from all, and s their scores (`simulator.worth`). Texts hardly ask
+for what was read long ago. So when a text has been read, its beginning comes once more:
 
-    again[o, h]  the NLL that the second reading loses, nats a token, to first order:
-                 sum over queries t of  G[t, h] . (o_live[t] - o_all[t])
+    again[o, h]    the NLL that this second reading loses, nats a token, to first order:
+                   sum over its queries t of  G[t, h] . (o_live[t] - o_all[t])
 
-with o the outputs read from the live keys and from all, and G their worth (`simulator.worth`). All three come from the
-full cache's queries, keys and values; CORM judges by that attention. With the price p of a key,
+with G the outputs' worth, measured where the second reading comes sooner: what a head's output is worth hardly depends
+on how long ago its keys were read. All three come from the full cache's queries, keys and values; CORM judges by
+attention over what it kept, as in the cache. With the price p of a key,
 
-    choice[h]  =  argmin over o of  lost[o, h] + RETURNS max(again[o, h], 0) + p live[o, h]
+    choice[h]  =  argmin over o of  blurred[o, h] + RETURNS max(again[o, h], 0) + p live[o, h]
 
 and p is the lowest price at which the mean of live is at most the target (every choice on the lower convex hull is one
 for some price, so that no other exchange of keys between heads gains at that size). Few heads carry recall, as
@@ -21,32 +24,40 @@ RazorAttention (arXiv 2407.15891) and DuoAttention (arXiv 2410.10819) found; the
 with wide windows.
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Float, Int
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 
 from corm_jax.errors import CormError
+from corm_jax.files import whole_file
 from corm_jax.model import Llama
 from corm_jax.profile import Profile
 from corm_jax.recording import Recorded, record
-from simulator.worth import worth
+from simulator.worth import scores, worth
 
-WINDOWS, RECENTS, SINKS, GROUP = (16, 32, 64, 128, 256, 512), (32, 128, 256, 512), 4, "mean"
+WINDOWS, RECENTS, SINKS, GROUP = (4, 16, 32, 64, 128, 256, 512, 1024), (32, 128, 256, 512), 4, "mean"
 CHOICES = [*product(WINDOWS, RECENTS), (None, 1)]
 """(w, r); the last keeps everything."""
 
 CHUNK = 32
 """Tokens between evictions."""
 
-RETURNS = 3.0
-"""What a nat of a second reading weighs, in lost attention of a head."""
+RETURNS = 0.003
+"""What a nat of a second reading weighs, in nats of a text."""
 
-QUARTER, NODES = 256, 4
+AGAIN, NODES = 256, 4
 """Tokens that are read again, at most, and gradients for their worth."""
 
 SHORTEST = 256
@@ -57,9 +68,9 @@ NEVER = np.iinfo(np.int32).min
 class Cost(NamedTuple):
     """By choice and head."""
 
-    live: Float[np.ndarray, "choices kv_heads"]
-    lost: Float[np.ndarray, "choices kv_heads"]
-    again: Float[np.ndarray, "choices kv_heads"]
+    live: Float[np.ndarray, "choices *layers kv_heads"]
+    blurred: Float[np.ndarray, "choices *layers kv_heads"]
+    again: Float[np.ndarray, "choices *layers kv_heads"]
 
 
 def calibrate(
@@ -68,6 +79,8 @@ def calibrate(
     texts: Mapping[str, Sequence[int]],
     target: float,
     *,
+    seed: int = 0,
+    work: Path | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Profile:
     """The profile of a model at which a share of ``target`` of the texts' keys is live at their end.
@@ -76,84 +89,121 @@ def calibrate(
       name: what the model is called.
       texts: token ids by name, of one length.
       target: in (0, 1].
-      progress: called with the name of what is read: `NODES` times, and then for each layer.
+      seed: of the texts that the model draws, for `simulator.worth.scores`.
+      work: a directory for what was measured of each text, to go on from after a kill, or with another target.
+      progress: called with the name of what is read: `NODES` + 1 times, and then for each layer.
 
     Raises:
       CormError: for a target outside (0, 1], one that no choice is as small as, or texts too short.
     """
     if not 0 < target <= 1:
         raise CormError(f"the share of keys that stay must be in (0, 1], not {target}")
-    if not texts or min(map(len, texts.values())) < SHORTEST:
-        raise CormError(f"calibration takes texts of at least {SHORTEST} tokens: give more text, or more of each")
+    cost = mean(costs(model, texts, seed=seed, work=work, progress=progress))
+    choice = choose(cost.live, cost.blurred + RETURNS * np.maximum(cost.again, 0), target)
+    made = {"target_live": target, "texts": {text: len(ids) for text, ids in texts.items()}, "seed": seed}
+    return profile(name, choice, cost, made)
 
-    costs = []
-    for text, ids in texts.items():
-        quarter = min(QUARTER, len(ids) // 4)
-        twice = [*ids[: 3 * quarter], *ids[:quarter]]
-        gradients = worth(model, twice, 3 * quarter, NODES, progress=lambda text=text: progress(text))
-        by_layer = []
-        for once, second, gradient in zip(record(model, ids), record(model, twice), gradients, strict=True):
-            by_layer.append(measure(once)._replace(again=measure(second, gradient).again))
-            progress(text)
-        costs.append(jax.tree.map(lambda *layers: np.stack(layers, axis=1), *by_layer))
-    live, lost, again = jax.tree.map(lambda *each: np.mean(each, axis=0), *costs)
-    choice = choose(live, lost + RETURNS * np.maximum(again, 0), target)
+
+def profile(name: str, choice: Int[np.ndarray, "layers kv_heads"], cost: Cost, made: dict[str, Any]) -> Profile:
+    """The profile of these choices, which says what they cost."""
     windows, recents = ([[CHOICES[o][i] for o in layer] for layer in choice.tolist()] for i in (0, 1))
-    live, lost = (np.take_along_axis(x, choice[None], axis=0)[0] for x in (live, lost))
-    made: dict[str, Any] = {
-        "target_live": target,
-        "live": float(live.mean()),
-        "lost": float(lost.mean()),
-        "texts": {text: len(ids) for text, ids in texts.items()},
-        "live_by_head": live.round(4).tolist(),
-        "again_by_head": again[0].round(4).tolist(),
-    }
+    live, blurred = (np.take_along_axis(x, choice[None], axis=0)[0] for x in (cost.live, cost.blurred))
+    rounded = [[[round(value, 4) for value in layer] for layer in x.tolist()] for x in (live, cost.again[0])]
+    made |= {"live": float(live.mean()), "blurred": float(blurred.sum())}
+    made |= dict(zip(("live_by_head", "again_by_head"), rounded, strict=True))
     return Profile(model=name, window=windows, recent=recents, sinks=SINKS, group=GROUP, made=made)
 
 
-def measure(one: Recorded, gradient: Float[np.ndarray, "tokens kv_heads group head_dim"] | None = None) -> Cost:
-    """What a layer keeps, loses, and loses by ``gradient``, for each choice; without a gradient ``again`` is 0."""
+def costs(
+    model: Llama,
+    texts: Mapping[str, Sequence[int]],
+    *,
+    seed: int = 0,
+    work: Path | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+) -> list[Cost]:
+    """What every choice keeps and loses on each text, ``[choices, layers, kv_heads]``: see `calibrate`."""
+    if not texts or min(map(len, texts.values())) < SHORTEST:
+        raise CormError(f"calibration takes texts of at least {SHORTEST} tokens: give more text, or more of each")
+    found = []
+    for text, ids in texts.items():
+        file = work / f"{_digest(model, ids, seed)}.safetensors" if work else None
+        found.append(_load(file) or _costs(model, ids, seed, partial(progress, text)))
+        if file:
+            with whole_file(file) as temporary:
+                save_file(found[-1]._asdict(), temporary)
+    return found
+
+
+def mean(several: Sequence[Cost]) -> Cost:
+    """The mean over texts."""
+    return jax.tree.map(lambda *each: np.mean(each, axis=0), *several)
+
+
+def _costs(model: Llama, ids: Sequence[int], seed: int, progress: Callable[[], None]) -> Cost:
+    again = min(AGAIN, len(ids) // 4)
+    worths = worth(model, [*ids[: 3 * again], *ids[:again]], 3 * again, NODES, progress=progress)
+    drawn = scores(model, ids, seed)
+    progress()
+    found = []
+    for one, score, second in zip(record(model, [*ids, *ids[:again]]), drawn, worths, strict=True):
+        found.append(measure(one, score, second[-again:]))
+        progress()
+    return Cost(*(np.stack(layers, axis=1) for layers in zip(*found, strict=True)))
+
+
+def measure(
+    one: Recorded,
+    score: Float[np.ndarray, "tokens kv_heads group head_dim"],
+    worth: Float[np.ndarray, "again kv_heads group head_dim"],
+) -> Cost:
+    """What every choice keeps and loses in one layer, on a text of ``tokens`` and its first ``again`` once more."""
     window, recent = np.array(CHOICES[:-1], np.int32).T
-    tokens, kv_heads, head_dim = one.k.shape
-    q = one.q.reshape(tokens, kv_heads, -1, head_dim)
-    gradient = np.zeros_like(q) if gradient is None else gradient
-    padding = -tokens % CHUNK
+    kv_heads, head_dim = one.k.shape[1:]
+    q, gradient = one.q.reshape(len(one.q), kv_heads, -1, head_dim), np.concatenate([score, worth])
+    padding = -len(q) % CHUNK
     q, k, v, gradient = (np.pad(x, ((0, padding), *((0, 0),) * (x.ndim - 1))) for x in (q, one.k, one.v, gradient))
-    found = _measure(window, recent, q, k, v, gradient, np.int32(tokens))
+    found = _measure(window, recent, q, k, v, gradient, np.int32(len(score)), np.int32(len(one.q)))
     whole = np.array([1, 0, 0], np.float32)[:, None, None].repeat(kv_heads, 2)
     return Cost(*np.concatenate([np.stack(found), whole], axis=1))
 
 
 @jax.jit
-def _measure(window, recent, q, k, v, gradient, tokens):
+def _measure(window, recent, q, k, v, gradient, tokens, end):
     """Every choice beside the others; keys that went are dates only, as in `simulator.recurrence`."""
     chunks, (kv_heads, group, head_dim) = len(q) // CHUNK, q.shape[1:]
     key, (w, r) = jnp.arange(len(q)), (x[:, None, None] for x in (window, recent))
 
     def step(carry, chunk):
-        last, gone, lost, again = carry
+        last, gone, live, blurred, again = carry
         q, gradient, clock = chunk
         logits = jnp.einsum("qhgd,khd->hgqk", q, k, precision="highest") * head_dim**-0.5
         alpha = jax.nn.softmax(jnp.where(key < clock[:, None], logits, -jnp.inf))
-        alpha = jnp.where(clock[:, None] <= tokens, alpha, 0.0)
+        alpha = jnp.where(clock[:, None] <= end, alpha, 0.0)
         stays = (~gone).astype(jnp.float32)
-        share = jnp.einsum("hgqk,ohk->ohgq", alpha, stays)
+        share = jnp.maximum(jnp.einsum("hgqk,ohk->ohgq", alpha, stays), 1e-30)
         gain = alpha * jnp.einsum("qhgd,khd->hgqk", gradient, v, precision="highest")
-        rest = jnp.einsum("hgqk,ohk->ohgq", gain, stays) / jnp.maximum(share, 1e-30)
-        lost += jnp.where(clock <= tokens, 1 - share, 0.0).sum((2, 3))
-        again += jnp.where(clock <= tokens, rest - gain.sum(-1), 0.0).sum((2, 3))
-        important = alpha.mean(1) * clock[:, None].astype(jnp.float32) >= 1
-        last = jnp.maximum(last, jnp.where(important, clock[:, None], NEVER).max(1))
-        seen = jnp.minimum(clock[-1], tokens)
-        minor = (last <= seen - w) & (key < seen - r) & (key >= SINKS) & (seen >= w)
-        return (last, gone | minor, lost, again), None
+        rest = jnp.einsum("hgqk,ohk->ohgq", gain, stays) / share
+        change = (rest - gain.sum(-1)).sum(2)
+        blurred += jnp.where(clock <= tokens, change**2 / 2, 0.0).sum(-1)
+        again += jnp.where((clock > tokens) & (clock <= end), change, 0.0).sum(-1)
+        scale = clock.astype(jnp.float32) / share / group
 
-    sums = jnp.zeros((len(window), kv_heads), jnp.float32)
-    start = jnp.full((kv_heads, len(q)), NEVER), jnp.zeros((len(window), kv_heads, len(q)), bool), sums, sums
+        def judge(i, last):  # query by query: each is later than the one before, and loops of this kind are vectors
+            ratio = sum(alpha[:, member, i] * scale[:, :, member, i, None] for member in range(group))
+            return jnp.where(ratio >= 1, clock[i], last)
+
+        last = jax.lax.fori_loop(0, CHUNK, judge, last)
+        seen = jnp.minimum(clock[-1], end)
+        gone |= (last <= seen - w) & (key < seen - r) & (key >= SINKS) & (seen >= w)
+        live = jnp.where(clock[0] <= tokens, (~gone & (key < tokens)).sum(-1), live)
+        return (last, gone, live, blurred, again), None
+
+    shape, sums = (len(window), kv_heads, len(q)), jnp.zeros((len(window), kv_heads), jnp.float32)
+    start = jnp.full(shape, NEVER), jnp.zeros(shape, bool), sums.astype(jnp.int32), sums, sums
     parts = (x.reshape(chunks, CHUNK, *x.shape[1:]) for x in (q, gradient, key + 1))
-    (_, gone, lost, again), _ = jax.lax.scan(step, start, tuple(parts))
-    live = (~gone & (key < tokens)).sum(-1).astype(jnp.float32) / tokens.astype(jnp.float32)
-    return live, lost / (tokens * group).astype(jnp.float32), again
+    (_, _, live, blurred, again), _ = jax.lax.scan(step, start, tuple(parts))
+    return live.astype(jnp.float32) / tokens.astype(jnp.float32), blurred / tokens.astype(jnp.float32), again
 
 
 def choose(
@@ -182,3 +232,22 @@ def choose(
         price = (low * high) ** 0.5
         low, high = (low, price) if at(price)[1] <= target else (price, high)
     return at(high)[0]
+
+
+def _digest(model: Llama, ids: Sequence[int], seed: int) -> str:
+    """Under which name costs are kept: whatever they depend on."""
+    weights = hashlib.sha256()
+    for leaf in jax.tree.leaves(nnx.state(model)):
+        weights.update(np.asarray(leaf).tobytes())
+    said = [weights.hexdigest(), list(ids), seed, CHOICES, SINKS, CHUNK, AGAIN, NODES]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+
+
+def _load(file: Path | None) -> Cost | None:
+    """Costs that were measured before."""
+    if file is None or not file.exists():
+        return None
+    try:
+        return Cost(**load_file(file))
+    except (OSError, SafetensorError, TypeError) as error:
+        raise CormError(f"{file} does not hold what was measured of a text: delete it ({error})") from None

@@ -1,18 +1,28 @@
-"""What a model's prediction loses when its heads forget, to first order.
+"""What a model's prediction loses when its heads forget.
 
-Let the output of every key-value head be a mixture, ``g`` of what its queries read from all keys and ``1 - g`` of what
-they read from the first `SINKS` and the newest `WINDOW`, and L(g) the mean negative log-likelihood of some tokens. With
-``o[t, h]`` the outputs, what a change of them costs is averaged over the way from the window to everything:
+With ``o[t, h]`` the output of key-value head h at token t (of all query heads of its group), both answers are gradients
+with respect to it.
+
+**What is gone for good** (`worth`). Let every output be a mixture, ``g`` of what its queries read from all keys and
+``1 - g`` of what they read from the first `SINKS` and the newest `WINDOW`, and L(g) the mean negative log-likelihood
+of some tokens. What a change of the outputs costs is averaged over the way from the window to everything:
 
     G[t, h]  =  integral over g from 0 to 1 of  dL / do[t, h]          L changes by about  sum over t, h of  G . change
 
 These are integrated gradients (Sundararajan et al., arXiv 1703.01365): a gradient at g = 1 alone would say that a head
 is worth nothing where another could stand in for it, though not both can go. The integral is a Gauss-Legendre sum.
-Layers are run one at a time, forward and back, so memory holds the attention of one.
+
+**What is only blurred** (`scores`). Where a text is predicted well, gradients of its likelihood are noise about zero;
+what a small change costs is of second order. Let y be of the model's own, each token drawn from its prediction:
+
+    s[t, h]  =  d ln p(y) / do[t, h]          KL(before || after)  is about  E sum over t, h of  (s . change)^2 / 2
+
+the diagonal of the Fisher information: later tokens' scores are uncorrelated, so one draw estimates it without bias.
+
+Layers are run one at a time, forward and back, and queries a block at a time, so memory holds the attention of a block.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +32,9 @@ from jaxtyping import Float
 from corm_jax.model import Llama
 
 SINKS, WINDOW = 4, 128
+
+BLOCK = 512
+"""Queries whose attention is in memory."""
 
 
 def worth(
@@ -50,20 +63,41 @@ def gradient(
     model: Llama, tokens: Sequence[int], first: int, mixture: float
 ) -> tuple[float, list[Float[np.ndarray, "tokens kv_heads group head_dim"]]]:
     """L, and dL / do of every layer, at one g."""
-    ids, g = jnp.asarray(tokens, jnp.int32), jnp.float32(mixture)
-    config = model.config
-    shape = len(tokens), config.kv_heads, config.heads // config.kv_heads, config.head_dim
-    nothing = jnp.zeros(shape, jnp.float32)
-    entering, x = [], model.embed(ids[None])
+    entering, x = _forward(model, tokens, mixture)
+    loss, dx = _loss(model, x[:, first - 1 : -1], jnp.asarray(tokens[first:], jnp.int32))
+    dx = jnp.zeros_like(x).at[:, first - 1 : -1].set(dx)
+    count = len(tokens) - first
+    return float(loss) / count, [one / count for one in _backward(model, entering, dx, mixture)]
+
+
+def scores(model: Llama, tokens: Sequence[int], seed: int) -> list[Float[np.ndarray, "tokens kv_heads group head_dim"]]:
+    """The scores s of every layer, in nats, with the full cache: what follows each token is drawn after ``seed``."""
+    entering, x = _forward(model, tokens, 1.0)
+    _, dx = _loss(model, x, _draw(model, x, jax.random.key(seed)))
+    return _backward(model, entering, dx, 1.0)
+
+
+def _forward(model, tokens, mixture):
+    """What enters each layer, and what leaves the last."""
+    entering, x = [], model.embed(jnp.asarray(tokens, jnp.int32)[None])
     for layer in model.layers:
         entering.append(x)
-        x = mixed(layer, x, nothing, g)
-    loss, dx = _loss(model, x, ids, first)
+        x = mixed(layer, x, _nothing(model, x), jnp.float32(mixture))
+    return entering, x
+
+
+def _backward(model, entering, dx, mixture):
+    """The gradient with respect to the outputs of each layer's heads."""
     found = []
     for layer, x in zip(list(model.layers)[::-1], entering[::-1], strict=True):
-        dx, do = _back(layer, x, nothing, g, dx)
+        dx, do = _back(layer, x, _nothing(model, x), jnp.float32(mixture), dx)
         found.append(np.asarray(do))
-    return float(loss), found[::-1]
+    return found[::-1]
+
+
+def _nothing(model, x):
+    config = model.config
+    return jnp.zeros((x.shape[1], config.kv_heads, config.heads // config.kv_heads, config.head_dim), jnp.float32)
 
 
 @jax.jit
@@ -72,15 +106,23 @@ def mixed(layer, x, change, g):
     tokens = x.shape[1]
     position = jnp.arange(tokens)
     q, k, v = (x[0].astype(jnp.float32) for x in layer.attention.project(layer.attention_norm(x), position[None]))
-    logits = jnp.einsum("qhgd,khd->hgqk", q, k, precision="highest") * k.shape[-1] ** -0.5
-    age = position[:, None] - position
 
-    def read(visible):
-        weights = jax.nn.softmax(jnp.where(visible, logits, -jnp.inf))
+    @jax.checkpoint
+    def read(q, k, v, age, visible):
+        logits = jnp.einsum("qhgd,khd->hgqk", q, k, precision="highest") * k.shape[-1] ** -0.5
+        weights = jax.nn.softmax(jnp.where((age >= 0) & visible, logits, -jnp.inf))
         return jnp.einsum("hgqk,khd->qhgd", weights, v, precision="highest")
 
-    near = (age < WINDOW) | (position < SINKS)
-    output = g * read(age >= 0) + (1 - g) * read((age >= 0) & near) + change
+    blocks = []
+    for start in range(0, tokens, BLOCK):
+        some, end = slice(start, start + BLOCK), min(start + BLOCK, tokens)
+        age = position[some, None] - position[:end]
+        near = np.r_[: min(SINKS, max(start - WINDOW, 0)), max(start - WINDOW, 0) : end]
+        kept = (age[:, near] < WINDOW) | (near < SINKS)
+        everything = read(q[some], k[:end], v[:end], age, True)
+        window = read(q[some], k[near], v[near], age[:, near], kept)
+        blocks.append(g * everything + (1 - g) * window)
+    output = jnp.concatenate(blocks) + change
     x = x + layer.attention.out(output.reshape(1, tokens, -1).astype(x.dtype))
     return x + layer.feed_forward(layer.feed_forward_norm(x))
 
@@ -90,14 +132,22 @@ def _back(layer, x, change, g, dx):
     return jax.vjp(lambda x, change: mixed(layer, x, change, g), x, change)[1](dx)
 
 
-@partial(jax.jit, static_argnames="first")
-def _loss(model, x, tokens, first):
+@jax.jit
+def _loss(model, x, targets):
+    """The summed negative log-likelihood of the targets, and its gradient."""
+
     @jax.checkpoint
     def nll(pair):
-        x, following = pair
-        return -jax.nn.log_softmax(model.logits(model.norm(x)))[following]
+        x, target = pair
+        return -jax.nn.log_softmax(model.logits(model.norm(x)))[target]
 
-    def mean(x):
-        return jax.lax.map(nll, (x[0, first - 1 : -1], tokens[first:]), batch_size=256).mean()
+    return jax.value_and_grad(lambda x: jax.lax.map(nll, (x[0], targets), batch_size=256).sum())(x)
 
-    return jax.value_and_grad(mean)(x)
+
+@jax.jit
+def _draw(model, x, key):
+    def draw(pair):
+        x, key = pair
+        return jax.random.categorical(key, model.logits(model.norm(x)))
+
+    return jax.lax.map(draw, (x[0], jax.random.split(key, x.shape[1])), batch_size=256)

@@ -30,30 +30,27 @@ def policy(place):
     return parse(f"corm:window={window},recent={recent},group=mean,sinks=4")
 
 
-def test_what_a_choice_keeps_and_loses():
-    one = next(record(MODEL, IDS))
-    live, lost, again = calibrate.measure(one)
-    assert (live[-1].tolist(), lost[-1].tolist(), again.any()) == ([1, 1], [0, 0], False)
-    for place in (0, calibrate.CHOICES.index((32, 128)), calibrate.CHOICES.index((64, 32))):
-        result = replay(trace(one), policy(place), chunk=calibrate.CHUNK, fidelity="recorded")
-        np.testing.assert_allclose(live[place], result.live[0, :, -1] / 300)
-        np.testing.assert_allclose(lost[place], 1 - result.mass[0].reshape(2, -1, 300).mean((1, 2)), atol=1e-6)
+@pytest.mark.parametrize("choice", [(4, 32), (16, 32), (64, 128)])
+def test_what_a_choice_keeps_and_loses(choice):
+    """By a replay, and in loops: outputs from what it keeps, in float64."""
+    again, place = 60, calibrate.CHOICES.index(choice)
+    one = next(record(MODEL, [*IDS, *IDS[:again]]))
+    (tokens, kv_heads, head_dim), group = one.k.shape, one.q.shape[1] // one.k.shape[1]
+    gradient = np.random.default_rng(1).normal(size=(tokens, kv_heads, group, head_dim)).astype(np.float32)
+    found = calibrate.measure(one, gradient[:300], gradient[300:])
+    assert [x[-1].tolist() for x in found] == [[1, 1], [0, 0], [0, 0]]  # all keys
 
-
-def test_what_a_second_reading_loses():
-    """In loops: outputs from what the replay keeps, in float64."""
-    one = next(record(MODEL, IDS))
-    place, group = calibrate.CHOICES.index((16, 32)), one.q.shape[1] // one.k.shape[1]
-    gradient = np.random.default_rng(1).normal(size=(300, one.k.shape[1], group, one.k.shape[2])).astype(np.float32)
-    result = replay(trace(one), policy(place), chunk=calibrate.CHUNK, fidelity="recorded")
-    expected = np.zeros(one.k.shape[1])
-    for t, head, member in np.ndindex(300, one.k.shape[1], group):
+    until = replay(trace(one), policy(place), chunk=calibrate.CHUNK).until[0]
+    np.testing.assert_allclose(found.live[place], (until[:, :300] > 320).mean(1))  # 320: the end of 300's chunk
+    change = np.zeros((tokens, kv_heads))
+    for t, head, member in np.ndindex(tokens, kv_heads, group):
         weights = np.exp(one.k[: t + 1, head].astype(np.float64) @ one.q[t, head * group + member] / 8**0.5)
-        there = result.until[0, head, : t + 1] > t
+        there = until[head, : t + 1] > t
         everything = weights @ one.v[: t + 1, head] / weights.sum()
         rest = (weights * there) @ one.v[: t + 1, head] / (weights * there).sum()
-        expected[head] += gradient[t, head, member] @ (rest - everything)
-    np.testing.assert_allclose(calibrate.measure(one, gradient).again[place], expected, rtol=1e-3, atol=1e-3)
+        change[t, head] += gradient[t, head, member] @ (rest - everything)
+    np.testing.assert_allclose(found.blurred[place], (change[:300] ** 2).mean(0) / 2, rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(found.again[place], change[300:].sum(0), rtol=1e-3, atol=1e-4)
 
 
 @settings(max_examples=100)
@@ -82,8 +79,14 @@ def test_from_calibration_to_use(run_main, model, tmp_path):
     profile = Profile.load(str(out))
     assert 0 < profile.made["live"] <= 0.6
     first = out.read_bytes()
-    run_main(cli.main, "corm", *made, "--target-live", 0.6)
-    assert out.read_bytes() == first
+    kept = "--work", tmp_path / "work"
+    for _ in range(2):  # measured, and then found
+        run_main(cli.main, "corm", *made, "--target-live", 0.6, *kept)
+        assert out.read_bytes() == first
+    (file,) = (tmp_path / "work").iterdir()
+    file.write_bytes(b"")
+    code, _, err = run_main(cli.main, "corm", *made, "--target-live", 0.6, *kept)
+    assert (code, "delete it" in err) == (2, True), err
     spec, other = f"corm:profile={out}", tmp_path / "result.json"
     read = "compare", "--model", model, "--text", text, "--tokens", 300, "--chunk", 16, "--policy"
     assert run_main(cli.main, "corm", *read, "full", "--policy", spec, "--json", other)[0] == 0

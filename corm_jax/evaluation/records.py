@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from corm_jax.errors import CormError
-from corm_jax.files import write_json
+from corm_jax.files import make_directory, write_json
 
 CONFIG, RESULTS = "config.json", "results.jsonl"
 
@@ -102,10 +102,7 @@ def _prepare(folder: Path, config: dict[str, Any]) -> None:
     if not (folder / CONFIG).exists():
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise CormError(f"{folder} exists and holds something else: choose another --out")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CormError(f"cannot make {folder}: {error.strerror}") from None
+        make_directory(folder)
         write_json(folder / CONFIG, config)
         return
     found = read_config(folder)
