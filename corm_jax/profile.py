@@ -31,6 +31,7 @@ class Profile:
       model: its name.
       window: w of each key-value head of each layer, ``[layers][kv_heads]``; None keeps every key.
       recent: r, likewise.
+      multiple: m, likewise.
       sinks: first tokens that stay, in all heads.
       group: as in `corm_jax.Corm`.
       made: how it was made, and what it was chosen by.
@@ -39,6 +40,7 @@ class Profile:
     model: str
     window: list[list[int | None]]
     recent: list[list[int]]
+    multiple: list[list[int]]
     sinks: int
     group: str
     made: dict[str, Any]
@@ -46,7 +48,8 @@ class Profile:
     def policy(self) -> Protect:
         """CORM with these windows."""
         window = np.array([[WHOLE if w is None else w for w in layer] for layer in self.window], np.int32)
-        fields: dict[str, Any] = {"window": window, "recent": np.array(self.recent, np.int32), "group": self.group}
+        recent, multiple = np.array(self.recent, np.int32), np.array(self.multiple, np.int32)
+        fields: dict[str, Any] = {"window": window, "recent": recent, "multiple": multiple, "group": self.group}
         return protect(Corm(**fields), sinks=self.sinks)
 
     def save(self, path: Path) -> None:
@@ -60,24 +63,27 @@ class Profile:
         Raises:
           CormError: for a file that is not one, or of which a number cannot be.
         """
-        fields = {"model": str, "window": list, "recent": list, "sinks": int, "group": str, "made": dict}
+        fields = {"model": str, "window": list, "recent": list, "multiple": list}
+        fields |= {"sinks": int, "group": str, "made": dict}
         packaged = PACKAGED / f"{name}.json"
         path = packaged if packaged.parent == PACKAGED and packaged.is_file() else Path(name)
         found = read_fields(path, "profile", FORMAT, fields, "corm calibrate")
-        shapes = [
-            [len(layer) if isinstance(layer, list) else 0 for layer in found[field]] for field in ("window", "recent")
-        ]
-        if shapes[0] != shapes[1] or len(set(shapes[0])) != 1 or not shapes[0][0]:
+        tables = [found[field] for field in ("window", "recent", "multiple")]
+        shapes = [[len(layer) if isinstance(layer, list) else 0 for layer in table] for table in tables]
+        if any(shape != shapes[0] for shape in shapes) or len(set(shapes[0])) != 1 or not shapes[0][0]:
             raise CormError(
-                f"the profile {name} does not have w and r for as many heads in every layer: make a new one"
+                f"the profile {name} does not have w, r and m for as many heads in every layer: make a new one"
             )
-        for layer, pairs in enumerate(zip(found["window"], found["recent"], strict=True)):
-            for head, (window, recent) in enumerate(zip(*pairs, strict=True)):
-                if not (window is None or _whole(window)) or not _whole(recent):
+        for layer, rows in enumerate(zip(*tables, strict=True)):
+            for head, (window, recent, multiple) in enumerate(zip(*rows, strict=True)):
+                if not (window is None or _whole(window)) or not _whole(recent) or not _whole(multiple):
                     raise CormError(
-                        f"the profile {name} gives head {head} of layer {layer} w = {window!r} and r = {recent!r}: "
-                        "both are whole numbers from 1 up, or w is null for all keys"
+                        f"the profile {name} gives head {head} of layer {layer} w = {window!r}, r = {recent!r} and "
+                        f"m = {multiple!r}: all are whole numbers from 1 up, or w is null for all keys"
                     )
+        groups = ("any", "mean")
+        if found["group"] not in groups:
+            raise CormError(f"the profile {name} says group = {found['group']!r}: it must be {' or '.join(groups)}")
         return cls(**found)
 
     def check(self, model: str, config: Any) -> None:

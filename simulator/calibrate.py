@@ -1,6 +1,7 @@
 """A window for each head of a model: what each choice loses, against the keys that it keeps.
 
-Heads differ in what they need. For each key-value head h and each choice o of CORM's (w, r), calibration texts give
+Heads differ in what they need. For each key-value head h and each choice o of CORM's (w, r, m), with which a key is
+important at alpha >= m/t, calibration texts give
 
     live[o, h]     the share of the keys that are live at the end,
     blurred[o, h]  the KL divergence of the prediction from that of the full cache, nats a token, to second order:
@@ -47,9 +48,9 @@ from corm_jax.profile import Profile
 from corm_jax.recording import Recorded, record
 from simulator.worth import scores, worth
 
-WINDOWS, RECENTS, SINKS, GROUP = (4, 16, 32, 64, 128, 256, 512, 1024), (32, 128, 256, 512), 4, "mean"
-CHOICES = [*product(WINDOWS, RECENTS), (None, 1)]
-"""(w, r); the last keeps everything."""
+WINDOWS, RECENTS, MULTIPLES, SINKS, GROUP = (16, 64, 256, 1024), (32, 128, 512), (1, 4, 16, 64), 4, "mean"
+CHOICES = [*product(WINDOWS, RECENTS, MULTIPLES), (None, 1, 1)]
+"""(w, r, m); the last keeps everything."""
 
 CHUNK = 32
 """Tokens between evictions."""
@@ -106,12 +107,13 @@ def calibrate(
 
 def profile(name: str, choice: Int[np.ndarray, "layers kv_heads"], cost: Cost, made: dict[str, Any]) -> Profile:
     """The profile of these choices, which says what they cost."""
-    windows, recents = ([[CHOICES[o][i] for o in layer] for layer in choice.tolist()] for i in (0, 1))
+    windows, recents, multiples = ([[CHOICES[o][i] for o in layer] for layer in choice.tolist()] for i in range(3))
     live, blurred = (np.take_along_axis(x, choice[None], axis=0)[0] for x in (cost.live, cost.blurred))
     rounded = [[[round(value, 4) for value in layer] for layer in x.tolist()] for x in (live, cost.again[0])]
     made |= {"live": float(live.mean()), "blurred": float(blurred.sum())}
     made |= dict(zip(("live_by_head", "again_by_head"), rounded, strict=True))
-    return Profile(model=name, window=windows, recent=recents, sinks=SINKS, group=GROUP, made=made)
+    numbers: dict[str, Any] = {"window": windows, "recent": recents, "multiple": multiples}
+    return Profile(model=name, **numbers, sinks=SINKS, group=GROUP, made=made)
 
 
 def costs(
@@ -158,21 +160,22 @@ def measure(
     worth: Float[np.ndarray, "again kv_heads group head_dim"],
 ) -> Cost:
     """What every choice keeps and loses in one layer, on a text of ``tokens`` and its first ``again`` once more."""
-    window, recent = np.array(CHOICES[:-1], np.int32).T
+    window, recent, multiple = (np.array(x) for x in zip(*CHOICES[:-1], strict=True))
+    window, recent, multiple = window.astype(np.int32), recent.astype(np.int32), multiple.astype(np.float32)
     kv_heads, head_dim = one.k.shape[1:]
     q, gradient = one.q.reshape(len(one.q), kv_heads, -1, head_dim), np.concatenate([score, worth])
     padding = -len(q) % CHUNK
     q, k, v, gradient = (np.pad(x, ((0, padding), *((0, 0),) * (x.ndim - 1))) for x in (q, one.k, one.v, gradient))
-    found = _measure(window, recent, q, k, v, gradient, np.int32(len(score)), np.int32(len(one.q)))
+    found = _measure(window, recent, multiple, q, k, v, gradient, np.int32(len(score)), np.int32(len(one.q)))
     whole = np.array([1, 0, 0], np.float32)[:, None, None].repeat(kv_heads, 2)
     return Cost(*np.concatenate([np.stack(found), whole], axis=1))
 
 
 @jax.jit
-def _measure(window, recent, q, k, v, gradient, tokens, end):
+def _measure(window, recent, multiple, q, k, v, gradient, tokens, end):
     """Every choice beside the others; keys that went are dates only, as in `simulator.recurrence`."""
     chunks, (kv_heads, group, head_dim) = len(q) // CHUNK, q.shape[1:]
-    key, (w, r) = jnp.arange(len(q)), (x[:, None, None] for x in (window, recent))
+    key, (w, r, m) = jnp.arange(len(q)), (x[:, None, None] for x in (window, recent, multiple))
 
     def step(carry, chunk):
         last, gone, live, blurred, again = carry
@@ -191,7 +194,7 @@ def _measure(window, recent, q, k, v, gradient, tokens, end):
 
         def judge(i, last):  # query by query: each is later than the one before, and loops of this kind are vectors
             ratio = sum(alpha[:, member, i] * scale[:, :, member, i, None] for member in range(group))
-            return jnp.where(ratio >= 1, clock[i], last)
+            return jnp.where(ratio >= m, clock[i], last)
 
         last = jax.lax.fori_loop(0, CHUNK, judge, last)
         seen = jnp.minimum(clock[-1], end)

@@ -127,6 +127,7 @@ def corm_rule(subject: Subject, data: st.DataObject) -> None:
     n = case.tokens
     attended = _attended(kept[0], case)[..., :n, :n]
     choices = {"scale": TOKENS**-0.5, "group": policy.group, "threshold": policy.threshold}
+    choices |= {"multiple": policy.multiple}
     judge = partial(invariants.importance, case.q[:n], case.k[:n], attended, **choices)
     shown, clock = kept[..., :n], case.clock
     if not policy.eager:

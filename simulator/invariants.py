@@ -15,6 +15,8 @@ Traceback (most recent call last):
 simulator.invariants.InvariantError: newest_live: layer 0, head 0, clock 4, key 2: is gone, but among the newest 2
 """
 
+from typing import Any
+
 import numpy as np
 
 
@@ -119,14 +121,23 @@ def same_decisions(name: str, kept: np.ndarray, other: np.ndarray, what: str, cl
 
 
 def importance(
-    q: np.ndarray, k: np.ndarray, attended: np.ndarray, *, scale: float, group: str, threshold: str, slack: float = 0.0
+    q: np.ndarray,
+    k: np.ndarray,
+    attended: np.ndarray,
+    *,
+    scale: float,
+    multiple: Any,
+    group: str,
+    threshold: str,
+    slack: float = 0.0,
 ) -> np.ndarray:
     """Which keys each query found important, from scratch in float64: bool ``[kv_heads, queries, keys]``.
 
     Args:
       q: ``[queries, kv_heads, group, head_dim]``; k: ``[keys, kv_heads, head_dim]``.
       attended: bool ``[kv_heads, queries, keys]``, which keys the query could attend to.
-      group, threshold: as in `corm_jax.Corm`.
+      multiple: as in `corm_jax.Corm`, a number or ``[kv_heads]``.
+      group, threshold: likewise.
       slack: alpha may miss the threshold by this share of it; negative to ask for as much more. Exact ties (equal
         logits throughout) count in either case.
     """
@@ -137,7 +148,8 @@ def importance(
     clock = np.arange(1, len(q) + 1)[:, None]
     n = clock if threshold == "position" else attended.sum(-1, keepdims=True)
     ratio = alpha * n if group == "any" else (alpha * n).mean(0, keepdims=True)
-    return ((ratio >= 1 - slack) | (np.abs(ratio - 1) < 1e-12)).any(0) & attended
+    least = np.asarray(multiple)[..., None, None]
+    return ((ratio >= least * (1 - slack)) | (np.abs(ratio - least) < 1e-12)).any(0) & attended
 
 
 def _goes(kept, key, clock):

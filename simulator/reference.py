@@ -54,12 +54,15 @@ def attention(query, keys, values, live: Sequence[int]) -> tuple[dict[int, float
     return dict(zip(live, probabilities, strict=True)), output
 
 
-def important_keys(rows: list[dict[int, float]], t: int, *, threshold: str, group: str) -> tuple[set[int], float]:
+def important_keys(
+    rows: list[dict[int, float]], t: int, *, multiple: int, threshold: str, group: str
+) -> tuple[set[int], float]:
     """The keys that the query at clock ``t`` found important, and the smallest margin (see `Reading`).
 
     ``rows`` holds one ``{key: probability}`` for each query head of the group. A key is important when its
-    attention is at least ``1/t`` (``threshold="position"``) or ``1/n`` for ``n`` keys attended (``"live"``): for any
-    query head of the group (``group="any"``) or in the mean over the group (``"mean"``).
+    attention is at least ``m/t`` (``threshold="position"``) or ``m/n`` for ``n`` keys attended (``"live"``), with m the
+    ``multiple``, in the paper 1: for any query head of the group (``group="any"``) or in the mean over the group
+    (``"mean"``).
     """
     important, margin = set(), math.inf
     for i in rows[0]:
@@ -69,11 +72,11 @@ def important_keys(rows: list[dict[int, float]], t: int, *, threshold: str, grou
             alphas = [math.fsum(alphas) / len(alphas)]
         for alpha in alphas:
             ratio = alpha * n
-            if abs(ratio - 1.0) < 1e-12:  # a tie in exact arithmetic: equal logits on all n keys
-                ratio = 1.0
+            if abs(ratio - multiple) < 1e-12:  # a tie in exact arithmetic: equal logits on all n keys
+                ratio = multiple
             else:
-                margin = min(margin, abs(ratio - 1.0))
-            if ratio >= 1.0:
+                margin = min(margin, abs(ratio - multiple))
+            if ratio >= multiple:
                 important.add(i)
     return important, margin
 
@@ -85,6 +88,7 @@ def corm_messages(
     *,
     window: int,
     recent: int,
+    multiple: int = 1,
     threshold: str = "position",
     group: str = "any",
     eager: bool = False,
@@ -102,7 +106,8 @@ def corm_messages(
       queries: ``[tokens, group, head_dim]``, rotated.
       keys, values: ``[tokens, head_dim]``.
       window, recent: ``w`` and ``r``, at least 1.
-      threshold: ``"position"`` (1/t) or ``"live"`` (one over the number of keys attended).
+      multiple: m, at least 1: how many times as much attention makes a key important.
+      threshold: ``"position"`` (m/t) or ``"live"`` (m over the number of keys attended).
       group: ``"any"`` or ``"mean"`` over the query heads that share a key.
       eager: judge on the rows there are when fewer than ``window`` queries were seen.
       chunks: chunk sizes, which sum to ``tokens``; default all 1. Queries of a chunk attend over the keys live when
@@ -138,7 +143,7 @@ def corm_messages(
             for head in range(heads):
                 row, outputs[index, head] = attention(queries[index, head], keys, values, visible)
                 rows.append(row)
-            found, closest = important_keys(rows, t, threshold=threshold, group=group)
+            found, closest = important_keys(rows, t, multiple=multiple, threshold=threshold, group=group)
             margin = min(margin, closest)
             messages.append(found)
         t = end

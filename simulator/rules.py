@@ -62,9 +62,9 @@ class Corm(Rule):
     That says what the paper's matrix says in `simulator.reference.corm_messages`.
     """
 
-    def __init__(self, *, window, recent, threshold="position", group="any", eager=False):
+    def __init__(self, *, window, recent, multiple=1, threshold="position", group="any", eager=False):
         self.window, self.recent, self.eager = window, recent, eager
-        self.how = {"threshold": threshold, "group": group}
+        self.how = {"multiple": multiple, "threshold": threshold, "group": group}
         self.last: dict[int, float] = {}
 
     def attended(self, t, head, rows):
@@ -122,7 +122,7 @@ class Scissorhands(Rule):
 
     def attended(self, t, head, rows):
         row = {i: sum(row[i] for row in rows[head]) / len(rows[head]) for i in rows[head][0]}
-        important, margin = important_keys([row], t, threshold="position", group="any")
+        important, margin = important_keys([row], t, multiple=1, threshold="position", group="any")
         self.margin = min(self.margin, margin)
         self.unimportant.append(set(row) - important)
 

@@ -158,7 +158,7 @@ def hyperparameters(kind: type, **given: Any) -> st.SearchStrategy[dict[str, Any
     >>> from corm_jax import Corm
     >>> from hypothesis import find
     >>> find(hyperparameters(Corm, recent=2), lambda options: options["window"] > 2)
-    {'window': 3, 'recent': 2, 'threshold': 'position', 'group': 'any', 'eager': False}
+    {'window': 3, 'recent': 2, 'multiple': 1, 'threshold': 'position', 'group': 'any', 'eager': False}
     """
     fields = {field.name: field for field in dataclasses.fields(kind)}
     if unknown := sorted(given.keys() - fields):

@@ -1,5 +1,6 @@
 """Proof on a real trace: the replay, the cache and the specification in NumPy decide alike, and the invariants hold."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -178,13 +179,15 @@ def _importance(trace, policy, result: Replay, slack: float) -> np.ndarray:
         layer = trace.layer(index)
         attended = (np.arange(trace.meta.steps) < clock) & (result.until[index][:, None] >= clock)
         q = layer.q.reshape(trace.meta.steps, trace.meta.kv_heads, -1, trace.meta.head_dim)
+        multiple = per_layer(policy, trace.meta.layers)[index].multiple
         choices = {"scale": trace.meta.scale, "group": policy.group, "threshold": policy.threshold}
+        choices |= {"multiple": multiple}
         layers.append(invariants.importance(q, layer.k, attended, slack=slack, **choices))
     return np.stack(layers)
 
 
 def _monotone(trace, policy, ends, chunk) -> None:
-    larger = type(policy)(window=2 * policy.window, recent=2 * policy.recent, group=policy.group)
+    larger = dataclasses.replace(policy, window=2 * policy.window, recent=2 * policy.recent)
     kept = [replay(trace, each, fidelity="recorded", chunk=chunk, errors=False).history() for each in (policy, larger)]
     small, large = (one[:, :, ends - 1] for one in kept)
     invariants.subset(small, large, "with w and r twice as large", ends)

@@ -27,6 +27,7 @@ def options(draw):
     return {
         "window": draw(st.integers(1, TOKENS + 2)),
         "recent": draw(st.integers(1, 6)),
+        "multiple": draw(st.integers(1, 4)),
         "threshold": draw(st.sampled_from(["position", "live"])),
         "group": draw(st.sampled_from(["any", "mean"])),
         "eager": draw(st.booleans()),

@@ -26,11 +26,11 @@ def trace(one):
 
 
 def policy(place):
-    window, recent = calibrate.CHOICES[place]
-    return parse(f"corm:window={window},recent={recent},group=mean,sinks=4")
+    window, recent, multiple = calibrate.CHOICES[place]
+    return parse(f"corm:window={window},recent={recent},multiple={multiple},group=mean,sinks=4")
 
 
-@pytest.mark.parametrize("choice", [(4, 32), (16, 32), (64, 128)])
+@pytest.mark.parametrize("choice", [(16, 32, 1), (64, 32, 4), (64, 128, 16)])
 def test_what_a_choice_keeps_and_loses(choice):
     """By a replay, and in loops: outputs from what it keeps, in float64."""
     again, place = 60, calibrate.CHOICES.index(choice)
@@ -94,8 +94,10 @@ def test_from_calibration_to_use(run_main, model, tmp_path):
     found = json.loads(first)
     for change, message in (
         ({"model": "another"}, "the profile is for 'another', not"),
-        ({"window": found["window"][:1], "recent": found["recent"][:1]}, "is for 1 layers of"),
-        ({"window": [[0] * len(layer) for layer in found["window"]]}, "w = 0 and r ="),
+        ({field: found[field][:1] for field in ("window", "recent", "multiple")}, "is for 1 layers of"),
+        ({"window": [[0] * len(layer) for layer in found["window"]]}, "w = 0, r ="),
+        ({"multiple": [[0.5] * len(layer) for layer in found["window"]]}, "m = 0.5: all are whole numbers"),
+        ({"group": "all"}, "says group = 'all': it must be any or mean"),
         ({"recent": [layer[:1] for layer in found["recent"]]}, "for as many heads in every layer"),
         ({"sinks": "4"}, "says sinks = '4'"),
         ({"format": "nothing"}, "is not a profile: make one with corm calibrate"),
@@ -124,7 +126,13 @@ def test_what_cannot_be(run_main, model, tmp_path, arguments, message):
 
 def test_specs():
     profile = Profile(
-        model="m", window=[[3, None], [7, 9]], recent=[[1, 1], [2, 3]], sinks=1, group="any", made={"by": "hand"}
+        model="m",
+        window=[[3, None], [7, 9]],
+        recent=[[1, 1], [2, 3]],
+        multiple=[[1, 1], [4, 1]],
+        sinks=1,
+        group="any",
+        made={"by": "hand"},
     )
     assert profile.policy().policy.window.tolist() == [[3, WHOLE], [7, 9]]
     packaged = Profile.load("smollm2-135m")

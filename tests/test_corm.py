@@ -45,11 +45,12 @@ def test_heads_do_not_meet_and_each_has_its_own_window(pair, options):
     tokens = min(head[0].shape[0] for head in pair)
     pair = [tuple(x[:tokens] for x in head) for head in pair]
     windows, recents = np.array([options["window"], 3], np.int32), np.array([options["recent"], 2], np.int32)
-    policy = Corm(**{**options, "window": windows, "recent": recents})
+    multiples = np.array([options["multiple"], 2], np.int32)
+    policy = Corm(**{**options, "window": windows, "recent": recents, "multiple": multiples})
     q, k, v = (np.stack([padded(head[i], 1) for head in pair], axis=1) for i in range(3))
     outputs, position, last = drive(policy, q, k, v, tokens, capacity=9, chunk=1)
     for h, head in enumerate(pair):
-        own = {**options, "window": int(windows[h]), "recent": int(recents[h])}
+        own = {**options, "window": int(windows[h]), "recent": int(recents[h]), "multiple": int(multiples[h])}
         expected = corm_last(*head, **own, capacity=9)
         assume(expected.margin > CLOSE)
         agree(expected, outputs[:, h], np.asarray(position)[:, h], last.overflow[h], tokens)

@@ -95,7 +95,7 @@ def test_importance_by_hand():
     q = np.zeros((3, 1, 2, 3))
     q[2, 0, 0] = [0, np.log(2), 0]
     attended = np.tril(np.ones((3, 3), bool))[None]
-    choices = {"scale": 1.0, "threshold": "position"}
+    choices = {"scale": 1.0, "multiple": 1, "threshold": "position"}
     mean = invariants.importance(q, k, attended, group="mean", **choices)
     assert mean[0].tolist() == [[1, 0, 0], [1, 1, 0], [0, 1, 0]]  # 0.29, 0.42, 0.29
     both = invariants.importance(q, k, attended, group="any", **choices)
@@ -103,6 +103,8 @@ def test_importance_by_hand():
     without_0 = attended.copy()
     without_0[0, 2, 0] = False
     position = invariants.importance(q, k, without_0, group="mean", **choices)
-    live = invariants.importance(q, k, without_0, group="mean", scale=1.0, threshold="live")
+    live = invariants.importance(q, k, without_0, group="mean", scale=1.0, multiple=1, threshold="live")
     assert position[0, 2].tolist() == [0, 1, 1]  # 0.58 and 0.42 against a third
     assert live[0, 2].tolist() == [0, 1, 0]  # against a half
+    twice = invariants.importance(q, k, attended, group="any", **(choices | {"multiple": np.array([2])}))
+    assert twice[0].tolist() == [[0, 0, 0], [0, 0, 0], [0, 0, 0]]  # a half against two thirds

@@ -29,6 +29,12 @@ class StrictlyMore(Corm):
 
 
 @policy
+class OnceIsEnough(Corm):
+    def observe(self, state, observation, slots):
+        return Corm.observe(replace(self, multiple=1), state, observation, slots)
+
+
+@policy
 class EvictsOneStepEarly(Corm):
     def retain(self, state, slots):
         minor = (state <= slots.seen - self.window + 1) & (slots.seen >= self.window)
@@ -350,6 +356,7 @@ TWO = {"window": 4, "recent": 2}
 SABOTAGES = {  # what is broken: the check that finds it, and the invariant that it names
     OneRecentTooFew(**TWO): ("histories", "newest_live"),
     StrictlyMore(**TWO): ("corm_rule", "only_minor_goes"),
+    OnceIsEnough(**TWO, multiple=3): ("corm_rule", "minor_goes"),
     EvictsOneStepEarly(**TWO): ("corm_rule", "only_minor_goes"),
     EvictsOneStepLate(**TWO): ("corm_rule", "minor_goes"),
     Impatient(window=6, recent=1): ("corm_rule", "none_early"),

@@ -65,20 +65,20 @@ def test_what_cannot_work_is_said():
 @pytest.mark.parametrize("spec", ["corm", "corm:group=mean,sinks=1"])
 def test_one_number_for_each_layer_and_head(spec):
     """Two layers of two heads with four windows: as specified, as layers by themselves, and in the cache."""
-    window, recent = np.array([[3, 40], [9, 1]]), np.array([[2, 1], [1, 5]])
+    window, recent, multiple = np.array([[3, 40], [9, 1]]), np.array([[2, 1], [1, 5]]), np.array([[1, 2], [3, 1]])
     trace = noise(layers=2, steps=30, kv_heads=2)
 
-    def made(window, recent):
+    def made(window, recent, multiple):
         policy = parse(spec)
         if isinstance(policy, Corm):
-            return replace(policy, window=window, recent=recent)
-        return replace(policy, policy=replace(policy.policy, window=window, recent=recent))
+            return replace(policy, window=window, recent=recent, multiple=multiple)
+        return replace(policy, policy=replace(policy.policy, window=window, recent=recent, multiple=multiple))
 
-    whole = made(window, recent)
+    whole = made(window, recent, multiple)
     assert all(finding.held for finding in verify(trace, whole))
     kept = replay(trace, whole).history()
     for layer in range(2):
-        alone = replay(trace, [made(window[layer], recent[layer])] * 2).history()
+        alone = replay(trace, [made(window[layer], recent[layer], multiple[layer])] * 2).history()
         np.testing.assert_array_equal(kept[layer], alone[layer])
     assert len({int(kept[layer, head, -1].sum()) for layer in range(2) for head in range(2)}) > 2
     with pytest.raises(CormError, match="of the 2 key-value heads, or for each of them in 3 layers"):

@@ -53,7 +53,7 @@ def parse(spec: str) -> Policy:
     ``corm:profile=smollm2-135m`` one that comes with the package: see `corm_jax.profile`.
 
     >>> parse("corm:window=64,recent=32,group=mean")
-    Corm(window=64, recent=32, threshold='position', group='mean', eager=False)
+    Corm(window=64, recent=32, multiple=1, threshold='position', group='mean', eager=False)
     >>> parse("tova:budget=0.25,sinks=4")
     Budget(policy=Protect(policy=TOVA(), sinks=4, recent=0), tokens=0, per_mille=250)
 

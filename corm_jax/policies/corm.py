@@ -2,7 +2,7 @@
 
 With ``alpha_t[i]`` the attention of query t to key i over the keys still live, t counting from 1:
 
-    important_t[i]  =  alpha_t[i] >= 1/t
+    important_t[i]  =  alpha_t[i] >= m/t        (m = 1)
     last[i]         =  t  where important_t[i],  else unchanged      (never: the smallest int32)
     if t >= w:  evict every i with  last[i] <= t - w  and  position[i] < t - r      (positions from 0)
 
@@ -10,6 +10,7 @@ The paper (section 4, algorithm 1) keeps a w x n matrix of messages, whose row t
 important, and evicts the columns that are all zero. One integer a key says the same: a column of the last w rows is
 empty exactly if ``last[i] <= t - w``. The paper leaves grouped-query attention, chunked prompts and full caches open;
 the options below and the overflow rule (the least recently important key goes first, the newest r never) fill that in.
+With a ``multiple`` m above the paper's 1 fewer keys are important, which makes room for a wider window.
 """
 
 import jax.numpy as jnp
@@ -29,7 +30,8 @@ class Corm:
     Args:
       window: w, in queries. A number, or one for each head (int32 ``[kv_heads]``); may be traced.
       recent: r, in tokens. Likewise.
-      threshold: ``"position"`` compares alpha with 1/t, t tokens seen; ``"live"`` with 1/n, n keys attended.
+      multiple: m. Likewise.
+      threshold: ``"position"`` compares alpha with m/t, t tokens seen; ``"live"`` with m/n, n keys attended.
       group: under grouped-query attention a key is important to its group if it is to ``"any"`` query head, or
         in the ``"mean"`` of their probabilities.
       eager: judge on the queries there are when fewer than w were seen, instead of evicting nothing.
@@ -37,19 +39,20 @@ class Corm:
     >>> import jax
     >>> corm = Corm(window=64, recent=32)
     >>> jax.tree.leaves(corm), corm.group
-    ([64, 32, False], 'any')
+    ([64, 32, 1, False], 'any')
     """
 
     window: PerHead = number(256, "w: queries whose verdict counts")
     recent: PerHead = number(256, "r: newest keys that never go")
-    threshold: str = choice("position", "live", help="a key is important at alpha >= 1 / (tokens seen | keys live)")
+    multiple: PerHead = number(1, "m: how many times 1/n of the attention makes a key important")
+    threshold: str = choice("position", "live", help="a key is important at alpha >= m / (tokens seen | keys live)")
     group: str = choice("any", "mean", help="important to any query head of the group | in their mean")
     eager: PerHead = number(False, "evict before w queries were seen")
 
     needs = ("attention",)
 
     def __post_init__(self):
-        whole(1, window=self.window, recent=self.recent)
+        whole(1, window=self.window, recent=self.recent, multiple=self.multiple)
 
     @property
     def protected(self) -> PerHead:
@@ -61,8 +64,9 @@ class Corm:
     def observe(self, state: Int[Array, "*slots"], observation: Observation, slots: Slots) -> Int[Array, "*slots"]:
         n = observation.seen if self.threshold == "position" else slots.spread(slots.total(observation.visible))
         ratio = observation.weights * n.astype(jnp.float32) / observation.total  # alpha n
+        least = slots.spread(self.multiple).astype(jnp.float32)
         # The mean as a sum of slices: a reduction over the leading axis makes XLA on the CPU transpose, which is slow.
-        important = (ratio >= 1).any(0) if self.group == "any" else sum(ratio) / len(ratio) >= 1
+        important = (ratio >= least).any(0) if self.group == "any" else sum(ratio) / len(ratio) >= least
         return jnp.maximum(state, jnp.where(important, observation.seen, NEVER).max(0))
 
     def retain(self, state: Int[Array, "*slots"], slots: Slots) -> Bool[Array, "*slots"]:
