@@ -1,11 +1,13 @@
 """How fast a token is decoded: full cache, rectangles and pools, with the policy at work and without.
 
-    python benchmarks/decode_speed.py [--batch 1 8] [--context 2048 8192] [--pool 0.27] [--dtype float32] [--json FILE]
+    python benchmarks/decode_speed.py [--batch 1 8] [--context 2048 8192] [--pool 0.27 | --plan FILE] [--dtype float32]
+        [--json FILE]
 
 SmolLM2's weights, or random ones for so many `--layers` in the shape of Llama 2 7B (`--model llama-2-7b`); keys and
 values at random, since only shapes matter for time. `--pool` is the share of the full cache that a plan allocates
 (`python -m simulator plan` prints it), `--rectangle` what one size for all heads takes, that of the worst head. "off"
-is plain masked attention over as many slots; "on" is CORM with w = r = 256 and group=mean.
+is plain masked attention over as many slots; "on" is CORM with w = r = 256 and group=mean. With a `--plan` the pools
+are its pools, layer by layer, and "on" is its policy; `--context` should be the tokens that it was made for.
 
 All programs are compiled first. Configurations then take turns, 16 tokens at a time, in one process; the time is the
 median over the rounds, and ratios are those of times in the same rounds. With `--apart` one ends before the next
@@ -22,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,20 +34,22 @@ from flax import nnx
 import corm_jax as cj
 from corm_jax.files import write_json
 from corm_jax.generation import STRETCH
+from corm_jax.plan import Plan
 
 CORM = cj.Corm(window=256, recent=256, group="mean")
 LLAMA = cj.Config(vocab=32000, dim=4096, hidden=11008, layers=32, heads=32, kv_heads=32, head_dim=128)
 MIB, DIGITS = 2**20, {"allocated": 1, "ms": 2, "faster": 2, "roofline": 2}
 
 
-class Contender(NamedTuple):
-    """A configuration."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Contender:
+    """A configuration; ``slots`` a head, of each layer."""
 
     batch: int
     context: int
     layout: str
     policy: Any
-    slots: int
+    slots: tuple[int, ...]
 
     def make_caches(self, model):
         return model.make_caches(self.policy, batch=self.batch, capacity=self.slots, pooled=self.layout == "pooled")
@@ -61,12 +65,12 @@ class Contender(NamedTuple):
 
     def filled(self, model, room: int):
         """Caches that hold all the keys they can, but for room to decode, in no particular order."""
-        rng, kv_heads, full = np.random.default_rng(0), model.config.kv_heads, self.slots - room
-        keys = np.full((kv_heads, self.slots), -1, np.int32)
-        keys[:, :full] = np.arange(self.context - full, self.context)
-        heads, order = np.repeat(np.arange(kv_heads, dtype=np.int32), self.slots), rng.permutation(keys.size)
+        rng, kv_heads = np.random.default_rng(0), model.config.kv_heads
         pooled, caches = self.layout == "pooled", []
-        for layer, cache in enumerate(self.make_caches(model)):
+        for layer, (slots, cache) in enumerate(zip(self.slots, self.make_caches(model), strict=True)):
+            keys, full = np.full((kv_heads, slots), -1, np.int32), slots - room
+            keys[:, :full] = np.arange(self.context - full, self.context)
+            heads, order = np.repeat(np.arange(kv_heads, dtype=np.int32), slots), rng.permutation(keys.size)
             k, v = (jax.random.normal(jax.random.key(2 * layer + n), cache.k.shape, cache.k.dtype) for n in (0, 1))
             position = jnp.asarray(keys.reshape(-1)[order] if pooled else keys)
             cache = cache._replace(
@@ -107,8 +111,8 @@ def measure(model, programs: dict[Contender, Any], rounds: int, apart: bool, ban
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
     first = next((times[one][0] for one in times if one.layout == "full"), None)
     for one in programs:
-        row = {x: getattr(one, x) for x in ("batch", "context", "layout", "slots")} | dict.fromkeys(DIGITS)
-        row["policy"] = "on" if one.policy is CORM else "off"
+        row = {x: getattr(one, x) for x in ("batch", "context", "layout")} | dict.fromkeys(DIGITS)
+        row |= {"slots": round(np.mean(one.slots)), "policy": "off" if isinstance(one.policy, cj.Full) else "on"}
         if one in times:
             seconds, allocated = times[one]
             shapes = jax.eval_shape(partial(one.make_caches, model))
@@ -138,6 +142,7 @@ def main() -> None:
     parser.add_argument("--context", nargs="+", type=int, default=[2048, 8192])
     parser.add_argument("--layouts", nargs="+", default=["full", "rectangular", "pooled"])
     parser.add_argument("--pool", type=float, default=0.27)
+    parser.add_argument("--plan", type=Path)
     parser.add_argument("--rectangle", type=float, default=0.9)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--apart", action="store_true")
@@ -152,9 +157,13 @@ def main() -> None:
         model, _ = cj.load(dtype=dtype)
     shares = {"full": 1.0, "rectangular": arguments.rectangle, "pooled": arguments.pool}
     room, contenders = STRETCH * (arguments.rounds + 1), []
+    plan = arguments.plan and Plan.load(arguments.plan)
+    corm = cj.parse(plan.policy) if plan else CORM
     for batch, context, layout in product(arguments.batch, arguments.context, arguments.layouts):
-        slots = int(shares[layout] * context) + room
-        policies = [cj.Full()] if layout == "full" else [cj.Full(), CORM]
+        slots = (int(shares[layout] * context) + room,) * model.config.layers
+        if plan and layout == "pooled":
+            slots = tuple(slots + room for slots in plan.capacity)
+        policies = [cj.Full()] if layout == "full" else [cj.Full(), corm]
         contenders += [Contender(batch, context, layout, policy, slots) for policy in policies]
     lowered = [one.lower(model) for one in contenders]
     with ThreadPoolExecutor(os.cpu_count()) as threads:

@@ -48,9 +48,9 @@ from corm_jax.profile import Profile
 from corm_jax.recording import Recorded, record
 from simulator.worth import scores, worth
 
-WINDOWS, RECENTS, MULTIPLES, SINKS, GROUP = (16, 64, 256, 1024), (32, 128, 512), (1, 4, 16, 64), 4, "mean"
-CHOICES = [*product(WINDOWS, RECENTS, MULTIPLES), (None, 1, 1)]
-"""(w, r, m); the last keeps everything."""
+WINDOWS, RECENTS, MULTIPLES, SINKS, GROUP = range(4, 11), (32, 128, 512, 1024), range(7), 4, "mean"
+CHOICES = [(2**w, r, 2**m) for w, r, m in product(WINDOWS, RECENTS, MULTIPLES) if (w + m) % 2 == 0] + [(None, 1, 1)]
+"""(w, r, m), w and m in powers of two, every other pair of them; the last keeps everything."""
 
 CHUNK = 32
 """Tokens between evictions."""
@@ -62,6 +62,9 @@ AGAIN, NODES = 256, 4
 """Tokens that are read again, at most, and gradients for their worth."""
 
 SHORTEST = 256
+
+SEGMENTS = 4
+"""A text is read in so many parts, each over the keys up to its own end, which skips much of the causal half."""
 
 NEVER = np.iinfo(np.int32).min
 
@@ -174,10 +177,11 @@ def measure(
 @jax.jit
 def _measure(window, recent, multiple, q, k, v, gradient, tokens, end):
     """Every choice beside the others; keys that went are dates only, as in `simulator.recurrence`."""
-    chunks, (kv_heads, group, head_dim) = len(q) // CHUNK, q.shape[1:]
-    key, (w, r, m) = jnp.arange(len(q)), (x[:, None, None] for x in (window, recent, multiple))
+    kv_heads, group, head_dim = q.shape[1:]
+    w, r, m = (x[:, None, None] for x in (window, recent, multiple))
 
-    def step(carry, chunk):
+    def step(k, v, carry, chunk):
+        key = jnp.arange(len(k))
         last, gone, live, blurred, again = carry
         q, gradient, clock = chunk
         logits = jnp.einsum("qhgd,khd->hgqk", q, k, precision="highest") * head_dim**-0.5
@@ -202,10 +206,17 @@ def _measure(window, recent, multiple, q, k, v, gradient, tokens, end):
         live = jnp.where(clock[0] <= tokens, (~gone & (key < tokens)).sum(-1), live)
         return (last, gone, live, blurred, again), None
 
-    shape, sums = (len(window), kv_heads, len(q)), jnp.zeros((len(window), kv_heads), jnp.float32)
-    start = jnp.full(shape, NEVER), jnp.zeros(shape, bool), sums.astype(jnp.int32), sums, sums
-    parts = (x.reshape(chunks, CHUNK, *x.shape[1:]) for x in (q, gradient, key + 1))
-    (_, _, live, blurred, again), _ = jax.lax.scan(step, start, tuple(parts))
+    shape, sums = (len(window), kv_heads), jnp.zeros((len(window), kv_heads), jnp.float32)
+    carry = jnp.zeros((*shape, 0), jnp.int32), jnp.zeros((*shape, 0), bool), sums.astype(jnp.int32), sums, sums
+    parts = tuple(x.reshape(-1, CHUNK, *x.shape[1:]) for x in (q, gradient, jnp.arange(1, len(q) + 1)))
+    for part in np.array_split(np.arange(len(q) // CHUNK), SEGMENTS):
+        if part.size:
+            extent = (part[-1] + 1) * CHUNK
+            new = [(0, 0), (0, 0), (0, extent - carry[0].shape[-1])]
+            last, gone = jnp.pad(carry[0], new, constant_values=NEVER), jnp.pad(carry[1], new)
+            chunks = (x[part[0] : part[-1] + 1] for x in parts)
+            carry, _ = jax.lax.scan(partial(step, k[:extent], v[:extent]), (last, gone, *carry[2:]), tuple(chunks))
+    _, _, live, blurred, again = carry
     return live.astype(jnp.float32) / tokens.astype(jnp.float32), blurred / tokens.astype(jnp.float32), again
 
 

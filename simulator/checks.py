@@ -126,8 +126,8 @@ def corm_rule(subject: Subject, data: st.DataObject) -> None:
     kept = subject.read(case).kept
     n = case.tokens
     attended = _attended(kept[0], case)[..., :n, :n]
-    choices = {"scale": TOKENS**-0.5, "group": policy.group, "threshold": policy.threshold}
-    choices |= {"multiple": policy.multiple}
+    choices = {"multiple": policy.multiple, "group": policy.group, "threshold": policy.threshold}
+    choices |= {"scale": TOKENS**-0.5}
     judge = partial(invariants.importance, case.q[:n], case.k[:n], attended, **choices)
     shown, clock = kept[..., :n], case.clock
     if not policy.eager:

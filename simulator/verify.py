@@ -179,9 +179,9 @@ def _importance(trace, policy, result: Replay, slack: float) -> np.ndarray:
         layer = trace.layer(index)
         attended = (np.arange(trace.meta.steps) < clock) & (result.until[index][:, None] >= clock)
         q = layer.q.reshape(trace.meta.steps, trace.meta.kv_heads, -1, trace.meta.head_dim)
-        multiple = per_layer(policy, trace.meta.layers)[index].multiple
-        choices = {"scale": trace.meta.scale, "group": policy.group, "threshold": policy.threshold}
-        choices |= {"multiple": multiple}
+        corm = cast(Corm, per_layer(policy, trace.meta.layers)[index])
+        choices = {"multiple": corm.multiple, "group": corm.group, "threshold": corm.threshold}
+        choices |= {"scale": trace.meta.scale}
         layers.append(invariants.importance(q, layer.k, attended, slack=slack, **choices))
     return np.stack(layers)
 

@@ -30,7 +30,7 @@ def policy(place):
     return parse(f"corm:window={window},recent={recent},multiple={multiple},group=mean,sinks=4")
 
 
-@pytest.mark.parametrize("choice", [(16, 32, 1), (64, 32, 4), (64, 128, 16)])
+@pytest.mark.parametrize("choice", [(16, 32, 1), (32, 32, 2), (64, 128, 16)])
 def test_what_a_choice_keeps_and_loses(choice):
     """By a replay, and in loops: outputs from what it keeps, in float64."""
     again, place = 60, calibrate.CHOICES.index(choice)
