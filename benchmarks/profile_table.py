@@ -15,6 +15,7 @@ twice: the same command goes on after a kill. A profile must have been calibrate
 """
 
 import argparse
+import hashlib
 import json
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from corm_jax import perplexity
 from corm_jax.evaluation.intervals import bootstrap
 from corm_jax.files import write_json
 from corm_jax.inputs import check_profiles, read_text
-from corm_jax.policies import keys_of, on_budget
+from corm_jax.policies import keys_of, on_budget, profile_of
 
 AGAIN = 512
 """Tokens that are read once more."""
@@ -54,6 +55,8 @@ def main() -> None:
     def read(spec: str, start: int) -> list[float]:
         """NLL of the stretch, share live where it ends, NLL of the second reading."""
         key = f"{arguments.text.name} {start} {arguments.tokens} {arguments.chunk}"
+        if profile := profile_of(spec):  # by what it says: a file of that name may change
+            key += f" {hashlib.sha256(repr(profile).encode()).hexdigest()[:16]}"
         if key not in kept.setdefault(spec, {}):
             stretch = ids[start : start + arguments.tokens]
             found = perplexity.read(model, cj.parse(spec), [*stretch, *stretch[:AGAIN]], chunk=arguments.chunk)
