@@ -1,8 +1,12 @@
 import json
+import os
 
 import hypothesis
 import jax
 import pytest
+
+# Nearly all of the time goes into compiling programs that run for a moment: LLVM need not polish them.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
 hypothesis.settings.register_profile(
     "default", deadline=None, derandomize=True, max_examples=50, report_multiple_bugs=False
