@@ -3,15 +3,16 @@
     python benchmarks/profile_table.py --text FILE [--tokens 4096] [--passages 5] [--chunk 32] --policy SPEC...
         [--budget SHARE...] [--json FILE] [--plot PNG]
 
-Each reading is a stretch of the file, of so many tokens, and then its first 512 once more; the stretches are spread
-over the file. Text: the NLL of the stretch above that of the full cache, in percent. Repeat: the NLL of the second
+Each reading is a stretch of the file, of so many tokens, and then, once more, the 512 that began 1,536 before its end;
+the stretches are spread over the file. Text: the NLL of the stretch above that of the full cache, in percent. Repeat: the NLL of the second
 reading, nats a token, and the share of the gap between a window and the full cache that is closed, where
 `streaming_llm` is among the policies. Live: the share of the stretch's keys that is live where it ends. `full` comes
 first.
 
 Policies that can be held to a budget get each `--budget`, a share of the stretch, in turn; CORM and profiles decide by
-themselves. Intervals: 95%, by the bootstrap over stretches. With `--json` every reading is kept, and none is read
-twice: the same command goes on after a kill. A profile must have been calibrated on other texts than FILE.
+themselves. With several profiles, each other policy is compared with the largest of them that is no larger. Intervals:
+95%, by the bootstrap over stretches. With `--json` every reading is kept, and none is read twice: the same command goes
+on after a kill. A profile must have been calibrated on other texts than FILE.
 """
 
 import argparse
@@ -28,8 +29,8 @@ from corm_jax.files import write_json
 from corm_jax.inputs import check_profiles, read_text
 from corm_jax.policies import keys_of, on_budget, profile_of
 
-AGAIN = 512
-"""Tokens that are read once more."""
+AGAIN, BEFORE = 512, 1536
+"""Tokens that are read once more, and where they began."""
 
 
 def main() -> None:
@@ -59,7 +60,9 @@ def main() -> None:
             key += f" {hashlib.sha256(repr(profile).encode()).hexdigest()[:16]}"
         if key not in kept.setdefault(spec, {}):
             stretch = ids[start : start + arguments.tokens]
-            found = perplexity.read(model, cj.parse(spec), [*stretch, *stretch[:AGAIN]], chunk=arguments.chunk)
+            found = perplexity.read(
+                model, cj.parse(spec), [*stretch, *stretch[-BEFORE:][:AGAIN]], chunk=arguments.chunk
+            )
             end = arguments.tokens - 1
             live = found.kept[arguments.tokens // arguments.chunk - 1]
             kept[spec][key] = [float(found.nll[:end].mean()), float(live), float(found.nll[end + 1 :].mean())]
@@ -81,8 +84,27 @@ def main() -> None:
             print(f"\nOf the gap to `{spec}` in the repeat, closed by\n")
             for other, _, _, again in rows:
                 print(f"- `{other}`: {bootstrap((window - again) / (window - rows[0][3]))}")
+    if len([spec for spec in specs if "profile=" in spec]) > 1:
+        print(f"\n{frontier(rows)}")
     if arguments.plot:
         draw(rows, arguments)
+
+
+def frontier(rows: list) -> str:
+    """Every other policy beside the largest profile that is no larger than it, but for a hundredth."""
+    full = rows[0][1]
+    table = [
+        "| policy | live | profile's | NLL above the profile's, % | repeat NLL above the profile's |",
+        "|---|---|---|---|---|",
+    ]
+    profiles = [row for row in rows if "profile=" in row[0]]
+    for spec, nll, live, again in rows[1:]:
+        smaller = [row for row in profiles if row[2].mean() <= live.mean() + 0.01]
+        if "profile=" not in spec and smaller:
+            _, own, size, second = max(smaller, key=lambda row: row[2].mean())
+            above, later = bootstrap(100 * (nll - own) / full), bootstrap(again - second)
+            table.append(f"| `{spec}` | {live.mean():.3f} | {size.mean():.3f} | {above} | {later} |")
+    return "\n".join(table)
 
 
 def held(policies: list[str], budgets: list[str], tokens: int) -> list[str]:
@@ -116,7 +138,7 @@ def draw(rows: list, arguments: argparse.Namespace) -> None:
             )
     both[1].axhline(rows[0][3].mean(), color="black", lw=0.8, ls="--", label="full")
     both[0].set(yscale="log", ylabel="NLL above the full cache, %", title=f"{arguments.tokens:,} tokens of a book")
-    both[1].set(ylabel="NLL, nats a token", title=f"its first {AGAIN}, read again")
+    both[1].set(ylabel="NLL, nats a token", title=f"{AGAIN} of them, read again")
     for axes in both:
         axes.set(xlabel="live share of the keys")
         axes.grid(alpha=0.3)
