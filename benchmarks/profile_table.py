@@ -4,10 +4,10 @@
         [--budget SHARE...] [--json FILE] [--plot PNG]
 
 Each reading is a stretch of the file, of so many tokens, and then, once more, the 512 that began 1,536 before its end;
-the stretches are spread over the file. Text: the NLL of the stretch above that of the full cache, in percent. Repeat: the NLL of the second
-reading, nats a token, and the share of the gap between a window and the full cache that is closed, where
-`streaming_llm` is among the policies. Live: the share of the stretch's keys that is live where it ends. `full` comes
-first.
+the stretches are spread over the file. Text: the NLL of the stretch above that of the full cache, in percent. Repeat:
+the NLL of the second reading, nats a token, and the share of the gap between a window and the full cache that is
+closed, where `streaming_llm` is among the policies. Live: the share of the stretch's keys that is live where it ends.
+`full` comes first.
 
 Policies that can be held to a budget get each `--budget`, a share of the stretch, in turn; CORM and profiles decide by
 themselves. With several profiles, each other policy is compared with the largest of them that is no larger. Intervals:
