@@ -69,7 +69,9 @@ def main() -> None:
     print("|---|---|---|---|---|")
     for one in range(len(each)):
         for other in range(one):
-            print(f"| {names[other]}, {names[one]} | {alikeness(each[other], each[one], target)} |")
+            print(
+                f"| {Path(names[other]).name}, {Path(names[one]).name} | {alikeness(each[other], each[one], target)} |"
+            )
     if arguments.plot:
         draw(np.take_along_axis(cost.live, calibrated[None], axis=0)[0], gain[0], arguments.plot)
 
