@@ -9,7 +9,7 @@ import pytest
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
 hypothesis.settings.register_profile(
-    "default", deadline=None, derandomize=True, max_examples=50, report_multiple_bugs=False
+    "default", deadline=None, derandomize=True, max_examples=60, report_multiple_bugs=False
 )
 hypothesis.settings.load_profile("default")
 

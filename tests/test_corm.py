@@ -18,7 +18,7 @@ def agree(reading, outputs, position, overflow, tokens):
     np.testing.assert_allclose(outputs[:tokens], reading.outputs, atol=2e-5)
 
 
-@settings(max_examples=40)
+@settings(max_examples=60)
 @given(head=heads(), options=options(), chunk=st.sampled_from([1, 2, 5]), capacity=st.sampled_from([TOKENS, 9, 6]))
 def test_same_keys_survive_as_in_the_specification(head, options, chunk, capacity):
     tokens = head[0].shape[0]

@@ -17,7 +17,7 @@ from corm_jax import cli
 from corm_jax.evaluation.records import CONFIG, RESULTS
 from tests.test_checkpoint import TEXT
 
-KILLS = 2
+KILLS = 3
 POLICIES = ("--policy", "full", "--policy", "corm:window=8,recent=4")
 
 

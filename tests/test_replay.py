@@ -29,7 +29,7 @@ def kept_sets(history):
     return [set(np.flatnonzero(row)) for row in history]
 
 
-@settings(max_examples=40)
+@settings(max_examples=60)
 @given(head=heads(), options=options(), chunk=st.sampled_from([1, 2, 5]), capacity=st.sampled_from([None, 9, 6]))
 def test_same_keys_survive_as_in_the_specification(head, options, chunk, capacity):
     tokens = head[0].shape[0]
