@@ -269,10 +269,11 @@ def slots_for(policy: Policy | Sequence[Policy], capacity: Capacity | None, toke
             return max(tokens, chunk)
         return max(min(tokens, max(int(np.max(one)) for one in most) + chunk), chunk)
     check_slots(capacity, chunk, "a chunk")
-    for one in policies:
-        if concrete(one.protected):
-            what = "the keys that the policy never gives up, such as its recent ones"
-            check_slots(capacity, int(np.max(one.protected)), what)
+    if not isinstance(capacity, int):
+        policies = per_layer(policy, len(capacity))
+    needs = [int(np.max(one.protected)) if concrete(one.protected) else 0 for one in policies]
+    what = "the keys that the policy never gives up, such as its recent ones"
+    check_slots(capacity, max(needs) if isinstance(capacity, int) else needs, what)
     return capacity
 
 
@@ -298,12 +299,14 @@ def check_prompt(policy: Policy | Sequence[Policy], capacity: Capacity, tokens: 
         check_slots(capacity, tokens, "the whole prompt, which the policy keeps until it has been read")
 
 
-def check_slots(capacity: Capacity, need: int, what: str) -> None:
-    """Raises unless there are slots for ``need`` keys of a head, in every layer."""
+def check_slots(capacity: Capacity, need: int | Sequence[int], what: str) -> None:
+    """Raises unless there are slots for ``need`` keys of a head, in every layer, or for the need of each."""
     sizes = [capacity] if isinstance(capacity, int) else list(capacity)
-    if min(sizes) < need:
-        where = "" if len(set(sizes)) == 1 else f" of layer {sizes.index(min(sizes))}"
-        raise CormError(f"capacity {min(sizes)}{where} cannot hold {what} ({need} keys): raise the capacity")
+    needs = [need] * len(sizes) if isinstance(need, int) else list(need)
+    layer = max(range(len(sizes)), key=lambda layer: needs[layer] - sizes[layer])
+    if sizes[layer] < needs[layer]:
+        where = "" if len(set(sizes)) == 1 else f" of layer {layer}"
+        raise CormError(f"capacity {sizes[layer]}{where} cannot hold {what} ({needs[layer]} keys): raise the capacity")
 
 
 def capacities(caches: Caches) -> list[int]:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corm_jax import CacheOverflowError, Corm, CormError, Full, decode, generate, oneshot, parse, prefill, stream, usage
+from corm_jax.cache import slots_for
 from corm_jax.generation import sample
 from tests.heads import live_sets
 from tests.models import tiny
@@ -281,3 +282,15 @@ def test_one_window_for_each_layer_and_head():
         generate(MODEL, Corm(window=window[:1]), [[1]], max_new_tokens=1)
     with pytest.raises(CormError, match=r"shape \(1,\) for a layer of 2 key-value heads"):
         generate(MODEL, Corm(window=window[:, :1]), [[1]], max_new_tokens=1)
+
+
+def test_each_layer_needs_slots_for_its_own_recent_keys():
+    policy = Corm(window=np.array([[1, 2], [3, 4]]), recent=np.array([[1, 9], [1, 2]]))
+    assert slots_for(policy, (9, 2), 20, 1) == (9, 2)
+    for capacity, message in (
+        ((9, 1), r"capacity 1 of layer 1 .* \(2 keys\)"),
+        ((8, 2), r"capacity 8 of layer 0 .* \(9 keys\)"),
+        (8, r"capacity 8 cannot hold .* \(9 keys\)"),
+    ):
+        with pytest.raises(CormError, match=message):
+            slots_for(policy, capacity, 20, 1)
