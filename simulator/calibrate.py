@@ -133,10 +133,13 @@ def costs(
     found = []
     for text, ids in texts.items():
         file = work / f"{_digest(model, ids, seed)}.safetensors" if work else None
-        found.append(_load(file) or _costs(model, ids, seed, partial(progress, text)))
-        if file:
-            with whole_file(file) as temporary:
-                save_file(found[-1]._asdict(), temporary)
+        cost = _load(file)
+        if cost is None:
+            cost = _costs(model, ids, seed, partial(progress, text))
+            if file:
+                with whole_file(file) as temporary:
+                    save_file(cost._asdict(), temporary)
+        found.append(cost)
     return found
 
 
