@@ -126,8 +126,7 @@ def corm_rule(subject: Subject, data: st.DataObject) -> None:
     kept = subject.read(case).kept
     n = case.tokens
     attended = _attended(kept[0], case)[..., :n, :n]
-    choices = {"multiple": policy.multiple, "group": policy.group, "threshold": policy.threshold}
-    choices |= {"scale": TOKENS**-0.5}
+    choices = {name: getattr(policy, name) for name in ("multiple", "group", "threshold")} | {"scale": TOKENS**-0.5}
     judge = partial(invariants.importance, case.q[:n], case.k[:n], attended, **choices)
     shown, clock = kept[..., :n], case.clock
     if not policy.eager:

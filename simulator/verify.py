@@ -180,9 +180,8 @@ def _importance(trace, policy, result: Replay, slack: float) -> np.ndarray:
         attended = (np.arange(trace.meta.steps) < clock) & (result.until[index][:, None] >= clock)
         q = layer.q.reshape(trace.meta.steps, trace.meta.kv_heads, -1, trace.meta.head_dim)
         corm = cast(Corm, per_layer(policy, trace.meta.layers)[index])
-        choices = {"multiple": corm.multiple, "group": corm.group, "threshold": corm.threshold}
-        choices |= {"scale": trace.meta.scale}
-        layers.append(invariants.importance(q, layer.k, attended, slack=slack, **choices))
+        choices = {name: getattr(corm, name) for name in ("multiple", "group", "threshold")}
+        layers.append(invariants.importance(q, layer.k, attended, scale=trace.meta.scale, slack=slack, **choices))
     return np.stack(layers)
 
 
