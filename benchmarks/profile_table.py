@@ -4,10 +4,11 @@
         [--budget SHARE...] [--json FILE] [--plot PNG]
 
 Each reading is a stretch of the file, of so many tokens, and then, once more, the 512 that began 1,536 before its end;
-the stretches are spread over the file. Text: the NLL of the stretch above that of the full cache, in percent. Repeat:
-the NLL of the second reading, nats a token, and the share of the gap between a window and the full cache that is
-closed, where `streaming_llm` is among the policies. Live: the share of the stretch's keys that is live where it ends.
-`full` comes first.
+the stretches are spread over the file. On the stretch: the NLL above that of the full cache, in percent; KL(full ||
+policy) of the predictions, nats a token; how often both find the same token likeliest. Repeat: the NLL of the second
+reading, nats a token, and the share of the gap between a window and the full cache that is closed, where
+`streaming_llm` is among the policies. Live: the share of the stretch's keys that is live where it ends. `full` comes
+first.
 
 Policies that can be held to a budget get each `--budget`, a share of the stretch, in turn; CORM and profiles decide by
 themselves. With several profiles, each other policy is compared with the largest of them that is no larger. Intervals:
@@ -18,19 +19,46 @@ on after a kill. A profile must have been calibrated on other texts than FILE.
 import argparse
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 import corm_jax as cj
-from corm_jax import perplexity
+from corm_jax.evaluation.agreement import compare
 from corm_jax.evaluation.intervals import bootstrap
 from corm_jax.files import write_json
 from corm_jax.inputs import check_profiles, read_text
 from corm_jax.policies import keys_of, on_budget, profile_of
+from corm_jax.types import Policy
 
 AGAIN, BEFORE = 512, 1536
 """Tokens that are read once more, and where they began."""
+
+
+class Reading(NamedTuple):
+    """One number for each stretch.
+
+    Attributes:
+      nll, full_nll: of the stretch, through the policy's cache and the full one.
+      live: share of the keys that is live where it ends.
+      again, full_again: NLL of the second reading.
+      kl, same: of the stretch.
+    """
+
+    nll: np.ndarray
+    full_nll: np.ndarray
+    live: np.ndarray
+    again: np.ndarray
+    full_again: np.ndarray
+    kl: np.ndarray
+    same: np.ndarray
+
+    @property
+    def above(self) -> np.ndarray:
+        """NLL above the full cache's, percent."""
+        return 100 * (self.nll / self.full_nll - 1)
 
 
 def main() -> None:
@@ -44,6 +72,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
+    if arguments.tokens % arguments.chunk or arguments.tokens < BEFORE:
+        parser.error(f"--tokens {arguments.tokens}: must be a multiple of --chunk, and at least {BEFORE}")
     model, tokenizer = cj.load()
     specs = held(arguments.policy, arguments.budget, arguments.tokens)
     check_profiles(specs, "smollm2-135m", model)
@@ -54,56 +84,57 @@ def main() -> None:
         kept = json.loads(arguments.json.read_text())
 
     def read(spec: str, start: int) -> list[float]:
-        """NLL of the stretch, share live where it ends, NLL of the second reading."""
+        """What `Reading` holds, of one stretch."""
         key = f"{arguments.text.name} {start} {arguments.tokens} {arguments.chunk}"
         if profile := profile_of(spec):  # by what it says: a file of that name may change
             key += f" {hashlib.sha256(repr(profile).encode()).hexdigest()[:16]}"
         if key not in kept.setdefault(spec, {}):
-            stretch = ids[start : start + arguments.tokens]
-            found = perplexity.read(
-                model, cj.parse(spec), [*stretch, *stretch[-BEFORE:][:AGAIN]], chunk=arguments.chunk
-            )
-            end = arguments.tokens - 1
-            live = found.kept[arguments.tokens // arguments.chunk - 1]
-            kept[spec][key] = [float(found.nll[:end].mean()), float(live), float(found.nll[end + 1 :].mean())]
+            kept[spec][key] = measure(model, cj.parse(spec), ids[start : start + arguments.tokens], arguments.chunk)
             if arguments.json:
                 write_json(arguments.json, kept)
         return kept[spec][key]
 
-    rows = []
-    print(f"| {arguments.tokens:,} tokens | live | NLL above full, % | repeat NLL |")
-    print("|---|---|---|---|")
+    rows: dict[str, Reading] = {}
+    print(f"| {arguments.tokens:,} tokens | live | NLL above full, % | KL | same token | repeat NLL |")
+    print("|---|---|---|---|---|---|")
     for spec in specs:
-        nll, live, again = np.array([read(spec, start) for start in starts]).T
-        full = nll if not rows else rows[0][1]
-        above = bootstrap(100 * (nll / full - 1))
-        rows.append((spec, nll, live, again))
-        print(f"| `{spec}` | {bootstrap(live)} | {above} | {bootstrap(again)} |", flush=True)
-    for spec, _, _, window in rows:
+        row = rows[spec] = Reading(*np.array([read(spec, start) for start in starts]).T)
+        cells = map(bootstrap, (row.live, row.above, row.kl, row.same, row.again))
+        print(f"| `{spec}` | {' | '.join(map(str, cells))} |", flush=True)
+    for spec, window in rows.items():
         if spec.startswith("streaming_llm"):
             print(f"\nOf the gap to `{spec}` in the repeat, closed by\n")
-            for other, _, _, again in rows:
-                print(f"- `{other}`: {bootstrap((window - again) / (window - rows[0][3]))}")
+            for other, row in rows.items():
+                print(f"- `{other}`: {bootstrap((window.again - row.again) / (window.again - row.full_again))}")
     if len([spec for spec in specs if "profile=" in spec]) > 1:
         print(f"\n{frontier(rows)}")
     if arguments.plot:
         draw(rows, arguments)
 
 
-def frontier(rows: list) -> str:
+def measure(model: cj.Llama, policy: Policy, stretch: Sequence[int], chunk: int) -> list[float]:
+    """What `Reading` holds."""
+    found = compare(model, policy, [*stretch, *stretch[-BEFORE:][:AGAIN]], 0, chunk)
+    first, second = slice(len(stretch) - 1), slice(len(stretch), None)  # not what follows the stretch: it is a break
+    live = found.live[:, len(stretch) // chunk - 1].mean() / len(stretch)
+    text = found.nll[first], found.full_nll[first], live, found.nll[second], found.full_nll[second]
+    return [float(np.mean(values, dtype=np.float64)) for values in (*text, found.kl[first], found.same[first])]
+
+
+def frontier(rows: dict[str, Reading]) -> str:
     """Every other policy beside the largest profile that is no larger than it, but for a hundredth."""
-    full = rows[0][1]
     table = [
-        "| policy | live | profile's | NLL above the profile's, % | repeat NLL above the profile's |",
-        "|---|---|---|---|---|",
+        "| policy | live | profile's | NLL above the profile's, % | KL above | repeat NLL above |",
+        "|---|---|---|---|---|---|",
     ]
-    profiles = [row for row in rows if "profile=" in row[0]]
-    for spec, nll, live, again in rows[1:]:
-        smaller = [row for row in profiles if row[2].mean() <= live.mean() + 0.01]
-        if "profile=" not in spec and smaller:
-            _, own, size, second = max(smaller, key=lambda row: row[2].mean())
-            above, later = bootstrap(100 * (nll - own) / full), bootstrap(again - second)
-            table.append(f"| `{spec}` | {live.mean():.3f} | {size.mean():.3f} | {above} | {later} |")
+    profiles = [row for spec, row in rows.items() if "profile=" in spec]
+    for spec, row in rows.items():
+        smaller = [one for one in profiles if one.live.mean() <= row.live.mean() + 0.01]
+        if "profile=" not in spec and spec != "full" and smaller:
+            own = max(smaller, key=lambda one: one.live.mean())
+            above = map(bootstrap, (row.above - own.above, row.kl - own.kl, row.again - own.again))
+            sizes = f"{row.live.mean():.3f} | {own.live.mean():.3f}"
+            table.append(f"| `{spec}` | {sizes} | {' | '.join(map(str, above))} |")
     return "\n".join(table)
 
 
@@ -111,38 +142,39 @@ def held(policies: list[str], budgets: list[str], tokens: int) -> list[str]:
     """The SPECs to be read, `full` first: each at each budget, unless it decides by itself."""
     found = ["full"]
     for spec in policies:
-        free = spec.startswith("corm") or not budgets or "budget=" in spec
+        free = spec.startswith(("corm", "adaptive_corm")) or not budgets or "budget=" in spec
         found += [spec] if free else [on_budget(spec, keys_of(budget, tokens)) for budget in budgets]
     return list(dict.fromkeys(found))
 
 
-def draw(rows: list, arguments: argparse.Namespace) -> None:
-    """Both losses against the live share, a line for each policy."""
+def draw(rows: dict[str, Reading], arguments: argparse.Namespace) -> None:
+    """What is lost against the live share, a line for each policy."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    families: dict[str, list] = {}
-    for spec, nll, live, again in rows[1:]:
+    families: dict[str, list[Reading]] = {}
+    for spec, row in rows.items():
         name, _, options = spec.partition(":")
         name += ":profile" if "profile=" in options else ":score=mean" if "score=mean" in options else ""
-        families.setdefault(name, []).append((live.mean(), 100 * np.mean(nll / rows[0][1] - 1), again.mean()))
-    figure, both = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+        families.setdefault(name, []).append(row)
+    full = families.pop("full")[0]
+    figure, panels = pyplot.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
     for name, points in families.items():
-        for axes, column in zip(both, (1, 2), strict=True):
-            points = sorted(points)
-            wide = 2.5 if "profile" in name else 1.2
-            axes.plot(
-                [point[0] for point in points], [point[column] for point in points], "o-", ms=4, lw=wide, label=name
-            )
-    both[1].axhline(rows[0][3].mean(), color="black", lw=0.8, ls="--", label="full")
-    both[0].set(yscale="log", ylabel="NLL above the full cache, %", title=f"{arguments.tokens:,} tokens of a book")
-    both[1].set(ylabel="NLL, nats a token", title=f"{AGAIN} of them, read again")
-    for axes in both:
+        points = sorted(points, key=lambda row: row.live.mean())
+        live = [row.live.mean() for row in points]
+        for axes, field in zip(panels, ("above", "kl", "again"), strict=True):
+            lost = [getattr(row, field).mean() for row in points]
+            axes.plot(live, lost, "o-", ms=4, lw=2.5 if "profile" in name else 1.2, label=name)
+    panels[2].axhline(full.again.mean(), color="black", lw=0.8, ls="--", label="full")
+    panels[0].set(yscale="log", ylabel="NLL above the full cache, %", title=f"{arguments.tokens:,} tokens of a book")
+    panels[1].set(yscale="log", ylabel="KL(full || policy), nats a token", title="the same")
+    panels[2].set(ylabel="NLL, nats a token", title=f"{AGAIN} of them, read again")
+    for axes in panels:
         axes.set(xlabel="live share of the keys")
         axes.grid(alpha=0.3)
-    both[1].legend(fontsize=8)
+    panels[2].legend(fontsize=8)
     figure.savefig(arguments.plot, dpi=110)
 
 

@@ -1,22 +1,25 @@
-"""Variants of a calibrated profile, to tell what its choices are worth, on SmolLM2; and how stable they are.
+"""Variants of a calibrated profile, to tell what its choices are worth, on SmolLM2.
 
     python benchmarks/profile_variants.py --text FILE... --tokens 4096 --target-live 0.2 --work DIR --out DIR
         [--plot PNG]
 
 writes profiles into a directory, to be read by `benchmarks/profile_table.py`, all of about the same size: calibrated;
 with the same choices dealt to heads at random; without the second reading; by that alone; with the paper's threshold
-for all heads; and the heads that a second reading needs most kept whole, the rest alike. Prints which heads those are,
-and how much of it each text says alike.
+for all heads; and the heads that a second reading needs most kept whole, the rest alike: one (w, r, m), one (w, r) with
+the paper's threshold, or a window. Prints which heads those are.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 import corm_jax as cj
 from corm_jax.files import make_directory
 from corm_jax.inputs import encode, read_text
+from corm_jax.profile import Profile
 from simulator import calibrate
 from simulator.calibrate import CHOICES, RETURNS, choose
 
@@ -36,10 +39,10 @@ def main() -> None:
     make_directory(arguments.work)
     make_directory(arguments.out)
     model, tokenizer = cj.load()
-    names = [str(path) for path in arguments.text]
-    texts = {name: encode(model, tokenizer, read_text(Path(name)), name, arguments.tokens) for name in names}
-    each = calibrate.costs(model, texts, work=arguments.work)
-    cost, target = calibrate.mean(each), arguments.target_live
+    texts = {
+        str(path): encode(model, tokenizer, read_text(path), str(path), arguments.tokens) for path in arguments.text
+    }
+    cost, target = calibrate.mean(calibrate.costs(model, texts, work=arguments.work)), arguments.target_live
     gain = np.maximum(cost.again, 0)
 
     def save(name: str, choice: np.ndarray) -> None:
@@ -55,7 +58,17 @@ def main() -> None:
     save("paper-threshold", np.array(paper)[choose(cost.live[paper], (cost.blurred + RETURNS * gain)[paper], target)])
     order = np.argsort(-gain[0].reshape(-1), kind="stable")
     for whole in (0, 3, 6, 9, 12):
-        save(f"whole-{whole}", alike(cost.live, order[:whole], target))
+        save(f"whole-{whole}", alike(cost.live, order[:whole], target, range(len(CHOICES) - 1)))
+    save("whole-6-paper", alike(cost.live, order[:6], target, paper[:-1]))
+    heads = np.isin(np.arange(gain[0].size), order[:6]).reshape(gain[0].shape)
+    newest = round((target - heads.mean()) / (1 - heads.mean()) * arguments.tokens) - calibrate.SINKS
+    window = [[None if one else 1 for one in layer] for layer in heads]
+    recent, never = (np.full(heads.shape, value).tolist() for value in (newest, 2**30))
+    numbers: dict[str, Any] = {"window": window, "recent": recent, "multiple": never}
+    made = {"variant": "whole-6-window"}
+    Profile(model="smollm2-135m", **numbers, sinks=calibrate.SINKS, group=calibrate.GROUP, made=made).save(
+        arguments.out / "whole-6-window.json"
+    )
 
     print("| layer | head | second reading, nats | (w, r, m) | live |")
     print("|---|---|---|---|---|")
@@ -64,44 +77,17 @@ def main() -> None:
         window, recent, multiple = CHOICES[calibrated[at]]
         chosen = "all" if window is None else f"{window}, {recent}, {multiple}"
         print(f"| {at[0]} | {at[1]} | {gain[0][at]:.3f} | {chosen} | {cost.live[calibrated[at]][at]:.2f} |")
-    print(f"\nAll heads: {gain[0].sum():.2f} nats; these {MOST}: {gain[0].reshape(-1)[order[:MOST]].sum():.2f}.\n")
-    print("| texts | second reading: correlation | the same of the first 9 | live: correlation | the same (w, r, m) |")
-    print("|---|---|---|---|---|")
-    for one in range(len(each)):
-        for other in range(one):
-            print(
-                f"| {Path(names[other]).name}, {Path(names[one]).name} | {alikeness(each[other], each[one], target)} |"
-            )
+    print(f"\nAll heads: {gain[0].sum():.2f} nats; these {MOST}: {gain[0].reshape(-1)[order[:MOST]].sum():.2f}.")
     if arguments.plot:
         draw(np.take_along_axis(cost.live, calibrated[None], axis=0)[0], gain[0], arguments.plot)
 
 
-def alike(live: np.ndarray, whole: np.ndarray, target: float) -> np.ndarray:
-    """These heads keep everything, the others have one (w, r, m) in common, which comes next to the target."""
-    chosen = np.zeros((len(CHOICES), *live.shape[1:]), int) + np.arange(len(CHOICES))[:, None, None]
-    chosen.reshape(len(CHOICES), -1)[:, whole] = len(CHOICES) - 1
+def alike(live: np.ndarray, whole: np.ndarray, target: float, choices: Sequence[int]) -> np.ndarray:
+    """These heads keep everything, the others have one of the choices in common, which comes next to the target."""
+    chosen = np.zeros((len(choices), *live.shape[1:]), int) + np.array(choices)[:, None, None]
+    chosen.reshape(len(choices), -1)[:, whole] = len(CHOICES) - 1
     size = np.take_along_axis(live, chosen, axis=0).mean((1, 2))
     return chosen[np.abs(size - target).argmin()]
-
-
-def alikeness(one: calibrate.Cost, other: calibrate.Cost, target: float) -> str:
-    """How much two texts say alike."""
-    gains = [np.maximum(cost.again[0], 0).reshape(-1) for cost in (one, other)]
-    first = [set(np.argsort(-gain)[:9]) for gain in gains]
-    choices = [choose(cost.live, cost.blurred + RETURNS * np.maximum(cost.again, 0), target) for cost in (one, other)]
-    lives = [
-        np.take_along_axis(cost.live, choice[None], axis=0).reshape(-1)
-        for cost, choice in zip((one, other), choices, strict=True)
-    ]
-    same = np.mean(choices[0] == choices[1])
-    return " | ".join(
-        [
-            f"{np.corrcoef(gains)[0, 1]:.2f}",
-            f"{len(first[0] & first[1])}",
-            f"{np.corrcoef(lives)[0, 1]:.2f}",
-            f"{same:.2f}",
-        ]
-    )
 
 
 def draw(live: np.ndarray, gain: np.ndarray, path: Path) -> None:

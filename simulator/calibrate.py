@@ -59,7 +59,7 @@ RETURNS = 0.003
 """What a nat of a second reading weighs, in nats of a text."""
 
 AGAIN, NODES = 256, 4
-"""Tokens that are read again, at most, and gradients for their worth."""
+"""Tokens that are read again, and gradients for their worth."""
 
 SHORTEST = 256
 
@@ -124,18 +124,23 @@ def costs(
     texts: Mapping[str, Sequence[int]],
     *,
     seed: int = 0,
+    again: int = AGAIN,
     work: Path | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> list[Cost]:
-    """What every choice keeps and loses on each text, ``[choices, layers, kv_heads]``: see `calibrate`."""
+    """What every choice keeps and loses on each text, ``[choices, layers, kv_heads]``: see `calibrate`.
+
+    Args:
+      again: tokens that are read once more; a quarter of the text if that is less.
+    """
     if not texts or min(map(len, texts.values())) < SHORTEST:
         raise CormError(f"calibration takes texts of at least {SHORTEST} tokens: give more text, or more of each")
     found = []
     for text, ids in texts.items():
-        file = work / f"{_digest(model, ids, seed)}.safetensors" if work else None
+        file = work / f"{_digest(model, ids, seed, again)}.safetensors" if work else None
         cost = _load(file)
         if cost is None:
-            cost = _costs(model, ids, seed, partial(progress, text))
+            cost = _costs(model, ids, seed, min(again, len(ids) // 4), partial(progress, text))
             if file:
                 with whole_file(file) as temporary:
                     save_file(cost._asdict(), temporary)
@@ -148,8 +153,7 @@ def mean(several: Sequence[Cost]) -> Cost:
     return jax.tree.map(lambda *each: np.mean(each, axis=0), *several)
 
 
-def _costs(model: Llama, ids: Sequence[int], seed: int, progress: Callable[[], None]) -> Cost:
-    again = min(AGAIN, len(ids) // 4)
+def _costs(model: Llama, ids: Sequence[int], seed: int, again: int, progress: Callable[[], None]) -> Cost:
     worths = worth(model, [*ids[: 3 * again], *ids[:again]], 3 * again, NODES, progress=progress)
     drawn = scores(model, ids, seed)
     progress()
@@ -251,12 +255,12 @@ def choose(
     return at(high)[0]
 
 
-def _digest(model: Llama, ids: Sequence[int], seed: int) -> str:
+def _digest(model: Llama, ids: Sequence[int], seed: int, again: int) -> str:
     """Under which name costs are kept: whatever they depend on."""
     weights = hashlib.sha256()
     for leaf in jax.tree.leaves(nnx.state(model)):
         weights.update(np.asarray(leaf).tobytes())
-    said = [weights.hexdigest(), list(ids), seed, CHOICES, SINKS, CHUNK, AGAIN, NODES]
+    said = [weights.hexdigest(), list(ids), seed, CHOICES, SINKS, CHUNK, again, NODES]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
 
 

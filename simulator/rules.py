@@ -84,6 +84,29 @@ class Corm(Rule):
         return i + 1 > t - self.recent
 
 
+class AdaptiveCorm(Corm):
+    """CORM for heads that do not come back to what it would have let go; the others keep everything.
+
+    A return is a query at clock t that finds a key important which CORM, asked at clock t - 1, would not have kept.
+    Each return to a key that is still there pays for ``patience`` queries, the first ``trial`` are free.
+    """
+
+    def __init__(self, *, window, recent, multiple, patience, trial):
+        super().__init__(window=window, recent=recent, multiple=multiple, group="mean")
+        self.patience, self.trial = patience, trial
+        self.returns: list[int] = []  # the key of each
+
+    def attended(self, t, head, rows):
+        live = list(rows[head][0])
+        gone = set(live) - set(super().keeps(live, t - 1))
+        super().attended(t, head, rows)
+        self.returns += [i for i in live if i in gone and self.last.get(i) == t]
+
+    def keeps(self, live, t):
+        paid = self.patience * sum(i in live for i in self.returns)
+        return live if t <= self.trial + paid else super().keeps(live, t)
+
+
 class StreamingLLM(Rule):
     """StreamingLLM (arXiv 2309.17453), section 3.2: the first tokens and the newest. `read` knows their positions."""
 

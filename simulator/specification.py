@@ -27,6 +27,7 @@ WHOLE: dict[type, Reference] = {policies.Corm: corm_messages}
 RULES: dict[type, type[rules.Rule]] = {
     policies.Full: rules.Rule,
     policies.Corm: rules.Corm,
+    policies.AdaptiveCorm: rules.AdaptiveCorm,
     policies.StreamingLLM: rules.StreamingLLM,
     policies.H2O: rules.H2O,
     policies.Scissorhands: rules.Scissorhands,

@@ -210,6 +210,9 @@ def test_agreement():
     np.testing.assert_allclose(found.full_nll, itself.nll, atol=1e-5)
     assert (found.kl > -1e-6).all()
     assert found.kl.mean() > 1e-3
+    everything, text = agreement.compare(MODEL, POLICY, TEXT_IDS, 0, 4), read(MODEL, POLICY, TEXT_IDS, chunk=4)
+    np.testing.assert_allclose(everything.nll, text.nll, atol=1e-5)
+    np.testing.assert_array_equal(everything.live, text.live)
 
 
 def test_intervals():

@@ -25,6 +25,8 @@ SPECS = [
     "random:budget=5",
     "corm:window=4,recent=2,budget=4,sinks=1",
     "corm:window=3,recent=2,oneshot=true",
+    "adaptive_corm:window=3,recent=2,multiple=2,patience=2,trial=6",
+    "adaptive_corm:window=2,recent=1,multiple=1,patience=4,trial=0,budget=6,sinks=1",
     "snapkv:budget=5,window=2,kernel=3",
     "snapkv:budget=4,window=1,kernel=5,pool=mean,sinks=1",
     "pyramidkv:budget=6,window=3,kernel=1",
@@ -81,6 +83,20 @@ NINE = {
         7: "The on mat because",
         8: "The mat because it",
         9: "The because it purred",
+    },
+    # A trial of six: as CORM from t = 7 on.
+    "adaptive_corm:window=3,recent=1,multiple=1,patience=1,trial=6": {
+        6: "The cat sat on the mat",
+        7: "The on mat because",
+        8: "The on mat because it",
+        9: "The because it purred",
+    },
+    # Of seven: query 8 looks at The, just asked for, and at cat, last asked for at 3, so that CORM would have let it go
+    # at t = 7. That return pays for one query. At t = 9 CORM judges: sat 4, on and mat 6 are too long ago.
+    "adaptive_corm:window=3,recent=1,multiple=1,patience=1,trial=7": {
+        7: "The cat sat on the mat because",
+        8: "The cat sat on the mat because it",
+        9: "The cat because it purred",
     },
 }
 
@@ -227,6 +243,8 @@ def test_a_share_grows_with_the_text():
             "tova:protect=4",
             "unknown option 'protect=4' in 'tova:protect=4': tova has budget=..., sinks=..., recent=...",
         ),
+        ("adaptive_corm:patience=0", "patience must be a whole number from 1"),
+        ("adaptive_corm:trial=-1", "trial must be a whole number from 0"),
         ("scissorhands:drop=0", "drop must be above 0 and at most 1, not 0.0"),
         ("keyformer:budget=9", "unknown policy 'keyformer'"),
         ("snapkv:budget=16", "a budget of 16 keys is below the window of 32: raise it"),

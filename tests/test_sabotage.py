@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from corm_jax import AdaKV, Corm, SnapKV, attention, cache, make_cache, policy
-from corm_jax.policies.corm import NEVER
+from corm_jax import AdaKV, AdaptiveCorm, Corm, SnapKV, attention, cache, make_cache, policy
+from corm_jax.policies.corm import NEVER, important
 from corm_jax.types import EMPTY, CacheSpec
 from simulator import reference, specification
 from simulator.invariants import InvariantError
@@ -176,6 +176,39 @@ class SeesMoreThanItSays(Corm):
     """Says that positions are enough."""
 
     needs = ()
+
+
+@policy
+class EveryLookReturns(AdaptiveCorm):
+    def observe(self, state, observation, slots):
+        found = important(observation, slots, self.multiple, "position", "mean")
+        return AdaptiveCorm.observe(self, state, observation, slots)._replace(count=state.count + found.sum(0))
+
+
+@policy
+class LooksOfTheChunkAreNews(AdaptiveCorm):
+    """A second look within the chunk is a return as well."""
+
+    def observe(self, state, observation, slots):
+        count = state.count
+        for at in range(observation.visible.shape[0]):
+            weights = jnp.zeros_like(observation.weights).at[:, at].set(observation.weights[:, at])
+            alone = AdaptiveCorm.observe(self, state, observation._replace(weights=weights), slots)
+            count += alone.count - state.count
+        return AdaptiveCorm.observe(self, state, observation, slots)._replace(count=count)
+
+
+@policy
+class HeadsReturnTogether(AdaptiveCorm):
+    def retain(self, state, slots):
+        count = jnp.broadcast_to(slots.mean_over_heads(state.count), state.count.shape).astype(jnp.int32)
+        return AdaptiveCorm.retain(self, state._replace(count=count), slots)
+
+
+@policy
+class TrialEndsEarly(AdaptiveCorm):
+    def retain(self, state, slots):
+        return AdaptiveCorm.retain(replace(self, trial=self.trial - 1), state, slots)
 
 
 @policy
@@ -416,6 +449,14 @@ def test_sabotage_of_the_prompt_is_caught(sabotage, monkeypatch):
     monkeypatch.setitem(specification.RULES, sabotage, specification.RULES[sabotage.__base__])
     with pytest.raises(InvariantError) as caught:
         check_policy(sabotage(budget=6, window=2, kernel=3), only="specification", examples=300)
+    assert caught.value.invariant == "specification"
+
+
+@pytest.mark.parametrize("sabotage", [EveryLookReturns, LooksOfTheChunkAreNews, HeadsReturnTogether, TrialEndsEarly])
+def test_sabotage_of_the_returns_is_caught(sabotage, monkeypatch):
+    monkeypatch.setitem(specification.RULES, sabotage, specification.RULES[AdaptiveCorm])
+    with pytest.raises(InvariantError) as caught:
+        check_policy(sabotage(window=2, recent=1, multiple=1, patience=2, trial=4), only="specification", examples=300)
     assert caught.value.invariant == "specification"
 
 

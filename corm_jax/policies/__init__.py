@@ -5,6 +5,7 @@ from typing import Any
 
 from corm_jax.errors import CormError
 from corm_jax.policies.adakv import AdaKV
+from corm_jax.policies.adaptive_corm import AdaptiveCorm
 from corm_jax.policies.budget import Budget, budget
 from corm_jax.policies.corm import Corm
 from corm_jax.policies.full import Full
@@ -25,6 +26,7 @@ from corm_jax.types import Policy
 POLICIES: dict[str, type[Any]] = {
     "full": Full,
     "corm": Corm,
+    "adaptive_corm": AdaptiveCorm,
     "streaming_llm": StreamingLLM,
     "h2o": H2O,
     "scissorhands": Scissorhands,
@@ -191,6 +193,7 @@ __all__ = [
     "POLICIES",
     "TOVA",
     "AdaKV",
+    "AdaptiveCorm",
     "Budget",
     "Corm",
     "Full",

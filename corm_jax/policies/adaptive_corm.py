@@ -1,0 +1,93 @@
+"""Adaptive CORM: a head that comes back to keys which CORM would have let go keeps everything.
+
+CORM (`corm_jax.policies.corm`) loses for good what nobody asked for during w queries. Few heads ever ask for such
+dormant keys, and those that do carry recall. They show it while reading: with m well above 1 a key is important only at
+a sharp look, ``alpha_t[i] >= m/t``, and
+
+    return_t[i]  =  important_t[i]  and CORM would have evicted i at clock t - 1:
+                    last[i] <= t - 1 - w  and  position[i] < t - 1 - r  and  t - 1 >= w
+
+Every head keeps everything during a trial of so many tokens, and then for as long as it makes a return in every p
+queries:
+
+    evict as CORM does, unless   t  <=  trial + p * (returns to the keys that are live, by all queries so far)
+
+A head that evicts has no dormant keys left to come back to, so it hardly ever stops again. Not from a paper: it is the
+online counterpart of RazorAttention (arXiv 2407.15891) and DuoAttention (arXiv 2410.10819), which find such heads
+beforehand. A budget, or a full cache, takes the least recently important key, as in CORM.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from corm_jax.policies.corm import NEVER, Corm, important
+from corm_jax.policies.options import number, policy, whole
+from corm_jax.types import CacheSpec, Observation, PerHead, Slots
+
+
+class Returns(NamedTuple):
+    """Of each slot's key: when it was last important, and how often it was returned to."""
+
+    last: Int[Array, "*slots"]
+    count: Int[Array, "*slots"]
+
+
+@policy
+class AdaptiveCorm:
+    """Keep everything in heads that come back to dormant keys, and in the others do as CORM.
+
+    Args:
+      window: w, in queries. A number, or one for each head.
+      recent: r, in tokens. Likewise.
+      multiple: m; a key is important at alpha >= m/t, in the mean over the query heads of its group. Likewise.
+      patience: p, in queries. Likewise. The larger, the more heads keep everything.
+      trial: in tokens, from 0 up. Likewise. Heads need some w to show what they are: below about 3 w recall suffers.
+
+    >>> import jax
+    >>> jax.tree.leaves(AdaptiveCorm())
+    [256, 128, 16, 5, 768]
+    """
+
+    window: PerHead = number(256, "w: queries whose verdict counts")
+    recent: PerHead = number(128, "r: newest keys that never go")
+    multiple: PerHead = number(16, "m: how many times 1/n of the attention makes a key important")
+    patience: PerHead = number(5, "p: queries that a head may take for each return to a dormant key")
+    trial: PerHead = number(768, "tokens before a head has to come back to any")
+
+    needs = ("attention",)
+
+    def __post_init__(self):
+        whole(1, window=self.window, recent=self.recent, multiple=self.multiple, patience=self.patience)
+        whole(0, trial=self.trial)
+
+    @property
+    def protected(self) -> PerHead:
+        return self.recent
+
+    @property
+    def corm(self) -> Corm:
+        """What a head does that does not come back."""
+        return Corm(window=self.window, recent=self.recent, multiple=self.multiple, group="mean")
+
+    def init(self, spec: CacheSpec) -> Returns:
+        return Returns(self.corm.init(spec), jnp.zeros(spec.slots, jnp.int32))
+
+    def observe(self, state: Returns, observation: Observation, slots: Slots) -> Returns:
+        found = important(observation, slots, self.multiple, "position", "mean")
+        asked = jnp.where(found, observation.seen, NEVER)
+        earlier = jnp.concatenate([state.last[None], jax.lax.cummax(asked)[:-1]])  # by the queries before each
+        clock, window = observation.seen - 1, slots.spread(self.window)
+        dormant = (jnp.maximum(earlier, state.last) <= clock - window) & (clock >= window)
+        dormant &= slots.position < clock - slots.spread(self.recent)
+        return Returns(jnp.maximum(state.last, asked.max(0)), state.count + (found & dormant).sum(0, dtype=jnp.int32))
+
+    def retain(self, state: Returns, slots: Slots) -> Bool[Array, "*slots"]:
+        returns = slots.total(jnp.where(slots.live, state.count, 0))
+        owed = slots.seen - jnp.asarray(self.trial) - jnp.asarray(self.patience) * returns
+        return slots.live & ((slots.spread(owed) <= 0) | self.corm.retain(state.last, slots))
+
+    def rank(self, state: Returns, slots: Slots) -> Int[Array, "*slots"]:
+        return self.corm.rank(state.last, slots)
