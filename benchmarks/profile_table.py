@@ -24,9 +24,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from rich.console import Console
+from rich.progress import track
 
 import corm_jax as cj
-from corm_jax.evaluation.agreement import compare
+from corm_jax.errors import CormError
+from corm_jax.evaluation.agreement import blocks, compare
 from corm_jax.evaluation.intervals import bootstrap
 from corm_jax.files import write_json
 from corm_jax.inputs import check_profiles, read_text
@@ -79,26 +82,34 @@ def main() -> None:
     check_profiles(specs, "smollm2-135m", model)
     ids = tokenizer.encode(read_text(arguments.text))
     starts = np.linspace(0, len(ids) - arguments.tokens, arguments.passages).astype(int).tolist()
-    kept: dict[str, dict[str, list[float]]] = {}
+    kept: dict[str, dict[str, dict[str, float]]] = {}
     if arguments.json and arguments.json.exists():
         kept = json.loads(arguments.json.read_text())
 
-    def read(spec: str, start: int) -> list[float]:
-        """What `Reading` holds, of one stretch."""
-        key = f"{arguments.text.name} {start} {arguments.tokens} {arguments.chunk}"
-        if profile := profile_of(spec):  # by what it says: a file of that name may change
-            key += f" {hashlib.sha256(repr(profile).encode()).hexdigest()[:16]}"
-        if key not in kept.setdefault(spec, {}):
-            kept[spec][key] = measure(model, cj.parse(spec), ids[start : start + arguments.tokens], arguments.chunk)
+    def stored(spec: str, start: int) -> str:
+        """Under which name a reading is kept: by what policy and profile are, which a SPEC may name otherwise."""
+        policy = [repr(cj.parse(spec)), repr(profile_of(spec))]
+        said = [arguments.text.name, start, arguments.tokens, arguments.chunk]
+        return f"{' '.join(map(str, said))} {hashlib.sha256(json.dumps(policy).encode()).hexdigest()[:16]}"
+
+    for start in starts:
+        missing = [spec for spec in specs if stored(spec, start) not in kept.setdefault(spec, {})]
+        if missing:  # one stretch after the other, for the full cache's predictions of one take 0.2 MB a token
+            text = again(ids[start : start + arguments.tokens])
+            full = [np.asarray(x.log_probability) for x in blocks(model, cj.Full(), text, None, arguments.chunk)]
+        for spec in track(missing, f"from token {start:,}", console=Console(stderr=True)):
+            kept[spec][stored(spec, start)] = measure(
+                model, cj.parse(spec), text, arguments.tokens, arguments.chunk, full
+            )
             if arguments.json:
                 write_json(arguments.json, kept)
-        return kept[spec][key]
 
     rows: dict[str, Reading] = {}
     print(f"| {arguments.tokens:,} tokens | live | NLL above full, % | KL | same token | repeat NLL |")
     print("|---|---|---|---|---|---|")
     for spec in specs:
-        row = rows[spec] = Reading(*np.array([read(spec, start) for start in starts]).T)
+        each = [kept[spec][stored(spec, start)] for start in starts]
+        row = rows[spec] = Reading(*(np.array([one[field] for one in each]) for field in Reading._fields))
         cells = map(bootstrap, (row.live, row.above, row.kl, row.same, row.again))
         print(f"| `{spec}` | {' | '.join(map(str, cells))} |", flush=True)
     for spec, window in rows.items():
@@ -112,13 +123,23 @@ def main() -> None:
         draw(rows, arguments)
 
 
-def measure(model: cj.Llama, policy: Policy, stretch: Sequence[int], chunk: int) -> list[float]:
-    """What `Reading` holds."""
-    found = compare(model, policy, [*stretch, *stretch[-BEFORE:][:AGAIN]], 0, chunk)
-    first, second = slice(len(stretch) - 1), slice(len(stretch), None)  # not what follows the stretch: it is a break
-    live = found.live[:, len(stretch) // chunk - 1].mean() / len(stretch)
-    text = found.nll[first], found.full_nll[first], live, found.nll[second], found.full_nll[second]
-    return [float(np.mean(values, dtype=np.float64)) for values in (*text, found.kl[first], found.same[first])]
+def again(stretch: Sequence[int]) -> list[int]:
+    """A stretch, and what comes again."""
+    return [*stretch, *stretch[-BEFORE:][:AGAIN]]
+
+
+def measure(
+    model: cj.Llama, policy: Policy, text: Sequence[int], tokens: int, chunk: int, full: Sequence[np.ndarray]
+) -> dict[str, float]:
+    """What `Reading` holds, of a stretch of so many tokens and what comes again, given the full cache's predictions."""
+    found = compare(model, policy, text, None, chunk, full=full)
+    first, second = slice(tokens - 1), slice(tokens, None)  # not the first of what comes again: it follows a break
+    live = found.live[:, tokens // chunk - 1].mean() / tokens
+    read = found.nll[first], found.full_nll[first], live, found.nll[second], found.full_nll[second]
+    numbers = [float(np.mean(values, dtype=np.float64)) for values in (*read, found.kl[first], found.same[first])]
+    if not np.isfinite(numbers).all():
+        raise CormError(f"{policy} predicts what is not a number")
+    return dict(zip(Reading._fields, numbers, strict=True))
 
 
 def frontier(rows: dict[str, Reading]) -> str:
@@ -166,7 +187,8 @@ def draw(rows: dict[str, Reading], arguments: argparse.Namespace) -> None:
         live = [row.live.mean() for row in points]
         for axes, field in zip(panels, ("above", "kl", "again"), strict=True):
             lost = [getattr(row, field).mean() for row in points]
-            axes.plot(live, lost, "o-", ms=4, lw=2.5 if "profile" in name else 1.2, label=name)
+            how = "D" if name == "adaptive_corm" else "o-"  # its readings differ in more than one thing
+            axes.plot(live, lost, how, ms=4, lw=2.5 if "profile" in name else 1.2, label=name)
     panels[2].axhline(full.again.mean(), color="black", lw=0.8, ls="--", label="full")
     panels[0].set(yscale="log", ylabel="NLL above the full cache, %", title=f"{arguments.tokens:,} tokens of a book")
     panels[1].set(yscale="log", ylabel="KL(full || policy), nats a token", title="the same")

@@ -21,7 +21,7 @@ from corm_jax.files import make_directory
 from corm_jax.inputs import encode, read_text
 from corm_jax.profile import Profile
 from simulator import calibrate
-from simulator.calibrate import CHOICES, RETURNS, choose
+from simulator.calibrate import CHOICES, choose, chosen
 
 MOST = 12
 """Heads that are printed."""
@@ -48,14 +48,14 @@ def main() -> None:
     def save(name: str, choice: np.ndarray) -> None:
         calibrate.profile("smollm2-135m", choice, cost, {"variant": name}).save(arguments.out / f"{name}.json")
 
-    calibrated = choose(cost.live, cost.blurred + RETURNS * gain, target)
+    calibrated = choose(cost.live, cost.loss, target)
     save("calibrated", calibrated)
     for seed in (0, 1):
         save(f"dealt-{seed}", np.random.default_rng(seed).permutation(calibrated.reshape(-1)).reshape(calibrated.shape))
     save("without-second-reading", choose(cost.live, cost.blurred, target))
     save("second-reading-alone", choose(cost.live, gain, target))
     paper = [place for place, (_, _, multiple) in enumerate(CHOICES) if multiple == 1]
-    save("paper-threshold", np.array(paper)[choose(cost.live[paper], (cost.blurred + RETURNS * gain)[paper], target)])
+    save("paper-threshold", np.array(paper)[choose(cost.live[paper], cost.loss[paper], target)])
     order = np.argsort(-gain[0].reshape(-1), kind="stable")
     for whole in (0, 3, 6, 9, 12):
         save(f"whole-{whole}", alike(cost.live, order[:whole], target, range(len(CHOICES) - 1)))
@@ -75,19 +75,19 @@ def main() -> None:
     for place in order[:MOST]:
         at = np.unravel_index(place, calibrated.shape)
         window, recent, multiple = CHOICES[calibrated[at]]
-        chosen = "all" if window is None else f"{window}, {recent}, {multiple}"
-        print(f"| {at[0]} | {at[1]} | {gain[0][at]:.3f} | {chosen} | {cost.live[calibrated[at]][at]:.2f} |")
+        what = "all" if window is None else f"{window}, {recent}, {multiple}"
+        print(f"| {at[0]} | {at[1]} | {gain[0][at]:.3f} | {what} | {cost.live[calibrated[at]][at]:.2f} |")
     print(f"\nAll heads: {gain[0].sum():.2f} nats; these {MOST}: {gain[0].reshape(-1)[order[:MOST]].sum():.2f}.")
     if arguments.plot:
-        draw(np.take_along_axis(cost.live, calibrated[None], axis=0)[0], gain[0], arguments.plot)
+        draw(chosen(cost.live, calibrated), gain[0], arguments.plot)
 
 
 def alike(live: np.ndarray, whole: np.ndarray, target: float, choices: Sequence[int]) -> np.ndarray:
     """These heads keep everything, the others have one of the choices in common, which comes next to the target."""
-    chosen = np.zeros((len(choices), *live.shape[1:]), int) + np.array(choices)[:, None, None]
-    chosen.reshape(len(choices), -1)[:, whole] = len(CHOICES) - 1
-    size = np.take_along_axis(live, chosen, axis=0).mean((1, 2))
-    return chosen[np.abs(size - target).argmin()]
+    every = np.zeros((len(choices), *live.shape[1:]), int) + np.array(choices)[:, None, None]
+    every.reshape(len(choices), -1)[:, whole] = len(CHOICES) - 1
+    size = np.take_along_axis(live, every, axis=0).mean((1, 2))
+    return every[np.abs(size - target).argmin()]
 
 
 def draw(live: np.ndarray, gain: np.ndarray, path: Path) -> None:

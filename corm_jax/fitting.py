@@ -109,4 +109,4 @@ def fitted(
         window = fit_window(model, tokens, keys, parse(spec), chunk=chunk, progress=progress)
         return f"{spec}{',' if ':' in spec else ':'}window={window},recent={window}", "searched"
     name = spec.partition(":")[0]
-    return on_budget(spec, keys), {"full": "none", "corm": "cap"}.get(name, "fixed")
+    return on_budget(spec, keys), {"full": "none", "corm": "cap", "adaptive_corm": "cap"}.get(name, "fixed")

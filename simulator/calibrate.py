@@ -76,6 +76,18 @@ class Cost(NamedTuple):
     blurred: Float[np.ndarray, "choices *layers kv_heads"]
     again: Float[np.ndarray, "choices *layers kv_heads"]
 
+    @property
+    def loss(self) -> Float[np.ndarray, "choices *layers kv_heads"]:
+        """What is weighed against the price of keys."""
+        return self.blurred + RETURNS * np.maximum(self.again, 0)
+
+
+def chosen(
+    values: Float[np.ndarray, "choices *heads"], choice: Int[np.ndarray, "*heads"]
+) -> Float[np.ndarray, "*heads"]:
+    """Of each head, by its choice."""
+    return np.take_along_axis(values, choice[None], axis=0)[0]
+
 
 def calibrate(
     model: Llama,
@@ -103,7 +115,7 @@ def calibrate(
     if not 0 < target <= 1:
         raise CormError(f"the share of keys that stay must be in (0, 1], not {target}")
     cost = mean(costs(model, texts, seed=seed, work=work, progress=progress))
-    choice = choose(cost.live, cost.blurred + RETURNS * np.maximum(cost.again, 0), target)
+    choice = choose(cost.live, cost.loss, target)
     made = {"target_live": target, "texts": {text: len(ids) for text, ids in texts.items()}, "seed": seed}
     return profile(name, choice, cost, made)
 
@@ -111,7 +123,7 @@ def calibrate(
 def profile(name: str, choice: Int[np.ndarray, "layers kv_heads"], cost: Cost, made: dict[str, Any]) -> Profile:
     """The profile of these choices, which says what they cost."""
     windows, recents, multiples = ([[CHOICES[o][i] for o in layer] for layer in choice.tolist()] for i in range(3))
-    live, blurred = (np.take_along_axis(x, choice[None], axis=0)[0] for x in (cost.live, cost.blurred))
+    live, blurred = (chosen(x, choice) for x in (cost.live, cost.blurred))
     rounded = [[[round(value, 4) for value in layer] for layer in x.tolist()] for x in (live, cost.again[0])]
     made |= {"live": float(live.mean()), "blurred": float(blurred.sum())}
     made |= dict(zip(("live_by_head", "again_by_head"), rounded, strict=True))
@@ -131,16 +143,17 @@ def costs(
     """What every choice keeps and loses on each text, ``[choices, layers, kv_heads]``: see `calibrate`.
 
     Args:
-      again: tokens that are read once more; a quarter of the text if that is less.
+      again: tokens that are read once more, or a quarter of the text where that is less.
     """
     if not texts or min(map(len, texts.values())) < SHORTEST:
         raise CormError(f"calibration takes texts of at least {SHORTEST} tokens: give more text, or more of each")
     found = []
     for text, ids in texts.items():
-        file = work / f"{_digest(model, ids, seed, again)}.safetensors" if work else None
+        some = min(again, len(ids) // 4)
+        file = work / f"{_digest(model, ids, seed, some)}.safetensors" if work else None
         cost = _load(file)
         if cost is None:
-            cost = _costs(model, ids, seed, min(again, len(ids) // 4), partial(progress, text))
+            cost = _costs(model, ids, seed, some, partial(progress, text))
             if file:
                 with whole_file(file) as temporary:
                     save_file(cost._asdict(), temporary)
@@ -240,7 +253,7 @@ def choose(
 
     def at(price: float):
         choice = (cost + price * live).argmin(0)
-        return choice, np.take_along_axis(live, choice[None], axis=0).mean()
+        return choice, chosen(live, choice).mean()
 
     least = live.min(0).mean()
     if least > target:

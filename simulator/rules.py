@@ -93,7 +93,7 @@ class AdaptiveCorm(Corm):
 
     def __init__(self, *, window, recent, multiple, patience, trial):
         super().__init__(window=window, recent=recent, multiple=multiple, group="mean")
-        self.patience, self.trial = patience, trial
+        self.patience, self.trial = int(patience), int(trial)
         self.returns: list[int] = []  # the key of each
 
     def attended(self, t, head, rows):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from corm_jax import Corm, CormError, Full, generate
+from corm_jax import Corm, CormError, Full, generate, parse
 from corm_jax.checkpoint import Tokenizer
 from corm_jax.evaluation import agreement, longbench, recall, summary, texts
 from corm_jax.evaluation.asking import answer, answer_nll, ask
@@ -210,9 +210,21 @@ def test_agreement():
     np.testing.assert_allclose(found.full_nll, itself.nll, atol=1e-5)
     assert (found.kl > -1e-6).all()
     assert found.kl.mean() > 1e-3
-    everything, text = agreement.compare(MODEL, POLICY, TEXT_IDS, 0, 4), read(MODEL, POLICY, TEXT_IDS, chunk=4)
+    everything, text = agreement.compare(MODEL, POLICY, TEXT_IDS, None, 4), read(MODEL, POLICY, TEXT_IDS, chunk=4)
     np.testing.assert_allclose(everything.nll, text.nll, atol=1e-5)
     np.testing.assert_array_equal(everything.live, text.live)
+    with pytest.raises(CormError, match="waits for the end of the prompt"):
+        agreement.compare(MODEL, parse("snapkv"), TEXT_IDS, None, 4)
+
+
+def test_the_full_cache_is_read_once_for_several_policies():
+    """Over several blocks, whose caches are given up to the next."""
+    ids = TEXT_IDS * 4
+    kept = [np.asarray(block.log_probability) for block in agreement.blocks(MODEL, Full(), ids, 50, 4)]
+    assert len(kept) > 2
+    together, alone = (agreement.compare(MODEL, POLICY, ids, 50, 4, full=full) for full in (kept, None))
+    np.testing.assert_allclose(together.kl, alone.kl, atol=1e-6)
+    np.testing.assert_allclose(together.full_nll, read(MODEL, Full(), ids, chunk=4).nll[49:], atol=1e-5)
 
 
 def test_intervals():

@@ -18,10 +18,16 @@ from tests.models import tiny
 
 MODEL = tiny()
 
-SLOTS = ["corm:window=4,recent=2", "scissorhands:budget=6,window=5,recent=2", "tova:budget=5"]
+SLOTS = [
+    "corm:window=4,recent=2",
+    "scissorhands:budget=6,window=5,recent=2",
+    "tova:budget=5",
+    "adaptive_corm:window=3,recent=2,multiple=1,patience=3,trial=5",
+]
 PAGES = [
     "corm:window=4,recent=2,group=mean,threshold=live,sinks=1",
     "h2o:recent=2,budget=5",
+    "adaptive_corm:window=2,recent=1,multiple=2,patience=2,trial=4,sinks=1",
     "adakv:budget=6,window=2,kernel=3",
 ]
 

@@ -206,6 +206,18 @@ class HeadsReturnTogether(AdaptiveCorm):
 
 
 @policy
+class OneNewestTooFew(AdaptiveCorm):
+    def observe(self, state, observation, slots):
+        return AdaptiveCorm.observe(replace(self, recent=self.recent - 1), state, observation, slots)
+
+
+@policy
+class PaysOnce(AdaptiveCorm):
+    def retain(self, state, slots):
+        return AdaptiveCorm.retain(replace(self, patience=1), state, slots)
+
+
+@policy
 class TrialEndsEarly(AdaptiveCorm):
     def retain(self, state, slots):
         return AdaptiveCorm.retain(replace(self, trial=self.trial - 1), state, slots)
@@ -452,11 +464,14 @@ def test_sabotage_of_the_prompt_is_caught(sabotage, monkeypatch):
     assert caught.value.invariant == "specification"
 
 
-@pytest.mark.parametrize("sabotage", [EveryLookReturns, LooksOfTheChunkAreNews, HeadsReturnTogether, TrialEndsEarly])
+@pytest.mark.parametrize(
+    "sabotage",
+    [EveryLookReturns, LooksOfTheChunkAreNews, HeadsReturnTogether, OneNewestTooFew, PaysOnce, TrialEndsEarly],
+)
 def test_sabotage_of_the_returns_is_caught(sabotage, monkeypatch):
     monkeypatch.setitem(specification.RULES, sabotage, specification.RULES[AdaptiveCorm])
     with pytest.raises(InvariantError) as caught:
-        check_policy(sabotage(window=2, recent=1, multiple=1, patience=2, trial=4), only="specification", examples=300)
+        check_policy(sabotage(window=2, recent=2, multiple=1, patience=2, trial=4), only="specification", examples=300)
     assert caught.value.invariant == "specification"
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from corm_jax import TOVA, Corm, CormError, budget, parse, policy
+from corm_jax import TOVA, AdaptiveCorm, Corm, CormError, budget, parse, policy
 from simulator import synthetic
 from simulator.replay import replay
 from simulator.synthetic import noise
@@ -81,5 +81,7 @@ def test_one_number_for_each_layer_and_head(spec):
         alone = replay(trace, [made(window[layer], recent[layer], multiple[layer])] * 2).history()
         np.testing.assert_array_equal(kept[layer], alone[layer])
     assert len({int(kept[layer, head, -1].sum()) for layer in range(2) for head in range(2)}) > 2
+    adaptive = AdaptiveCorm(window=window, recent=recent, multiple=multiple, patience=window.T, trial=recent.T)
+    assert all(finding.held for finding in verify(trace, adaptive))
     with pytest.raises(CormError, match="of the 2 key-value heads, or for each of them in 3 layers"):
         replay(noise(layers=3, steps=30, kv_heads=2), whole)

@@ -1,14 +1,15 @@
 """How close a policy stays to the full cache, token by token: NLL, KL divergence, the same likeliest token."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
-from corm_jax.cache import expect, slots_for, usage
+from corm_jax.cache import expect, prompt_of, slots_for, usage
 from corm_jax.model import Llama
 from corm_jax.perplexity import cut
 from corm_jax.policies import Full
@@ -34,38 +35,75 @@ class Agreement(NamedTuple):
     usage: Usage
 
 
-def compare(model: Llama, policy: Policy, tokens: Sequence[int], prompt: int, chunk: int) -> Agreement:
-    """Reads a text through a policy's cache and the full one side by side, so that no prediction has to be kept.
+class Block(NamedTuple):
+    """What a block of a text is followed by, as predicted through a policy's caches.
+
+    Attributes:
+      log_probability: float32 ``[tokens, vocab]``.
+      live: int32 ``[layer, chunks, kv_heads]``, live keys after each chunk.
+      caches: after the block.
+    """
+
+    log_probability: Float[Array, "tokens vocab"]
+    live: Int[Array, "layer chunks kv_heads"]
+    caches: Caches
+
+
+def compare(
+    model: Llama,
+    policy: Policy,
+    tokens: Sequence[int],
+    prompt: int | None,
+    chunk: int,
+    *,
+    full: Iterable[Array | np.ndarray] | None = None,
+) -> Agreement:
+    """Reads a text through a policy's cache and the full one, side by side unless ``full`` is given.
 
     Args:
-      prompt: so many tokens are read first, and not scored; with 0 all are, after the first.
+      prompt: so many tokens are read first, and not scored. None, for policies that do not wait, scores all.
+      full: the log probabilities of `blocks` with the full cache, of the same text, prompt and chunk: kept for
+        several policies.
+
+    Raises:
+      CormError: for a prompt that is no part of the text, or none for a policy that waits for its end.
     """
-    blocks, targets, counts = cut(tokens, prompt, model.config.vocab, chunk)
-
-    def empty(policy: Policy) -> Caches:
-        caches = model.make_caches(policy, batch=1, capacity=slots_for(policy, None, len(tokens), chunk))
-        return expect(caches, np.array([prompt], np.int32))
-
-    caches, full, rows, live = empty(policy), empty(Full()), [], []
-    for index, count in enumerate(counts):
-        here = blocks[index : index + 1], targets[index : index + 1], count
-        row, here_live, caches, full = _both(model, policy, caches, full, *here, chunk=chunk)
-        rows.append([np.asarray(column)[: int(count[0])] for column in row])
-        live.append(np.asarray(here_live[:, 0, : -(-int(count[0]) // chunk)]))
-    scored = slice(max(prompt, 1) - 1, len(tokens) - 1)
+    _, targets, counts = cut(tokens, prompt_of(policy, prompt, len(tokens)), model.config.vocab, chunk)
+    if full is None:
+        full = (block.log_probability for block in blocks(model, Full(), tokens, prompt, chunk))
+    rows, live = [], []
+    caches: Caches = ()
+    for log_p, block, target, (count,) in zip(
+        full, blocks(model, policy, tokens, prompt, chunk), targets, counts, strict=True
+    ):
+        rows.append([np.asarray(column)[:count] for column in _differ(log_p, block.log_probability, target)])
+        live.append(np.asarray(block.live[:, : -(-int(count) // chunk)]))
+        caches = block.caches
+    scored = slice((prompt or 1) - 1, len(tokens) - 1)
     nll, full_nll, kl, same = (np.concatenate(x)[scored] for x in zip(*rows, strict=True))
     return Agreement(nll, full_nll, kl, same, np.concatenate(live, axis=1), usage(caches))
 
 
-@partial(jax.jit, static_argnames="chunk", donate_argnames=("caches", "full_caches"))
-def _both(model, policy, caches, full_caches, tokens, targets, count, *, chunk):
-    def read(policy, caches):
-        x, caches, live = model(policy, caches, tokens, count, chunk=chunk)
-        log_probability = jax.nn.log_softmax(model.logits(x)[0])
-        nll = -jnp.take_along_axis(log_probability, targets[0][:, None], axis=-1)[:, 0]
-        return nll, log_probability, live, caches
+def blocks(model: Llama, policy: Policy, tokens: Sequence[int], prompt: int | None, chunk: int) -> Iterator[Block]:
+    """Reads a text through a policy's caches. Each block's caches are given up to the next."""
+    prompt = prompt_of(policy, prompt, len(tokens))
+    parts, _, counts = cut(tokens, prompt, model.config.vocab, chunk)
+    caches = model.make_caches(policy, batch=1, capacity=slots_for(policy, None, len(tokens), chunk))
+    caches = expect(caches, np.array([prompt], np.int32))
+    for part, count in zip(parts, counts, strict=True):
+        block = Block(*_read(model, policy, caches, part[None], count, chunk=chunk))
+        yield block
+        caches = block.caches
 
-    full_nll, log_p, _, full_caches = read(Full(), full_caches)
-    nll, log_q, live, caches = read(policy, caches)
-    kl = (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
-    return (nll, full_nll, kl, log_p.argmax(-1) == log_q.argmax(-1)), live, caches, full_caches
+
+@partial(jax.jit, static_argnames="chunk", donate_argnames="caches")
+def _read(model, policy, caches, tokens, count, *, chunk):
+    x, caches, live = model(policy, caches, tokens, count, chunk=chunk)
+    return jax.nn.log_softmax(model.logits(x)[0]), live[:, 0], caches
+
+
+@jax.jit
+def _differ(log_p, log_q, target):
+    """NLL by both, KL(p || q), and whether the likeliest token is the same."""
+    nll, full_nll = (-jnp.take_along_axis(x, target[:, None], axis=-1)[:, 0] for x in (log_q, log_p))
+    return nll, full_nll, (jnp.exp(log_p) * (log_p - log_q)).sum(-1), log_p.argmax(-1) == log_q.argmax(-1)

@@ -7,14 +7,14 @@ a sharp look, ``alpha_t[i] >= m/t``, and
     return_t[i]  =  important_t[i]  and CORM would have evicted i at clock t - 1:
                     last[i] <= t - 1 - w  and  position[i] < t - 1 - r  and  t - 1 >= w
 
-Every head keeps everything during a trial of so many tokens, and then for as long as it makes a return in every p
-queries:
+Every head keeps everything during a trial of so many tokens. Each return, those of the trial too, pays for p queries
+more; several dormant keys that one query finds are as many returns:
 
     evict as CORM does, unless   t  <=  trial + p * (returns to the keys that are live, by all queries so far)
 
-A head that evicts has no dormant keys left to come back to, so it hardly ever stops again. Not from a paper: it is the
-online counterpart of RazorAttention (arXiv 2407.15891) and DuoAttention (arXiv 2410.10819), which find such heads
-beforehand. A budget, or a full cache, takes the least recently important key, as in CORM.
+A head that cannot pay loses its dormant keys, and with them their returns, so that it hardly ever stops to evict again.
+Not from a paper: it is the online counterpart of RazorAttention (arXiv 2407.15891) and DuoAttention (arXiv 2410.10819),
+which find such heads beforehand. A budget, or a full cache, takes the least recently important key, as in CORM.
 """
 
 from typing import NamedTuple
@@ -53,7 +53,7 @@ class AdaptiveCorm:
 
     window: PerHead = number(256, "w: queries whose verdict counts")
     recent: PerHead = number(128, "r: newest keys that never go")
-    multiple: PerHead = number(16, "m: how many times 1/n of the attention makes a key important")
+    multiple: PerHead = number(16, "m: how many times 1/t of the attention makes a key important")
     patience: PerHead = number(5, "p: queries that a head may take for each return to a dormant key")
     trial: PerHead = number(768, "tokens before a head has to come back to any")
 
@@ -70,24 +70,31 @@ class AdaptiveCorm:
     @property
     def corm(self) -> Corm:
         """What a head does that does not come back."""
-        return Corm(window=self.window, recent=self.recent, multiple=self.multiple, group="mean")
+        return Corm(
+            window=self.window,
+            recent=self.recent,
+            multiple=self.multiple,
+            threshold="position",
+            group="mean",
+            eager=False,
+        )
 
     def init(self, spec: CacheSpec) -> Returns:
         return Returns(self.corm.init(spec), jnp.zeros(spec.slots, jnp.int32))
 
     def observe(self, state: Returns, observation: Observation, slots: Slots) -> Returns:
         found = important(observation, slots, self.multiple, "position", "mean")
-        asked = jnp.where(found, observation.seen, NEVER)
-        earlier = jnp.concatenate([state.last[None], jax.lax.cummax(asked)[:-1]])  # by the queries before each
+        # Before the first query of the chunk, and after each.
+        last = jax.lax.cummax(jnp.concatenate([state.last[None], jnp.where(found, observation.seen, NEVER)]))
         clock, window = observation.seen - 1, slots.spread(self.window)
-        dormant = (jnp.maximum(earlier, state.last) <= clock - window) & (clock >= window)
+        dormant = (last[:-1] <= clock - window) & (clock >= window)
         dormant &= slots.position < clock - slots.spread(self.recent)
-        return Returns(jnp.maximum(state.last, asked.max(0)), state.count + (found & dormant).sum(0, dtype=jnp.int32))
+        return Returns(last[-1], state.count + (found & dormant).sum(0, dtype=jnp.int32))
 
     def retain(self, state: Returns, slots: Slots) -> Bool[Array, "*slots"]:
         returns = slots.total(jnp.where(slots.live, state.count, 0))
-        owed = slots.seen - jnp.asarray(self.trial) - jnp.asarray(self.patience) * returns
-        return slots.live & ((slots.spread(owed) <= 0) | self.corm.retain(state.last, slots))
+        whole = (slots.seen - jnp.asarray(self.trial) - 1) // jnp.asarray(self.patience) < returns  # no large products
+        return slots.live & ((slots.spread(whole.astype(jnp.int32)) > 0) | self.corm.retain(state.last, slots))
 
     def rank(self, state: Returns, slots: Slots) -> Int[Array, "*slots"]:
         return self.corm.rank(state.last, slots)
