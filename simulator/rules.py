@@ -1,4 +1,4 @@
-"""The specification, continued: eviction rules of the field in plain Python, written from their papers.
+"""The specification, continued: eviction rules of the field in plain Python, written from their papers, and ours.
 
 A rule belongs to one key-value head. `read` tells it what happens, key by key and query by query, and asks it which
 keys stay and who is to go first. Nothing here knows of JAX, slots or batches. Key ``i`` (from 0) has the 1-based
