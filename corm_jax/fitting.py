@@ -12,7 +12,7 @@ from corm_jax.errors import CormError
 from corm_jax.generation import prefill
 from corm_jax.model import Llama
 from corm_jax.perplexity import read
-from corm_jax.policies import Corm, lacks_window, on_budget, parse, policy
+from corm_jax.policies import SELF_SIZED, Corm, lacks_window, on_budget, parse, policy
 from corm_jax.policies.wrapper import Wrapper
 from corm_jax.types import CacheSpec, Observation, Policy, Slots, State
 
@@ -109,4 +109,4 @@ def fitted(
         window = fit_window(model, tokens, keys, parse(spec), chunk=chunk, progress=progress)
         return f"{spec}{',' if ':' in spec else ':'}window={window},recent={window}", "searched"
     name = spec.partition(":")[0]
-    return on_budget(spec, keys), {"full": "none", "corm": "cap", "adaptive_corm": "cap"}.get(name, "fixed")
+    return on_budget(spec, keys), "none" if name == "full" else "cap" if name in SELF_SIZED else "fixed"

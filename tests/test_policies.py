@@ -216,8 +216,17 @@ def test_random_is_a_fair_draw():
     assert (again != other).any()
 
 
+ENDLESS_TRIAL = "adaptive_corm:window=2,recent=1,multiple=1,trial=2147483647"
+
+
 def test_a_budget_beyond_the_text_keeps_everything():
-    for spec in ("tova:budget=500", "h2o:budget=1.0", "streaming_llm:sinks=99,budget=200", "l2norm:budget=1.0"):
+    for spec in (
+        "tova:budget=500",
+        "h2o:budget=1.0",
+        "streaming_llm:sinks=99,budget=200",
+        "l2norm:budget=1.0",
+        ENDLESS_TRIAL,
+    ):
         result = replay(noise(steps=40), parse(spec))
         assert (result.live[..., -1] == 40).all()
         assert np.isfinite(result.mass).all()

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from corm_jax import AdaKV, AdaptiveCorm, Corm, SnapKV, attention, cache, make_cache, policy
-from corm_jax.policies.corm import NEVER, important
+from corm_jax.policies.corm import NEVER
 from corm_jax.types import EMPTY, CacheSpec
 from simulator import reference, specification
 from simulator.invariants import InvariantError
@@ -181,7 +181,7 @@ class SeesMoreThanItSays(Corm):
 @policy
 class EveryLookReturns(AdaptiveCorm):
     def observe(self, state, observation, slots):
-        found = important(observation, slots, self.multiple, "position", "mean")
+        found = self.corm.important(observation, slots)
         return AdaptiveCorm.observe(self, state, observation, slots)._replace(count=state.count + found.sum(0))
 
 

@@ -61,7 +61,7 @@ def compare(
     """Reads a text through a policy's cache and the full one, side by side unless ``full`` is given.
 
     Args:
-      prompt: so many tokens are read first, and not scored. None, for policies that do not wait, scores all.
+      prompt: so many tokens are read first, and not scored. None scores all after the first one.
       full: the log probabilities of `blocks` with the full cache, of the same text, prompt and chunk: kept for
         several policies.
 

@@ -38,6 +38,9 @@ POLICIES: dict[str, type[Any]] = {
     "random": Random,
 }
 
+SELF_SIZED = ("corm", "adaptive_corm")
+"""Those that decide by themselves how many keys stay."""
+
 COMBINATORS = {
     "budget": "keys of a head that stay at most, as in 512, or a share of those seen, as in 0.25",
     "sinks": "first tokens that never go",
@@ -191,6 +194,7 @@ __all__ = [
     "COMBINATORS",
     "H2O",
     "POLICIES",
+    "SELF_SIZED",
     "TOVA",
     "AdaKV",
     "AdaptiveCorm",

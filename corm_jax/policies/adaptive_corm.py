@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from corm_jax.policies.corm import NEVER, Corm, important
+from corm_jax.policies.corm import NEVER, Corm
 from corm_jax.policies.options import number, policy, whole
 from corm_jax.types import CacheSpec, Observation, PerHead, Slots
 
@@ -83,7 +83,7 @@ class AdaptiveCorm:
         return Returns(self.corm.init(spec), jnp.zeros(spec.slots, jnp.int32))
 
     def observe(self, state: Returns, observation: Observation, slots: Slots) -> Returns:
-        found = important(observation, slots, self.multiple, "position", "mean")
+        found = self.corm.important(observation, slots)
         # Before the first query of the chunk, and after each.
         last = jax.lax.cummax(jnp.concatenate([state.last[None], jnp.where(found, observation.seen, NEVER)]))
         clock, window = observation.seen - 1, slots.spread(self.window)

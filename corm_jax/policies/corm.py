@@ -62,8 +62,16 @@ class Corm:
         return jnp.full(spec.slots, NEVER, jnp.int32)
 
     def observe(self, state: Int[Array, "*slots"], observation: Observation, slots: Slots) -> Int[Array, "*slots"]:
-        found = important(observation, slots, self.multiple, self.threshold, self.group)
+        found = self.important(observation, slots)
         return jnp.maximum(state, jnp.where(found, observation.seen, NEVER).max(0))
+
+    def important(self, observation: Observation, slots: Slots) -> Bool[Array, "tokens *slots"]:
+        """Which keys each query found important."""
+        n = observation.seen if self.threshold == "position" else slots.spread(slots.total(observation.visible))
+        ratio = observation.weights * n.astype(jnp.float32) / observation.total  # alpha n
+        least = slots.spread(self.multiple).astype(jnp.float32)
+        # The mean as a sum of slices: a reduction over the leading axis makes XLA on the CPU transpose, which is slow.
+        return (ratio >= least).any(0) if self.group == "any" else sum(ratio) / len(ratio) >= least
 
     def retain(self, state: Int[Array, "*slots"], slots: Slots) -> Bool[Array, "*slots"]:
         window = slots.spread(self.window)
@@ -72,14 +80,3 @@ class Corm:
 
     def rank(self, state: Int[Array, "*slots"], slots: Slots) -> Int[Array, "*slots"]:
         return jnp.where(slots.newest(self.recent), PROTECTED, state)
-
-
-def important(
-    observation: Observation, slots: Slots, multiple: PerHead, threshold: str, group: str
-) -> Bool[Array, "tokens *slots"]:
-    """Which keys each query found important: see `Corm`."""
-    n = observation.seen if threshold == "position" else slots.spread(slots.total(observation.visible))
-    ratio = observation.weights * n.astype(jnp.float32) / observation.total  # alpha n
-    least = slots.spread(multiple).astype(jnp.float32)
-    # The mean as a sum of slices: a reduction over the leading axis makes XLA on the CPU transpose, which is slow.
-    return (ratio >= least).any(0) if group == "any" else sum(ratio) / len(ratio) >= least
