@@ -2,10 +2,11 @@
 
 import json
 import os
-from collections.abc import Iterator
+import reprlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from corm_jax.errors import CormError
 
@@ -50,6 +51,43 @@ def write_json(path: Path, result: Any) -> None:
     """Writes a result for people and programs to read."""
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+Kind = TypeVar("Kind")
+
+
+def read_json(
+    path: Path, kind: type[Kind], what: str, way_out: str, error: Callable[[str], CormError] = CormError
+) -> Kind:
+    """The JSON object in a file as a ``kind``: a dataclass or a pydantic model, whose annotations are the schema.
+
+    A dataclass says in ``__pydantic_config__`` how strict the schema is, and checks values in ``__post_init__``, which
+    may raise a `CormError`.
+
+    Args:
+      what: the file's role, as in ``"plan"``.
+      way_out: what the user can do, as in ``"make one with python -m simulator plan"``.
+      error: makes the error from its message.
+
+    Raises:
+      CormError: for a file that cannot be read, is no JSON or does not fit the schema; it names the field and its value.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(kind).validate_json(path.read_bytes())
+    except OSError as found:
+        raise error(f"cannot read the {what} {path}: {found.strerror}: {way_out}") from None
+    except ValidationError as found:
+        first = found.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        reason = first["msg"].removeprefix("Value error, ")
+        value = "" if first["type"] in ("json_invalid", "missing", "value_error") else f", not {_short(first['input'])}"
+        raise error(f"the {what} {path} cannot be used: {where and where + ': '}{reason}{value}: {way_out}") from None
+
+
+def _short(value: Any) -> str:
+    return reprlib.repr(value)
 
 
 def read_fields(path: Path, what: str, form: str, fields: dict[str, Any], command: str) -> dict[str, Any]:
