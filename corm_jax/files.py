@@ -70,7 +70,7 @@ def read_json(
       error: makes the error from its message.
 
     Raises:
-      CormError: for a file that cannot be read, is no JSON or does not fit the schema; it names the field and its value.
+      CormError: for a file that cannot be read, is no JSON or does not fit; it names the field and its value.
     """
     from pydantic import TypeAdapter, ValidationError
 
