@@ -15,14 +15,28 @@ from jaxtyping import Array, Bool, Float, Int
 from corm_jax import cache as cache_lib
 from corm_jax.errors import CormError
 from corm_jax.positions import rotate
-from corm_jax.types import EMPTY, EVERYTHING, FEW, LayerCache, Observation, Policy, Slots
+from corm_jax.types import (
+    EMPTY,
+    ENDLESS,
+    EVERYTHING,
+    FEW,
+    LayerCache,
+    Observation,
+    Policy,
+    Slots,
+    broadcasts,
+    iota,
+    narrow,
+)
 
 BLOCK = 512
 """Slots that many queries attend to at once, where nobody looks at the weights. Does not change results."""
 
 LEAST = float(np.finfo(np.float32).min)
+"""The logit of a slot that is not seen: finite, so that differences of such logits are numbers. Its weight is 0."""
 
 
+@broadcasts
 def attend(
     q: Float[Array, "tokens kv_heads group head_dim"],
     k: Float[Array, "*slots head_dim"],
@@ -36,36 +50,77 @@ def attend(
 
         l_i = q . k_i / sqrt(head_dim),   e_i = exp(l_i - max l),   output = sum_i e_i v_i / sum_i e_i
 
-    Logits and weights are float32 whatever ``k`` and ``v`` hold. What invisible slots contain does not reach the
-    output, as long as the values are finite. A query that sees nothing returns zeros.
+    Logits and weights are float32 whatever ``k`` and ``v`` hold, and so are products, in full (on a GPU not in TF32),
+    but for 16-bit keys and values, whose products are exact and summed in float32. A query that sees nothing returns
+    zeros.
+
+    What a query does not see does not reach it: no key of an invisible slot, whatever it holds, and no value as long as
+    it is finite, as those of a cache are (`corm_jax.cache.insert`). A query that has no softmax, since a logit that it
+    sees is NaN or +infinity, returns NaN, and policies see that it attended to nothing: weights of 0.
+
+    The function is differentiable, forwards and backwards, with respect to ``q``, ``k`` and ``v``.
 
     Args:
       owned: whose keys the slots hold, as in `Slots`; None in a rectangle. In a pool every query meets every slot of
         the layer, and those that its head does not own are masked: kv_heads times the products, but each key and each
         value is read once, which is what takes the time when there are few queries. For many, see
         `corm_jax.cache.paged`; for one on an NVIDIA GPU, `corm_jax.kernel`.
-      watched: whether somebody looks at the weights. If not, they are not numbers, and on a CPU many queries go through
+      watched: whether the policy looks at the weights. If not, they may be zeros, and on a CPU many queries go through
         a rectangle block by block, which keeps nothing of the size tokens x slots and stops behind the last live slot.
 
     Returns:
       The output, in the dtype of ``q``, and what the policy gets to see. ``seen`` only passes through to the latter.
     """
     rows, scale = q.transpose(1, 2, 0, 3), q.shape[-1] ** -0.5
-    attended = partial(_attend_pool if k.ndim == 2 else _attend_pages, scale=scale)
+    whole = partial(_attend_pool if k.ndim == 2 else _attend_pages, scale=scale)
+    attended = whole
     if not watched and owned is None and len(q) > FEW and k.shape[1] > BLOCK:
-        attended = partial(jax.lax.platform_dependent, cpu=partial(_attend_blocks, scale=scale), default=attended)
+        blocks = _derived_from(whole, partial(_attend_blocks, scale=scale))
+        attended = partial(jax.lax.platform_dependent, cpu=blocks, default=whole)
     if k.ndim == 2 and jax.default_backend() == "gpu":
         from corm_jax import kernel  # only where it is of use: Pallas takes its time to import
 
         if kernel.supports(rows, k):
-            one_pass = partial(kernel.attend_pool, scale=scale)
-            attended = partial(jax.lax.platform_dependent, cuda=one_pass, default=attended)
+            one_pass = _derived_from(whole, partial(kernel.attend_pool, scale=scale))
+            attended = partial(jax.lax.platform_dependent, cuda=one_pass, default=whole)
     output, weights, total = attended(rows, k, v, visible, owned)
+    broken = jnp.isnan(total)
+    weights, total = jnp.where(broken, 0.0, weights), jnp.where(broken, 1.0, total)
     times = seen.reshape(-1, *(1,) * (visible.ndim - 1))
     return output.transpose(2, 0, 1, 3).astype(q.dtype), Observation(weights, total, visible, times, k)
 
 
-_exact = partial(jnp.einsum, preferred_element_type=jnp.float32)
+def _derived_from(plain, fast):
+    """A ``fast`` way to compute what ``plain`` computes, with the derivatives of the latter."""
+
+    def derivative(primals, tangents):
+        return jax.jvp(broadcasts(plain), primals, tangents)
+
+    both = jax.custom_jvp(fast)
+    both.defjvp(derivative)
+    return both
+
+
+def product(axes: str, x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:
+    """An einsum that is summed in float32, of float32 factors in full precision, of equal 16-bit factors as they are.
+
+    Without being told so, a GPU rounds float32 factors to the 11 bits of TF32, which turns about one verdict of
+    alpha >= 1/t in 20,000.
+    """
+    if x.dtype != y.dtype or x.dtype.itemsize != 2:
+        x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+    precision = "highest" if x.dtype == jnp.float32 else None
+    return jnp.einsum(axes, x, y, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _weighted(axes, weights, v):
+    """A sum of values by weights, which get the dtype of the values if that has 16 bits."""
+    return product(axes, weights.astype(v.dtype) if v.dtype.itemsize == 2 else weights, v)
+
+
+def _shift(largest):
+    """What logits are measured from: the largest, or 0 where nothing is seen. A softmax does not depend on it."""
+    return jax.lax.stop_gradient(jnp.where(largest <= LEAST, 0.0, largest))
 
 
 def _attend_pages(rows, k, v, visible, owned, scale):
@@ -77,41 +132,42 @@ def _attend_pages(rows, k, v, visible, owned, scale):
         per_head = combine(jnp.where(owned[..., None, None, None], per_page, initial), axis=1)
         return per_head, per_head[head]
 
-    head = None if owned is None else owned.argmax(0)
-    logits = _exact("pgtd,pcd->pgtc", rows if owned is None else rows[head], k)
-    logits = jnp.where(visible.swapaxes(0, 1)[:, None], logits * scale, -jnp.inf)
-    _, largest = over_head(jnp.max, logits.max(-1, keepdims=True), -jnp.inf)
-    weights = jnp.exp(logits - jnp.where(jnp.isneginf(largest), 0.0, largest))
+    head = None if owned is None else jax.lax.argmax(owned, 0, jnp.int32)
+    logits = product("pgtd,pcd->pgtc", rows if owned is None else rows[head], k)
+    logits = jnp.where(visible.swapaxes(0, 1)[:, None], logits * scale, LEAST)
+    _, largest = over_head(jnp.max, logits.max(-1, keepdims=True), LEAST)
+    weights = jnp.exp(logits - _shift(largest))
     per_head, total = (jnp.where(x == 0.0, 1.0, x) for x in over_head(jnp.sum, weights.sum(-1, keepdims=True), 0.0))
-    output, _ = over_head(jnp.sum, _exact("pgtc,pcd->pgtd", weights.astype(v.dtype), v), 0.0)
+    output, _ = over_head(jnp.sum, _weighted("pgtc,pcd->pgtd", weights, v), 0.0)
     return output / per_head, weights.transpose(1, 2, 0, 3), total.transpose(1, 2, 0, 3)
 
 
 def _attend_blocks(rows, k, v, visible, owned, scale):
     """As `_attend_pages` of a rectangle, a block of slots at a time, corrected by the largest logit so far.
 
-    The weights are not numbers: nobody looks. (Milakov and Gimelshein, arXiv 1805.02867.)
+    The weights that it returns are zeros. (Milakov and Gimelshein, arXiv 1805.02867.)
     """
     kv_heads, group, tokens, _ = rows.shape
     slots = k.shape[1]
     visible = visible.swapaxes(0, 1)[:, None]
-    used = jnp.where(visible.any((0, 1, 2)), jnp.arange(1, slots + 1), 0).max()
+    used = jnp.where(visible.any((0, 1, 2)), iota(slots) + 1, 0).max()
 
     def body(carry):
         block, largest, total, summed = carry
         start = jnp.minimum(block * BLOCK, slots - BLOCK)  # the last block overlaps the one before
         part = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=BLOCK)
-        own = part(visible, axis=3) & (start + jnp.arange(BLOCK) >= block * BLOCK)
-        logits = jnp.where(own, _exact("hgtd,hcd->hgtc", rows, part(k, axis=1)) * scale, -jnp.inf)
+        own = part(visible, axis=3) & (start + iota(BLOCK) >= block * BLOCK)
+        logits = jnp.where(own, product("hgtd,hcd->hgtc", rows, part(k, axis=1)) * scale, LEAST)
         new = jnp.maximum(largest, logits.max(-1, keepdims=True))
-        weights, factor = jnp.exp(logits - new), jnp.exp(largest - new)
-        summed = summed * factor + _exact("hgtc,hcd->hgtd", weights.astype(v.dtype), part(v, axis=1))
+        weights, factor = jnp.where(own, jnp.exp(logits - new), 0.0), jnp.exp(largest - new)
+        summed = summed * factor + _weighted("hgtc,hcd->hgtd", weights, part(v, axis=1))
         return block + 1, new, total * factor + weights.sum(-1, keepdims=True), summed
 
-    least, none = jnp.full((kv_heads, group, tokens, 1), LEAST), jnp.zeros((kv_heads, group, tokens, 1))
-    start = jnp.int32(0), least, none, jnp.zeros(rows.shape, jnp.float32)
+    full = partial(jnp.full, dtype=jnp.float32)
+    least, none = full((kv_heads, group, tokens, 1), LEAST), full((kv_heads, group, tokens, 1), 0.0)
+    start = jnp.int32(0), least, none, full(rows.shape, 0.0)
     _, _, total, summed = jax.lax.while_loop(lambda carry: carry[0] * BLOCK < used, body, start)
-    unseen = jnp.full((group, tokens, kv_heads, slots), jnp.nan), jnp.ones((group, tokens, kv_heads, 1))
+    unseen = full((group, tokens, kv_heads, slots), 0.0), full((group, tokens, kv_heads, 1), 1.0)
     return summed / jnp.where(total == 0.0, 1.0, total), *unseen
 
 
@@ -119,18 +175,18 @@ def _attend_pool(rows, k, v, visible, owned, scale):
     """All queries against all slots; what a slot's head did not ask is masked."""
     kv_heads, group, tokens, head_dim = rows.shape
     # Keys first: XLA on the CPU is faster that way.
-    logits = _exact("cd,rd->cr", k, rows.reshape(-1, head_dim)).T.reshape(kv_heads, group, tokens, -1)
-    logits = jnp.where(owned[:, None, None] & visible, logits * scale, -jnp.inf)
-    largest = logits.max(-1, keepdims=True)
-    weights = jnp.exp(logits - jnp.where(jnp.isneginf(largest), 0.0, largest))
+    logits = product("cd,rd->cr", k, rows.reshape(-1, head_dim)).T.reshape(kv_heads, group, tokens, -1)
+    logits = jnp.where(owned[:, None, None] & visible, logits * scale, LEAST)
+    weights = jnp.exp(logits - _shift(logits.max(-1, keepdims=True)))
     total = weights.sum(-1, keepdims=True)
     total = jnp.where(total == 0.0, 1.0, total)
-    output = _exact("hgtc,cd->hgtd", weights.astype(v.dtype), v) / total
-    own = [(weights[h], jnp.where(owned[h], total[h], 0)) for h in range(kv_heads)]
+    output = _weighted("hgtc,cd->hgtd", weights, v) / total
+    own = [(jnp.where(owned[h], weights[h], 0.0), jnp.where(owned[h], total[h], 0.0)) for h in range(kv_heads)]
     weights, total = (reduce(jnp.add, x) for x in zip(*own, strict=True))  # of the one head that owns a slot
     return output, weights, total
 
 
+@broadcasts
 def step(
     policy: Policy,
     cache: LayerCache,
@@ -164,8 +220,10 @@ def step(
     >>> cache.position.tolist(), cache.state.tolist()      # all equal, so all important at t = 3
     ([[0, 1, 2, -1]], [[3, 3, 3, -2147483648]])
     """
-    position = cache.seen + jnp.arange(q.shape[0])
-    real = jnp.arange(q.shape[0]) < count
+    policy, count = narrow(policy), jnp.minimum(jnp.asarray(count, jnp.int32), ENDLESS - cache.seen)
+    cache = cache._replace(state=jax.lax.stop_gradient(cache.state))  # decisions have no gradient
+    index = iota(q.shape[0])
+    position, real = cache.seen + index, index < count
     cache = cache_lib.insert(policy, cache, k, v, count)
     held, table = (cache, None) if cache.head is None or len(q) <= FEW else cache_lib.paged(cache)
     slots, keys = cache_lib.slots(held), held.k
@@ -177,7 +235,8 @@ def step(
         q, keys = _rotated_in_cache(q, keys, slots, position, frequencies)
     watched = "attention" in getattr(policy, "needs", EVERYTHING)
     output, observation = attend(q, keys, held.v, visible, position + 1, slots.owned, watched)
-    cache = cache_lib.learn(cache, policy.observe(held.state, observation, slots), table)
+    state = policy.observe(held.state, jax.lax.stop_gradient(observation), slots)
+    cache = cache_lib.learn(cache, state, table)
     return output, cache_lib.evict(policy, cache, count > 0)
 
 
@@ -194,6 +253,7 @@ def _rotated_in_cache(q, keys, slots: Slots, position, frequencies):
     return q, flat.reshape(keys.shape)
 
 
+@broadcasts
 def read(
     policy: Policy,
     cache: LayerCache,
@@ -213,7 +273,7 @@ def read(
     tokens = q.shape[0]
     if chunk < 1 or tokens % chunk:
         raise CormError(f"chunk {chunk} does not divide a block of {tokens} tokens: pad the block, and say so in count")
-    starts = jnp.arange(0, tokens, chunk)
+    count, starts = jnp.asarray(count, jnp.int32), chunk * iota(tokens // chunk)
 
     def body(cache, xs):
         q, k, v, start = xs

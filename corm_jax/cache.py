@@ -15,7 +15,19 @@ from jaxtyping import Array, Bool, Float, Int
 
 from corm_jax.errors import CormError
 from corm_jax.policies.options import concrete, whole
-from corm_jax.types import EMPTY, ENDLESS, Caches, CacheSpec, Capacity, LayerCache, Policy, Slots, State, Usage
+from corm_jax.types import (
+    EMPTY,
+    ENDLESS,
+    Caches,
+    CacheSpec,
+    Capacity,
+    LayerCache,
+    Policy,
+    Slots,
+    State,
+    Usage,
+    iota,
+)
 
 PAGE = 128
 """Slots of a page, unless the cache is small. Does not change results."""
@@ -56,7 +68,7 @@ def make_cache(policy: Policy, spec: CacheSpec, batch: int | None = None) -> Lay
 
 def slots(cache: LayerCache) -> Slots:
     """The view of a cache that a policy gets."""
-    owned = None if cache.head is None else cache.head == jnp.arange(cache.overflow.shape[-1])[:, None]
+    owned = None if cache.head is None else cache.head == iota(cache.overflow.shape[-1])[:, None]
     return Slots(cache.position, cache.seen, cache.prompt, owned)
 
 
@@ -78,6 +90,9 @@ def insert(
 
     They take free slots first. When those run out the policy's lowest `rank` goes, of the head or, in a pool, of the
     layer; among equals the oldest key, then that of the first head. Each such loss is counted in ``overflow``.
+
+    A cache holds no value that is not finite: what a query sees is all that it meets, and NaN times a weight of 0 would
+    be NaN. The key of such a value becomes NaN instead, so that those who see it get NaN, and nobody else does.
     """
     (tokens, kv_heads, _), shape = k.shape, spec(cache)
     if tokens > shape.capacity:
@@ -94,13 +109,14 @@ def insert(
         return x.reshape(tokens, stores, each, *x.shape[2:]).swapaxes(0, 1).reshape(stores, -1, *x.shape[2:])
 
     view = slots(cache)._replace(seen=cache.seen + count)
-    held = view if cache.head is None else Slots((cache.position * kv_heads + cache.head)[None], view.seen, view.prompt)
+    held = view._replace(position=by_store(cache.position), owned=None)
     short = held.total(held.live) + count * each - held.position.shape[1]
-    lost = held.lowest(by_store(policy.rank(cache.state, view)), short, most=tokens * each)
-    slot = _first((held.position < 0) | lost, tokens * each)
-    arrives = jnp.arange(tokens * each) < count * each
+    equals = () if cache.head is None else (by_store(cache.head),)
+    lost = held.lowest(by_store(policy.rank(cache.state, view)), short, tokens * each, *equals)
+    slot = _first(~held.live | lost, tokens * each)
+    arrives = iota(tokens * each) < count * each
     target = jnp.where(arrives, slot, held.position.shape[1])  # out of bounds, so dropped
-    store = jnp.arange(stores)[:, None]
+    store = iota(stores)[:, None]
 
     def write(buffer, value):
         written = by_store(buffer).at[..., store, target].set(value.astype(buffer.dtype), mode="drop")
@@ -110,9 +126,11 @@ def insert(
         stored = buffer.reshape(stores, -1, buffer.shape[-1])
         return stored.at[store, target].set(newcomers(rows).astype(buffer.dtype), mode="drop").reshape(buffer.shape)
 
-    fresh = policy.init(shape)
-    whose = newcomers(jnp.broadcast_to(jnp.arange(kv_heads), (tokens, kv_heads)))
-    when = newcomers(jnp.broadcast_to(cache.seen + jnp.arange(tokens)[:, None], (tokens, kv_heads)))
+    fresh, v = policy.init(shape), v.astype(cache.v.dtype)
+    sound = jnp.isfinite(v).all(-1, keepdims=True)
+    k, v = jnp.where(sound, k, jnp.nan), jnp.where(sound, v, 0)
+    whose = newcomers(jnp.broadcast_to(iota(kv_heads), (tokens, kv_heads)))
+    when = newcomers(jnp.broadcast_to(cache.seen + iota(tokens)[:, None], (tokens, kv_heads)))
     loses = lost[store, slot] & arrives  # who is lost has a newcomer in its slot
     loser = jnp.where(loses, by_store(view.head)[store, slot], kv_heads)
     return LayerCache(
@@ -122,7 +140,7 @@ def insert(
         state=jax.tree.map(lambda leaf, new: write(leaf, by_store(new)[..., store, slot]), cache.state, fresh),
         seen=view.seen,
         prompt=cache.prompt,
-        overflow=cache.overflow + (loser[..., None] == jnp.arange(kv_heads)).sum((0, 1), dtype=jnp.int32),
+        overflow=cache.overflow + (loser[..., None] == iota(kv_heads)).sum((0, 1), dtype=jnp.int32),
         head=None if cache.head is None else write(cache.head, whose),
     )
 
@@ -133,12 +151,12 @@ def _first(free: Bool[Array, "stores slots"], count: int) -> Int[Array, "stores 
     First the run of slots that holds each of them, then its place in the run: no sort, and little to add up.
     """
     runs = jnp.pad(free, ((0, 0), (0, -free.shape[1] % RUN))).reshape(len(free), -1, RUN)
-    size = runs.sum(-1)
-    until, nth = jnp.cumsum(size, -1), jnp.arange(count)
-    run = jnp.minimum((until[:, None] <= nth[:, None]).sum(-1), runs.shape[1] - 1)
+    size = runs.sum(-1, dtype=jnp.int32)
+    until, nth = jnp.cumsum(size, -1, dtype=jnp.int32), iota(count)
+    run = jnp.minimum((until[:, None] <= nth[:, None]).sum(-1, dtype=jnp.int32), runs.shape[1] - 1)
     earlier = jnp.take_along_axis(until - size, run, 1)
-    inside = jnp.cumsum(jnp.take_along_axis(runs, run[..., None], 1), -1)
-    return RUN * run + (inside <= (nth - earlier)[..., None]).sum(-1)
+    inside = jnp.cumsum(jnp.take_along_axis(runs, run[..., None], 1), -1, dtype=jnp.int32)
+    return RUN * run + (inside <= (nth - earlier)[..., None]).sum(-1, dtype=jnp.int32)
 
 
 def paged(cache: LayerCache) -> tuple[LayerCache, Int[Array, "pages size"]]:
@@ -151,15 +169,14 @@ def paged(cache: LayerCache) -> tuple[LayerCache, Int[Array, "pages size"]]:
     shape, pool = spec(cache), cache.position.size
     size = min(PAGE, max(shape.capacity // 8, 1))
     pages = pool // size + shape.kv_heads  # enough, however the keys are shared out: one page a head is not full
-    owned = (cache.head == jnp.arange(shape.kv_heads)[:, None]) & (cache.position >= 0)
-    need = -(-owned.sum(-1) // size)
-    place = size * (jnp.cumsum(need) - need)[:, None] + jax.lax.associative_scan(
-        jnp.add, owned.astype(jnp.int32), axis=1
-    )
-    target = jnp.where(cache.position >= 0, jnp.where(owned, place - 1, 0).sum(0), pages * size)
-    table = jnp.full(pages * size, pool).at[target].set(jnp.arange(pool), mode="drop").reshape(pages, size)
+    owned = (cache.head == iota(shape.kv_heads)[:, None]) & (cache.position >= 0)
+    need = -(-owned.sum(-1, dtype=jnp.int32) // size)
+    until = jnp.cumsum(need, dtype=jnp.int32)
+    place = size * (until - need)[:, None] + jax.lax.associative_scan(jnp.add, owned.astype(jnp.int32), axis=1)
+    target = jnp.where(cache.position >= 0, jnp.where(owned, place - 1, 0).sum(0, dtype=jnp.int32), pages * size)
+    table = jnp.full(pages * size, pool, jnp.int32).at[target].set(iota(pool), mode="drop").reshape(pages, size)
     source = jnp.minimum(table, pool - 1)
-    head = (jnp.arange(pages)[:, None] >= jnp.cumsum(need)).sum(-1)
+    head = (iota(pages)[:, None] >= until).sum(-1, dtype=jnp.int32)
     view = LayerCache(
         k=cache.k[source],
         v=cache.v[source],
@@ -197,12 +214,13 @@ def usage(caches: Caches) -> Usage:
     bytes_per_key = [2 * cache.k.shape[-1] * cache.k.dtype.itemsize for cache in caches]
     kv_heads = [cache.overflow.shape[-1] for cache in caches]
     seen = caches[0].seen
+    tokens = int(np.asarray(seen).sum(dtype=np.int64))
     return Usage(
         live=live,
         seen=seen,
         overflow=jnp.stack([cache.overflow for cache in caches]),
         bytes_live=sum(int(n.sum()) * size for n, size in zip(live, bytes_per_key, strict=True)),
-        bytes_full=sum(int(seen.sum()) * heads * size for heads, size in zip(kv_heads, bytes_per_key, strict=True)),
+        bytes_full=sum(tokens * heads * size for heads, size in zip(kv_heads, bytes_per_key, strict=True)),
         bytes_allocated=sum(leaf.nbytes for leaf in jax.tree.leaves(caches)),
     )
 

@@ -4,21 +4,23 @@ One layer of one sequence is the unit throughout; batches come from `jax.vmap`. 
 ``batch layer kv_heads group tokens slots head_dim vocab``. ``*slots`` stands for the slot axes of whatever layout holds
 the cache: ``kv_heads capacity`` in the rectangular one, ``pool`` in the pooled one, where any head of the layer may use
 any slot. Positions count from 0; the clock ``seen`` (the paper's t) is the number of tokens read so far, the current
-one included.
+one included. Numbers have 32 bits, also where JAX is told to use 64 (``JAX_ENABLE_X64``); the clock ends at `ENDLESS`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num, PyTree, Shaped
 
 EMPTY = -1
 """The position of a slot that holds no key. Nothing else marks a slot as free."""
 
 ENDLESS = 2**31 - 1
-"""The length of a prompt of which nobody said where it ends: all that is read belongs to it."""
+"""Where the clock ends. As the end of a prompt: unknown, so that all that is read belongs to it."""
 
 FEW = 8
 """Up to so many keys are cheaper found one by one than by sorting."""
@@ -94,7 +96,7 @@ class Slots(NamedTuple):
 
     def spread(self, per_head: PerHead | Num[Array, "... kv_heads"]) -> Num[Array, "..."]:
         """A number, or ``[..., kv_heads]``, in a shape that broadcasts against ``[*slots]``."""
-        per_head = jnp.asarray(per_head)
+        per_head = jnp.asarray(narrow(per_head))
         if not per_head.ndim:
             return per_head
         if self.owned is not None:
@@ -102,11 +104,12 @@ class Slots(NamedTuple):
         return per_head if self.position.ndim == 1 else per_head[..., None]
 
     def total(self, per_slot: Shaped[Array, "*leading_and_slots"]) -> Num[Array, "*leading kv_heads"]:
-        """The sum over each head's slots."""
-        per_page = per_slot if self.position.ndim == 1 else per_slot.sum(-1)
+        """The sum over each head's slots; of truth values their number, int32."""
+        dtype = jnp.int32 if per_slot.dtype == bool else per_slot.dtype
+        per_page = per_slot.astype(dtype) if self.position.ndim == 1 else per_slot.sum(-1, dtype=dtype)
         if self.owned is None:
             return per_page
-        return jnp.where(self.owned, per_page[..., None, :], jnp.zeros((), per_page.dtype)).sum(-1)
+        return jnp.where(self.owned, per_page[..., None, :], jnp.zeros((), dtype)).sum(-1, dtype=dtype)
 
     def least(self, per_slot: Num[Array, "*slots"]) -> Num[Array, " kv_heads"]:
         """The smallest of each head's slots."""
@@ -117,25 +120,29 @@ class Slots(NamedTuple):
         """The same with those slots alone; the others count as empty."""
         return self._replace(position=jnp.where(some, self.position, EMPTY))
 
-    def lowest(self, rank: Num[Array, "*slots"], count: PerHead, most: int | None = None) -> Bool[Array, "*slots"]:
+    def lowest(
+        self, rank: Num[Array, "*slots"], count: PerHead, most: int | None = None, *further: Num[Array, "*slots"]
+    ) -> Bool[Array, "*slots"]:
         """Which live slots are among the ``count`` of their head that rank lowest, among equals the oldest first.
 
-        ``count`` may differ by head; ``most``, if given, is what none exceeds. A few are found one by one (a policy on
-        a budget loses one a step), many by sorting. Both are loops that need not run at all, which `jax.lax.cond`
-        under `jax.vmap` cannot be.
+        NaN is as low as -infinity. ``count`` may differ by head; ``most``, if given, is what none exceeds. Where two
+        keys of a head may have one rank and one position, ``further`` numbers say which comes first.
+
+        A few keys are found one by one (a policy on a budget loses one a step), many by sorting. Both are loops that
+        make no trip when nothing is to be found; under `jax.vmap`, `jax.lax.cond` would compute both of its branches.
         """
         live = self.total(self.live)
         count = jnp.clip(jnp.broadcast_to(jnp.asarray(count, jnp.int32), live.shape), 0, live)
+        keys = _ordered(rank), self.position, *further
 
         def some(found):
-            candidates = self.live & ~found[0]
-            least = self.spread(self.least(jnp.where(candidates, rank, largest(rank))))
-            tied = jnp.where(candidates & (rank == least), self.position, largest(self.position))
-            hit = candidates & (tied == self.spread(self.least(tied))) & (self.spread(found[1]) > 0)
+            hit = self.live & ~found[0] & (self.spread(found[1]) > 0)
+            for key in keys:
+                hit &= key == self.spread(self.least(jnp.where(hit, key, largest(key))))
             return found[0] | hit, found[1] - 1
 
-        def many(found):  # asks for what was found before, or XLA would sort ahead of the loop, needed or not
-            place = self._place(~self.live | found[0], rank, self.position)
+        def many(found):  # sorts by what was found before, or XLA would sort ahead of the loop, whether it runs or not
+            place = self._place(~self.live | found[0], *keys)
             return self.live & (place < self.spread(found[1])), 0 * count
 
         found = jnp.zeros_like(self.live), count
@@ -146,11 +153,11 @@ class Slots(NamedTuple):
     def lowest_of_layer(self, rank: Num[Array, "*slots"], count: PerHead) -> Int[Array, " kv_heads"]:
         """How many of the ``count`` live slots of the layer that rank lowest belong to each head.
 
-        Among equals the oldest key comes first, then that of the first head.
+        Among equals the oldest key comes first, then that of the first head. NaN is as low as -infinity.
         """
-        columns = (x.reshape(-1) for x in (~self.live, rank, self.position, self.head))
+        columns = (x.reshape(-1) for x in (~self.live, _ordered(rank), self.position, self.head))
         dead, _, _, head = jax.lax.sort(tuple(columns), num_keys=4)
-        first = ~dead & (jnp.arange(head.size) < count)
+        first = ~dead & (iota(head.size) < count)
         return jnp.zeros_like(self.total(self.live)).at[head].add(first.astype(jnp.int32))
 
     def neighbours(
@@ -163,7 +170,7 @@ class Slots(NamedTuple):
         position = jnp.where(self.live, self.position, largest(self.position))
         order = self._order(self.head, position)
         head, position, per_slot = (x.reshape(-1)[order] for x in (self.head, position, per_slot))
-        index, found = jnp.arange(order.size), []
+        index, found = iota(order.size), []
         for shift in range(-radius, radius + 1):
             other = jnp.clip(index + shift, 0, index.size - 1)
             near = (head[other] == head) & (jnp.abs(position[other] - position) <= radius)
@@ -176,11 +183,28 @@ class Slots(NamedTuple):
         return self._place(~self.live, self.position)
 
     def mean_over_heads(self, per_slot: Num[Array, "*slots"]) -> Num[Array, "*slots"]:
-        """The mean over the heads of a layer, for policies whose heads all keep the same tokens."""
-        if self.owned is None:
-            return jnp.broadcast_to(per_slot.mean(0, keepdims=True), per_slot.shape)
+        """The mean, over the heads of the layer, of what each says of the token whose key a slot holds.
+
+        It goes by position: heads may hold different tokens, in whatever slots. 0 stands for a head that does not hold
+        the token, and for what is not a number (NaN), so that no head spoils the mean of the others. It is for
+        decisions: no gradient goes through it.
+        """
+        if not jnp.issubdtype(per_slot.dtype, jnp.floating):
+            per_slot = per_slot.astype(jnp.float32)
+        per_slot = jax.lax.stop_gradient(jnp.where(jnp.isnan(per_slot), 0, per_slot))
+        if self.owned is not None:
+            return self._mean_by_position(per_slot, self.owned.shape[0])
+
+        def by_position(found):
+            return self._mean_by_position(per_slot, len(per_slot)), jnp.zeros((), bool)
+
+        # As a rule all heads hold the same tokens in the same slots. If so the loop makes no trip, as in `lowest`.
+        alike = jnp.broadcast_to(per_slot.mean(0, keepdims=True), per_slot.shape)
+        differ = (self.position != self.position[:1]).any()
+        return jax.lax.while_loop(lambda found: found[1], by_position, (alike, differ))[0]
+
+    def _mean_by_position(self, per_slot: Float[Array, "*slots"], kv_heads: int) -> Float[Array, "*slots"]:
         order = self._order(~self.live, self.position, self.head)  # the heads of a token side by side, in their order
-        kv_heads = self.owned.shape[0]
         position, per_slot = (x.reshape(-1)[order] for x in (self.position, per_slot))
         first = jnp.searchsorted(jnp.where(position >= 0, position, largest(position)), position)
         same = [jnp.minimum(first + head, order.size - 1) for head in range(kv_heads)]
@@ -192,16 +216,16 @@ class Slots(NamedTuple):
         """Whose key each slot holds."""
         if self.owned is None:
             return jax.lax.broadcasted_iota(jnp.int32, self.position.shape, 0)
-        return jnp.broadcast_to(self.spread(jnp.arange(self.owned.shape[0])), self.position.shape)
+        return jnp.broadcast_to(self.spread(iota(self.owned.shape[0])), self.position.shape)
 
     def _place(self, *keys: Array) -> Int[Array, "*slots"]:
         """Each slot's place among those of its head, sorted by the first key, then by the second, and so on."""
         order = self._order(self.head, *keys)
         slots = self.total(jnp.ones_like(self.position))
-        return self._restored(jnp.arange(order.size), order) - self.spread(jnp.cumsum(slots) - slots)
+        return self._restored(iota(order.size), order) - self.spread(jnp.cumsum(slots, dtype=jnp.int32) - slots)
 
     def _order(self, *keys: Array) -> Int[Array, " all_slots"]:
-        index = jnp.arange(self.position.size)
+        index = iota(self.position.size)
         return jax.lax.sort((*(key.reshape(-1) for key in keys), index), num_keys=len(keys))[-1]
 
     def _restored(self, ordered: Shaped[Array, "*leading all_slots"], order: Int[Array, " all_slots"]) -> Array:
@@ -215,7 +239,9 @@ class Observation(NamedTuple):
     Probabilities are kept as softmax computes them, ``alpha = weights / total``. Comparisons such as alpha >= 1/n are
     then exact where ties are (n equal logits give weights 1 and total n), and a policy that needs only comparisons
     costs no second pass over the exponentials. A fused attention that returns the logsumexp fits as
-    ``weights = exp(logits - logsumexp), total = 1``. Queries that only pad a ragged batch have zero weights.
+    ``weights = exp(logits - logsumexp), total = 1``. Queries that only pad a ragged batch have zero weights. So have
+    those without a softmax (a logit is NaN or +infinity): probabilities are numbers, whatever the model computes. No
+    gradient goes through an observation.
 
     Attributes:
       weights: float32 ``[group, tokens, *slots]``.
@@ -333,6 +359,57 @@ class Usage(NamedTuple):
 
 
 def largest(x: Array) -> Array:
-    """What no number of this dtype exceeds."""
-    limit = jnp.iinfo(x.dtype).max if jnp.issubdtype(x.dtype, jnp.integer) else jnp.inf
-    return jnp.asarray(limit, x.dtype)
+    """What no finite number of this dtype exceeds."""
+    limit = jnp.iinfo if jnp.issubdtype(x.dtype, jnp.integer) else jnp.finfo
+    return jnp.asarray(limit(x.dtype).max, x.dtype)
+
+
+def _ordered(rank: Array) -> Array:
+    """A rank whose order is total: NaN is as low as -infinity. Infinities tie with what is largest and smallest."""
+    if jnp.issubdtype(rank.dtype, jnp.floating):
+        most = largest(rank)
+        rank = jnp.clip(jnp.where(jnp.isnan(rank), -most, rank), -most, most)
+    return rank
+
+
+def iota(size: int) -> Int[Array, " {size}"]:
+    """0, 1, ... in 32 bits."""
+    return jnp.arange(size, dtype=jnp.int32)
+
+
+def add(one: PerHead, other: PerHead) -> PerHead:
+    """The sum of two numbers from 0 up, or what the clock ends at (`ENDLESS`) if that is less.
+
+    >>> add(4, 32), add(ENDLESS, 32) == ENDLESS
+    (36, True)
+    """
+    if isinstance(one, int) and isinstance(other, int):
+        return min(one + other, ENDLESS)
+    module = jnp if isinstance(one, jax.Array) or isinstance(other, jax.Array) else np
+    return module.minimum(one, ENDLESS - other) + other
+
+
+def narrow(tree: PyTree[Any]) -> PyTree[Any]:
+    """Arrays of 64-bit numbers as of 32 bits, as JAX has them unless ``JAX_ENABLE_X64`` is set."""
+
+    def one(x):
+        wide = {"int64": jnp.int32, "uint64": jnp.uint32, "float64": jnp.float32}
+        dtype = None if getattr(x, "weak_type", True) and not isinstance(x, np.generic | np.ndarray) else x.dtype.name
+        return x.astype(wide[dtype]) if dtype in wide else x
+
+    return jax.tree.map(one, tree)
+
+
+def broadcasts(function: Callable) -> Callable:
+    """Makes a function one in which ranks may differ, whatever ``jax_numpy_rank_promotion`` says.
+
+    Leading axes broadcast over the slots here, on purpose, and in everybody's policies. The setting stays what it is
+    around the call.
+    """
+
+    @wraps(function)
+    def allowed(*arguments, **options):
+        with jax.numpy_rank_promotion("allow"):
+            return function(*arguments, **options)
+
+    return allowed

@@ -36,21 +36,40 @@ class Reading(NamedTuple):
     margin: float
 
 
+def stored(keys: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The keys as a cache holds them: where a value is not finite, neither is its key (NaN).
+
+    So a query that meets such a value finds out by its logit, and no other does: see `attention`.
+
+    Args:
+      keys, values: ``[tokens, ..., head_dim]``.
+    """
+    return np.where(np.isfinite(values).all(-1, keepdims=True), keys, np.nan)
+
+
 def softmax(logits: Sequence[float]) -> list[float]:
-    """``exp(l_i) / sum_j exp(l_j)``, shifted by the largest logit."""
+    """``exp(l_i) / sum_j exp(l_j)``, shifted by the largest logit; zeros if a logit is NaN, or the largest infinite."""
     largest = max(logits)
+    if any(map(math.isnan, logits)) or math.isinf(largest):
+        return [0.0] * len(logits)
     weights = [math.exp(logit - largest) for logit in logits]
     total = math.fsum(weights)
     return [weight / total for weight in weights]
 
 
 def attention(query, keys, values, live: Sequence[int]) -> tuple[dict[int, float], np.ndarray]:
-    """Attention of one query over the live keys: ``{key: probability}`` and the output ``[head_dim]``."""
+    """Attention of one query over the live keys: ``{key: probability}`` and the output ``[head_dim]``.
+
+    A query that has no softmax, since one of its logits is NaN or +infinity, attended to nothing: every probability is
+    0, and its output is NaN. Where all logits are -infinity there is nothing to attend to: the output is 0.
+    """
     scale = 1.0 / math.sqrt(len(query))
-    probabilities = softmax([scale * float(np.dot(query, keys[i])) for i in live])
-    output = np.zeros(values.shape[1])
-    for i, probability in zip(live, probabilities, strict=True):
-        output += probability * values[i]
+    with np.errstate(invalid="ignore", over="ignore"):
+        logits = [scale * float(np.dot(query, keys[i])) for i in live]
+        probabilities = softmax(logits)
+        output = np.full(len(values[live[0]]), np.nan if any(math.isnan(x) or x == math.inf for x in logits) else 0.0)
+        for i, probability in zip(live, probabilities, strict=True):
+            output += probability * values[i]
     return dict(zip(live, probabilities, strict=True)), output
 
 
@@ -71,12 +90,12 @@ def important_keys(
         if group == "mean":
             alphas = [math.fsum(alphas) / len(alphas)]
         for alpha in alphas:
-            ratio = alpha * n
-            if abs(ratio - multiple) < 1e-12:  # a tie in exact arithmetic: equal logits on all n keys
-                ratio = multiple
+            ratio = alpha * n / multiple
+            if abs(ratio - 1) < 1e-12:  # a tie in exact arithmetic: equal logits on all n keys
+                ratio = 1
             else:
-                margin = min(margin, abs(ratio - multiple))
-            if ratio >= multiple:
+                margin = min(margin, abs(ratio - 1))
+            if ratio >= 1:
                 important.add(i)
     return important, margin
 
@@ -117,7 +136,7 @@ def corm_messages(
         (never important before ever important, ties: oldest key), newest ``recent`` exempt.
       overflow: ``"evict"``, or ``"error"`` to raise `OverflowedError`.
     """
-    tokens, heads, _ = queries.shape
+    (tokens, heads, _), keys = queries.shape, stored(keys, values)
     messages: list[set[int]] = []  # row t - 1: the keys that the query at clock t found important
     live: list[int] = []
     kept, outputs, lost, margin = [], np.zeros((tokens, heads, values.shape[1])), 0, math.inf

@@ -2,16 +2,16 @@
 
 A rule belongs to one key-value head. `read` tells it what happens, key by key and query by query, and asks it which
 keys stay and who is to go first. Nothing here knows of JAX, slots or batches. Key ``i`` (from 0) has the 1-based
-position ``i + 1``; the clock ``t`` is the number of tokens seen.
+position ``i + 1``; the clock ``t`` is the number of tokens seen. Both are Python integers, which have no largest.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 import numpy as np
 
-from simulator.reference import Reading, attention, important_keys
+from simulator.reference import Reading, attention, important_keys, stored
 
 
 class Rule:
@@ -26,7 +26,7 @@ class Rule:
     margin = math.inf
 
     def begins(self, prompt: float) -> None:
-        """A text is about to be read, of which so many tokens are the prompt."""
+        """A prompt is about to be read, which ends at this clock. Several may follow each other."""
         self.prompt = prompt
 
     def arrives(self, i: int, key: np.ndarray) -> None:
@@ -40,7 +40,7 @@ class Rule:
         return live
 
     def order(self, i: int, t: int) -> float:
-        """Who goes first: the lowest, among equals the oldest."""
+        """Who goes first: the lowest, among equals the oldest. NaN is as low as -infinity."""
         return i
 
     def exempt(self, i: int, t: int) -> bool:
@@ -163,11 +163,15 @@ class Scissorhands(Rule):
 
 
 class TOVA(Rule):
-    """TOVA (arXiv 2401.06104), section 3: the lowest attention of the newest query, mean over the layer's heads."""
+    """TOVA (arXiv 2401.06104), section 3: the lowest attention of the newest query, mean over the layer's heads.
+
+    The paper's heads all keep the same tokens. Where they do not, because something else protects or caps them one by
+    one, a head pays no attention to a token that it no longer holds: 0 enters the mean.
+    """
 
     def attended(self, t, head, rows):
         every = [row for rows_of_head in rows for row in rows_of_head]
-        self.attention = {i: sum(row[i] for row in every) / len(every) for i in every[0]}
+        self.attention = {i: sum(row.get(i, 0.0) for row in every) / len(every) for i in set().union(*every)}
 
     def order(self, i, t):
         return self.attention[i]
@@ -210,10 +214,19 @@ class Random(Rule):
 
 
 class SnapKV(Rule):
-    """SnapKV (arXiv 2404.14469), section 4: the prompt's last queries score its keys, each with its neighbours."""
+    """SnapKV (arXiv 2404.14469), section 4: the prompt's last queries score its keys, each with its neighbours.
+
+    The paper knows one prompt. A later one of the same text (the next turn of a conversation) is judged like the first:
+    while it is read nothing goes; its own last queries, at most the window, score anew every key that is still there
+    and stands before the window, be it of this prompt, of an earlier one, or generated; what was scored before is
+    forgotten. A prompt shorter than the window has fewer judges, and the window reaches back beyond its beginning.
+    """
 
     def __init__(self, *, budget, window, kernel, pool):
         self.budget, self.window, self.kernel, self.pool = budget, window, kernel, pool
+
+    def begins(self, prompt):
+        super().begins(prompt)
         self.scores: list[dict[int, float]] = []  # one dictionary a head of the layer
         self.out: set[int] | None = None
 
@@ -352,10 +365,11 @@ def without(rules: Sequence[Rule], live: list[list[int]], t: int, count: int) ->
         for head, rule in enumerate(rules):
             for i in live[head]:
                 exempt = rule.exempt(i, t)
-                ranked.append((exempt, 0 if exempt else rule.order(i, t), i, head))
+                order = 0 if exempt else rule.order(i, t)
+                ranked.append((exempt, -math.inf if math.isnan(order) else order, i, head))
         (_, a, i, head), *others = sorted(ranked)
         for exempt, b, *_ in others:
-            if not exempt and isinstance(b, float) and a != b:  # whole numbers do not hang on rounding
+            if not exempt and isinstance(b, float) and a != b and math.isfinite(a + b):  # else rounding decides nothing
                 for rule in rules:
                     rule.margin = min(rule.margin, abs(a - b) / max(abs(a), abs(b)))
         live[head].remove(i)
@@ -376,8 +390,9 @@ def read(
     chunks: Sequence[int] | None = None,
     capacity: int | None = None,
     pooled: bool = False,
-    prompt: float = math.inf,
+    prompt: float | Mapping[int, float] = math.inf,
     frequencies: np.ndarray | None = None,
+    start: int = 0,
 ) -> list[Reading]:
     """Reads one sequence through the heads of a layer.
 
@@ -387,19 +402,23 @@ def read(
       keys, values: ``[tokens, kv_heads, head_dim]``.
       chunks, capacity: as in `simulator.reference.corm_messages`.
       pooled: the heads share their slots, ``capacity`` for each.
-      prompt: how many of the tokens are the prompt, if anybody said.
+      prompt: the clock at which the prompt ends, if anybody said; or, for several prompts, that of each by the clock at
+        which it begins, where a chunk must begin too.
       frequencies: radians a token for each pair of a head. Queries and keys then come unrotated, and are rotated by
         their position within the cache, 0 for the oldest key that is live.
+      start: what the clock shows before the first of these tokens: of earlier ones no key is left.
     """
-    for rule in rules:
-        rule.begins(prompt)
+    prompts = prompt if isinstance(prompt, Mapping) else {start: prompt}
     tokens, heads, group, _ = queries.shape
     live: list[list[int]] = [[] for _ in rules]
     kept: list[list[set[int]]] = [[] for _ in rules]
     lost, outputs = [0] * heads, np.zeros((heads, tokens, group, values.shape[-1]))
-    start = 0
+    keys, first = stored(keys, values), start
     for size in [1] * tokens if chunks is None else chunks:
         end = start + size
+        for rule in rules:
+            if start in prompts or start == first:
+                rule.begins(prompts.get(start, math.inf))
         for sharing in [range(heads)] if pooled else [[head] for head in range(heads)]:
             held = [live[head] for head in sharing]
             short = 0 if capacity is None else max(sum(map(len, held)) + (size - capacity) * len(sharing), 0)
@@ -410,19 +429,20 @@ def read(
                 lost[head] += len(before) - len(after)
         for head, rule in enumerate(rules):
             for i in range(start, end):
-                rule.arrives(i, keys[i, head])
+                rule.arrives(i, keys[i - first, head])
             live[head] = live[head] + list(range(start, end))
         for index in range(start, end):
             rows: list[list[dict[int, float]]] = []
             for head in range(heads):
                 visible = [i for i in live[head] if i <= index]
-                asked, held = queries[index, head], {i: keys[i, head] for i in visible}
+                asked, held = queries[index - first, head], {i: keys[i - first, head] for i in visible}
                 if frequencies is not None:
                     asked = [rotated(q, len(visible) - 1, frequencies) for q in asked]
                     held = {i: rotated(held[i], place, frequencies) for place, i in enumerate(visible)}
-                found = [attention(q, held, values[:, head], visible) for q in asked]
+                read_ = {i: values[i - first, head] for i in visible}
+                found = [attention(q, held, read_, visible) for q in asked]
                 rows.append([row for row, _ in found])
-                outputs[head, index] = [output for _, output in found]
+                outputs[head, index - first] = [output for _, output in found]
             for head, rule in enumerate(rules):
                 rule.attended(index + 1, head, rows)
         for head, rule in enumerate(rules):

@@ -38,7 +38,7 @@ class AdaKV(SnapKV):
 
     def allowed(self, pooled: Float[Array, "*slots"], early: Slots) -> Int[Array, "..."]:
         live = early.total(early.live)
-        even = jnp.broadcast_to(jnp.asarray(super().allowed(pooled, early)), live.shape)
-        best = live - early.lowest_of_layer(pooled, live.sum() - even.sum())  # c_h
-        per_mille = jnp.round(1000 * jnp.asarray(self.floor)).astype(jnp.int32)
+        even = jnp.broadcast_to(super().allowed(pooled, early), live.shape)
+        best = live - early.lowest_of_layer(pooled, live.sum(dtype=jnp.int32) - even.sum(dtype=jnp.int32))  # c_h
+        per_mille = jnp.round(1000 * jnp.asarray(self.floor, jnp.float32)).astype(jnp.int32)
         return ((1000 - per_mille) * best + per_mille * even + 500) // 1000  # whole numbers: no rounding decides

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Int
 from corm_jax.errors import CormError
 from corm_jax.policies.options import concrete, policy
 from corm_jax.policies.wrapper import Wrapper
-from corm_jax.types import PerHead, Policy, Slots, State
+from corm_jax.types import ENDLESS, PerHead, Policy, Slots, State
 
 
 @policy
@@ -42,9 +42,10 @@ class Budget(Wrapper):
 
     def limit(self, seen: Int[Array, ""]) -> Int[Array, "..."]:
         """How many keys of a head may stay after ``seen`` tokens."""
-        share = seen * jnp.asarray(self.per_mille, jnp.int32) // 1000
+        per_mille, tokens = jnp.asarray(self.per_mille, jnp.int32), jnp.asarray(self.tokens, jnp.int32)
+        share = seen // 1000 * per_mille + seen % 1000 * per_mille // 1000  # seen * per_mille would exceed int32
         least = jnp.maximum(jnp.asarray(self.policy.protected, jnp.int32), 1)
-        return jnp.maximum(jnp.asarray(self.tokens, jnp.int32) + share, least)
+        return jnp.maximum(jnp.minimum(tokens, ENDLESS - share) + share, least)
 
 
 def budget(policy: Policy, size: int | float) -> Budget:

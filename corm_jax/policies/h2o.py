@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from corm_jax.policies.options import choice, number, policy, whole
-from corm_jax.types import CacheSpec, Observation, PerHead, Slots
+from corm_jax.types import CacheSpec, Observation, PerHead, Slots, largest
 
 
 @policy
@@ -49,4 +49,5 @@ class H2O:
 
     def rank(self, state: Float[Array, "*slots"], slots: Slots) -> Float[Array, "*slots"]:
         age = (slots.seen - slots.position).astype(jnp.float32)
-        return jnp.where(slots.newest(self.recent), jnp.inf, state if self.score == "raw" else state / age)
+        score = state if self.score == "raw" else state / age
+        return jnp.where(slots.newest(self.recent), largest(score), score)

@@ -5,7 +5,7 @@ from jaxtyping import Array, Bool, Num
 
 from corm_jax.policies.options import number, policy, whole
 from corm_jax.policies.wrapper import Wrapper
-from corm_jax.types import PerHead, Policy, Slots, State, largest
+from corm_jax.types import PerHead, Policy, Slots, State, add, largest
 
 
 @policy
@@ -20,7 +20,7 @@ class Protect(Wrapper):
 
     @property
     def protected(self) -> PerHead:
-        return self.policy.protected + self.sinks + self.recent
+        return add(self.policy.protected, add(self.sinks, self.recent))
 
     def retain(self, state: State, slots: Slots) -> Bool[Array, "*slots"]:
         return slots.live & (self.policy.retain(state, slots) | self._safe(slots))

@@ -9,8 +9,16 @@ paid to it and to its neighbours (section 4), and the B - w that score highest s
 Nothing goes while the prompt is read, and no token that is generated later ever does. The paper's listing leaves the
 pooling open and its experiments pool the maximum (LongBench: w = 32, kernel 7); ``pool=mean`` is the released code's
 default. That code scores every query head by itself; here a group has one score before it is pooled, which for the
-maximum is not the same. State: one number a slot, since the cache knows N before the last w queries come.
+maximum is not the same.
+
+The paper knows one prompt. A later one of the same text, such as the next turn of a conversation, is judged like the
+first: nothing goes while it is read, and then its own last w queries, or all of them if there are fewer, choose anew
+among all keys before the last w that are still there. What was scored before is forgotten.
+
+State: one score a slot, since the cache knows N before the last w queries come, and the N to which it belongs.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +27,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 from corm_jax.errors import CormError
 from corm_jax.policies.options import choice, concrete, number, policy, static, whole
-from corm_jax.types import CacheSpec, Observation, PerHead, Slots
+from corm_jax.types import CacheSpec, Observation, PerHead, Slots, largest
 
 GONE = -1.0
+
+
+class Scores(NamedTuple):
+    """Of each slot's key: its score, `GONE` if it does not stay, and the end of the prompt whose queries gave it."""
+
+    score: Float[Array, "*slots"]
+    prompt: Int[Array, "*slots"]
 
 
 @policy
@@ -54,39 +69,44 @@ class SnapKV:
     def protected(self) -> int:
         return 0
 
-    def init(self, spec: CacheSpec) -> Float[Array, "*slots"]:
-        return jnp.zeros(spec.slots, jnp.float32)
+    def init(self, spec: CacheSpec) -> Scores:
+        return Scores(jnp.zeros(spec.slots, jnp.float32), jnp.zeros(spec.slots, jnp.int32))
 
-    def observe(self, state: Float[Array, "*slots"], observation: Observation, slots: Slots) -> Float[Array, "*slots"]:
+    def observe(self, state: Scores, observation: Observation, slots: Slots) -> Scores:
         t, begin = observation.seen, slots.prompt - slots.spread(self.window)
         judges = (t > begin) & (t <= slots.prompt)
-        another = ((t <= begin) & (t <= slots.seen)).any(0)  # a prompt after an earlier one: judged anew
         attention = jnp.where(judges, observation.probability.mean(0), 0.0).sum(0)
-        scores = jnp.where(another, 0.0, state) + attention
+        scores = self._current(state, slots) + attention
         ends = ((t == slots.prompt) & (t <= slots.seen)).any()
         # Where a batch's rows end apart, a loop runs only then; jax.lax.cond under jax.vmap would run at every step.
         done = jnp.zeros((), bool)
-        return jax.lax.while_loop(lambda x: x[1], lambda x: (self.verdict(x[0], slots), done), (scores, ends))[0]
+        scores, _ = jax.lax.while_loop(lambda x: x[1], lambda x: (self.verdict(x[0], slots), done), (scores, ends))
+        return Scores(scores, jnp.broadcast_to(slots.prompt, scores.shape))
 
     def verdict(self, scores: Float[Array, "*slots"], slots: Slots) -> Float[Array, "*slots"]:
         """Pooled scores; `GONE` for the keys that do not stay."""
         early = slots.only(slots.live & self._early(slots))
-        absent = -jnp.inf if self.pool == "max" else 0.0
+        absent = GONE if self.pool == "max" else 0.0  # scores are not negative
         around = early.neighbours(scores, self.kernel // 2, absent)
         # In order of size, equal scores add up to equal sums wherever they stand: a tie is one in every program.
-        pooled = around.max(0) if self.pool == "max" else jnp.sort(around, 0).sum(0) / self.kernel
+        pooled = around.max(0) if self.pool == "max" else jnp.sort(around, axis=0).sum(0) / self.kernel
         over = early.total(early.live) - self.allowed(pooled, early)
         return jnp.where(early.lowest(pooled, over), GONE, jnp.where(early.live, pooled, scores))
 
     def allowed(self, pooled: Float[Array, "*slots"], early: Slots) -> Int[Array, "..."]:
         """How many of a head's early keys stay."""
-        return jnp.asarray(self.budget) - jnp.asarray(self.window)
+        return jnp.asarray(self.budget, jnp.int32) - jnp.asarray(self.window, jnp.int32)
 
-    def retain(self, state: Float[Array, "*slots"], slots: Slots) -> Bool[Array, "*slots"]:
-        return slots.live & (state >= 0)
+    def retain(self, state: Scores, slots: Slots) -> Bool[Array, "*slots"]:
+        return slots.live & (self._current(state, slots) >= 0)
 
-    def rank(self, state: Float[Array, "*slots"], slots: Slots) -> Float[Array, "*slots"]:
-        return jnp.where(self._early(slots), state, jnp.inf)
+    def rank(self, state: Scores, slots: Slots) -> Float[Array, "*slots"]:
+        scores = self._current(state, slots)
+        return jnp.where(self._early(slots), scores, largest(scores))
+
+    def _current(self, state: Scores, slots: Slots) -> Float[Array, "*slots"]:
+        """The scores that queries of this prompt gave; 0 where only those of an earlier one did."""
+        return jnp.where(state.prompt == slots.prompt, state.score, 0.0)
 
     def _early(self, slots: Slots) -> Bool[Array, "*slots"]:
         return slots.position < slots.prompt - slots.spread(self.window)

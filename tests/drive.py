@@ -1,0 +1,76 @@
+"""A layer of a cache, driven token by token or chunk by chunk, beside the same of the specification."""
+
+from functools import partial
+from unittest.mock import patch
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from corm_jax import attention, cache
+from corm_jax.types import ENDLESS, CacheSpec
+from simulator import rules
+from simulator.specification import rule_of
+from simulator.subject import by_head
+
+TOKENS, CHUNK, KV_HEADS, GROUP, HEAD_DIM = 20, 3, 2, 2, 4
+SHAPES = (TOKENS, KV_HEADS, GROUP, HEAD_DIM), (TOKENS, KV_HEADS, HEAD_DIM), (TOKENS, KV_HEADS, HEAD_DIM)
+
+
+def normal(seed, scale=2.0):
+    """Queries, keys and values of a layer: no two logits are equal."""
+    rng = np.random.default_rng(seed)
+    return tuple((factor * rng.normal(size=shape)).astype(np.float32) for factor, shape in zip((scale, 1, 1), SHAPES))  # noqa: B905
+
+
+def step_by_pages(*arguments):
+    """`corm_jax.step` in a pool whose keys are gathered into small pages, as those for long chunks are."""
+    with patch.object(attention, "FEW", 0), patch.object(cache, "PAGE", 2):
+        return attention.step(*arguments)
+
+
+STEPS = {False: attention.step, True: attention.step, "by pages": step_by_pages}
+
+
+def in_cache(policy, q, k, v, counts, *, capacity=TOKENS + CHUNK, pooled=False, prompts=None, start=0):
+    """Outputs ``[tokens, ...]``, the keys of each head after each step, and the cache at the end.
+
+    Args:
+      counts: tokens of each step: all at most 1, or at most CHUNK.
+      pooled: False, True or "by pages".
+      prompts: the clock at which a prompt ends, by the clock at which it begins.
+      start: what the clock shows before the first token.
+    """
+    counts, chunk = np.array(counts, np.int32), max(1, *counts)
+    clock = start + counts.cumsum() - counts
+    ends = [max((begin, end) for begin, end in (prompts or {}).items() if begin <= t)[1] if prompts else ENDLESS
+            for t in clock]  # fmt: skip
+    padded = (np.concatenate([x, np.full((CHUNK, *x.shape[1:]), 7, x.dtype)]) for x in (q, k, v))
+    chunk, static = (1 if chunk == 1 else CHUNK), {"capacity": capacity, "pooled": pooled}
+    ends = np.array(ends, np.int32)
+    outputs, position, last = _in_cache(policy, *padded, counts, ends, np.int32(start), chunk=chunk, **static)
+    rows = np.concatenate([out[:count] for out, count in zip(np.asarray(outputs), counts, strict=True)])
+    held = [[{int(p) for p in slots if p >= 0} for slots in head] for head in np.asarray(position).swapaxes(0, 1)]
+    return rows, held, last
+
+
+@partial(jax.jit, static_argnames=("chunk", "capacity", "pooled"))
+def _in_cache(policy, q, k, v, counts, ends, start, *, chunk, capacity, pooled):
+    layer = cache.make_cache(policy, CacheSpec(k.shape[1], capacity, k.shape[2], k.dtype, bool(pooled)))
+
+    def body(carry, xs):
+        layer, at = carry
+        count, prompt = xs
+        pieces = (jax.lax.dynamic_slice_in_dim(x, at, chunk) for x in (q, k, v))
+        output, layer = STEPS[pooled](policy, layer._replace(prompt=prompt), *pieces, count)
+        return (layer, at + count), (output, by_head(layer))
+
+    (layer, _), (outputs, position) = jax.lax.scan(body, (layer._replace(seen=start), jnp.int32(0)), (counts, ends))
+    return outputs, position, layer
+
+
+def in_numpy(policy, q, k, v, counts, *, capacity=None, pooled=False, prompts=None, start=0):
+    """The readings of the specification, head by head."""
+    heads = [rule_of(policy, head) for head in range(q.shape[1])]
+    how = {"capacity": capacity, "pooled": bool(pooled), "start": start}
+    return rules.read(heads, q, k, v, chunks=counts, prompt=prompts or {}, **how)
