@@ -37,6 +37,12 @@ class Plan:
     overflow: float
     capacity: tuple[int, ...]
 
+    def __repr__(self) -> str:
+        slots = "..".join(dict.fromkeys(map(str, (min(self.capacity), max(self.capacity)))))
+        shown = {name: getattr(self, name) for name in ("model", "policy", "kv_heads", "tokens", "chunk", "overflow")}
+        parts = [f"{name}={value!r}" for name, value in shown.items()]
+        return f"Plan({', '.join(parts)}, layers={len(self.capacity)}, capacity={slots})"
+
     def save(self, path: Path) -> None:
         """Writes the plan as JSON."""
         write_json(path, {"format": FORMAT} | asdict(self))

@@ -39,6 +39,13 @@ class Bounds(NamedTuple):
     most: np.ndarray
     greedy: np.ndarray
 
+    def __repr__(self) -> str:
+        if not all(np.ndim(values) == 3 for values in self):
+            return f"Bounds{tuple.__repr__(self)}"
+        layers, kv_heads, steps = np.shape(self.policy)
+        mass = ", ".join(f"{name}={np.mean(values, dtype=np.float64):.3f}" for name, values in self._asdict().items())
+        return f"Bounds(layers={layers}, kv_heads={kv_heads}, steps={steps}, {mass})"
+
     @property
     def regret(self) -> np.ndarray:
         """``most - policy``: the mass lost beyond what so few keys had to lose."""

@@ -39,7 +39,9 @@ BLOCK = 64
 class Replay(NamedTuple):
     """What a policy did with a trace. A sweep has the axes of its grid in front.
 
-    ``until`` and ``lost`` say it all; the properties are other views of them. Clocks count from 1.
+    ``until`` and ``lost`` say it all; the properties are other views of them. Clocks count from 1. Its short form shows
+    the share of the keys that are live at the end, means of the mass and the error, and the overflow: of a sweep, the
+    range over the grid.
 
     Attributes:
       until: int32 ``[layers, kv_heads, keys]``, the clock of the last query that could attend to the key; `FOREVER` if
@@ -59,6 +61,17 @@ class Replay(NamedTuple):
     error: np.ndarray | None
     needed: np.ndarray
     kept: np.ndarray | None = None
+
+    def __repr__(self) -> str:
+        if not all(isinstance(x, np.ndarray) and x.ndim > 2 for x in self[:3]):  # shapes, say, or numbers being traced
+            return f"Replay{tuple.__repr__(self)}"
+        each = (-3, -2, -1)
+        shares = {"kept": (self.until == FOREVER).mean(each), "mass": self.mass.mean(each, dtype=np.float64)}
+        shares |= {} if self.error is None else {"error": self.error.mean(each, dtype=np.float64)}
+        *grid, layers, kv_heads, steps = self.until.shape
+        parts = [f"grid={tuple(grid)}"] * bool(grid) + [f"layers={layers}, kv_heads={kv_heads}, steps={steps}"]
+        parts += [f"{name}={_range(share, '.3f')}" for name, share in shares.items()]
+        return f"Replay({', '.join(parts)}, overflow={_range(self.overflow.sum((-2, -1)), 'd')})"
 
     @property
     def steps(self) -> int:
@@ -137,6 +150,8 @@ def replay(
     >>> rng = np.random.default_rng(0)
     >>> q, k, v = (rng.normal(size=(1, 8, heads, 4)) for heads in (2, 1, 1))      # one layer, 8 steps
     >>> result = replay(Trace.from_qkv(q, k, v), Corm(window=3, recent=2))
+    >>> result
+    Replay(layers=1, kv_heads=1, steps=8, kept=0.875, mass=0.986, error=0.033, overflow=0)
     >>> result.live[0, 0]
     array([1, 2, 3, 4, 5, 6, 6, 7], dtype=int32)
     >>> int(result.regretted.sum())
@@ -172,7 +187,10 @@ def sweep(
     >>> from corm_jax import Corm
     >>> from simulator.synthetic import noise
     >>> grid = {"window": [2, 4, 8], "recent": [1, 2]}
-    >>> sweep(noise(layers=1, steps=16), Corm, grid).live[..., -1].shape        # [window, recent, layers, kv_heads]
+    >>> result = sweep(noise(layers=1, steps=16), Corm, grid)
+    >>> result
+    Replay(grid=(3, 2), layers=1, kv_heads=2, steps=16, kept=0.531..0.844, mass=0.675..0.944, overflow=0)
+    >>> result.live[..., -1].shape                                  # [window, recent, layers, kv_heads]
     (3, 2, 1, 2)
     """
     for name, values in grid.items():
@@ -284,6 +302,12 @@ _compiled = jax.jit(read, static_argnames=_STATIC)
 def _compiled_grid(policies, layer, scale, steps, capacity, prompt, **static):
     one = partial(read, **static)
     return jax.vmap(one, in_axes=(0, None, None, None, None, None))(policies, layer, scale, steps, capacity, prompt)
+
+
+def _range(values: np.ndarray, how: str) -> str:
+    """One number, or the least and the largest of a grid, if they differ."""
+    low, high = (format(value, how) for value in (np.min(values), np.max(values)))
+    return low if low == high else f"{low}..{high}"
 
 
 def _cumulative(clock: np.ndarray) -> np.ndarray:

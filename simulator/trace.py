@@ -15,24 +15,21 @@ noise 2 (5, 2, 8) (3, 4, 8)
 
 import dataclasses
 import itertools
+import operator
 import os
 import reprlib
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-from corm_jax.errors import CormError
+from simulator.arrays import DTYPES, TraceError, by_layer, floats, require
 
-DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _LARGEST = 2**31 - 1  # positions are int32 everywhere
-
-
-class TraceError(CormError):
-    """A trace that cannot be read, made or written: the message names the file, the field and what was expected."""
 
 
 class QKV(NamedTuple):
@@ -89,18 +86,19 @@ class Meta:
     scale: float | None = None
     model: str = ""
     dtype: str = "float32"
-    tokens: tuple[int, ...] | None = None
-    pieces: tuple[str, ...] | None = None
-    positions: tuple[int, ...] | None = None
+    tokens: tuple[int, ...] | None = field(default=None, repr=False)
+    pieces: tuple[str, ...] | None = field(default=None, repr=False)
+    positions: tuple[int, ...] | None = field(default=None, repr=False)
 
     def __post_init__(self):
         require(self.kind in ("qkv", "attention"), "kind", "'qkv' or 'attention'", self.kind)
         for name in ("layers", "steps", "q_heads", "kv_heads"):
-            _whole(name, getattr(self, name), 1)
+            object.__setattr__(self, name, _whole(name, getattr(self, name), 1))
         require(self.q_heads % self.kv_heads == 0, "q_heads", f"a multiple of kv_heads={self.kv_heads}", self.q_heads)
         if self.kind == "qkv":
-            head_dim = _whole("head_dim", self.head_dim, 1)
-            scale = head_dim**-0.5 if self.scale is None else self.scale
+            object.__setattr__(self, "head_dim", _whole("head_dim", self.head_dim, 1))
+            scale: Any = (self.head_dim or 1) ** -0.5 if self.scale is None else self.scale
+            scale = scale.item() if getattr(scale, "ndim", None) == 0 else scale
             good = isinstance(scale, int | float) and not isinstance(scale, bool) and 0 < scale <= sys.float_info.max
             require(good, "scale", "a finite positive number", scale)
             object.__setattr__(self, "scale", float(scale))
@@ -115,9 +113,9 @@ class Meta:
                 values = values.tolist() if hasattr(values, "tolist") else values
                 require(isinstance(values, list | tuple), name, "a list with one entry a step", values)
                 require(len(values) == self.steps, f"len({name})", f"steps={self.steps}", len(values))
-                for index, value in enumerate(values):
-                    _text(f"{name}[{index}]", value) if name == "pieces" else _whole(f"{name}[{index}]", value, 0)
-                object.__setattr__(self, name, tuple(values))
+                check = _text if name == "pieces" else partial(_whole, least=0)
+                checked = tuple(check(f"{name}[{index}]", value) for index, value in enumerate(values))
+                object.__setattr__(self, name, checked)
         rising = all(first < second for first, second in itertools.pairwise(self.positions or ()))
         require(rising, "positions", "strictly increasing", self.positions)
 
@@ -144,50 +142,90 @@ class Trace:
     def __init__(self, meta: Meta, read: Callable[[int], QKV | Rows]):
         self.meta, self._read = meta, read
 
+    def __repr__(self) -> str:
+        names = ("kind", "model", "layers", "steps", "q_heads", "kv_heads", "head_dim")
+        shown = {name: getattr(self.meta, name) for name in names}
+        shown = {name: value for name, value in shown.items() if value not in (None, "")}
+        return f"Trace({', '.join(f'{name}={reprlib.repr(value)}' for name, value in shown.items())})"
+
     def layer(self, index: int) -> QKV | Rows:
         """Layer ``index``, from 0, in float32: a `QKV` or a `Rows`, as the trace's kind is.
 
         Raises:
           TraceError: for an index out of range; for a file that is damaged or does not hold what ``meta`` says.
         """
-        return self._read(_index("layer", index, 0, self.meta.layers - 1))
+        return self._read(_whole("layer", index, 0, self.meta.layers - 1))
 
     @classmethod
-    def from_qkv(cls, q, k, v, *, scale=None, model="", tokens=None, pieces=None) -> "Trace":
-        """A trace of arrays in memory, copied only where they are not contiguous float32.
+    def from_qkv(cls, q, k, v, *, heads_first=None, scale=None, model="", tokens=None, pieces=None) -> "Trace":
+        """A trace of arrays in memory, copied only where they are not contiguous float32 of NumPy.
+
+        Arrays may be NumPy's, JAX's or torch's, on any device, of any float dtype. Each is one array for all layers, or
+        a list or tuple of one array a layer, which may have a batch axis of 1 in front. For a whole model of
+        `transformers` see `simulator.huggingface.record`.
 
         Args:
-          q: ``[layers, steps, q_heads, head_dim]``, rotated, of any float dtype.
+          q: ``[layers, steps, q_heads, head_dim]``, rotated.
           k, v: ``[layers, steps, kv_heads, head_dim]``.
+          heads_first: True if the heads come before the steps, as in torch's and transformers'
+            ``[1, heads, steps, head_dim]``. Has to be said where there is a batch axis, since either order is in use.
           scale, model, tokens, pieces: see `Meta`.
 
         Raises:
-          TraceError: for shapes that do not fit each other, other dtypes, NaN and infinity.
+          TraceError: for shapes that do not fit each other, other dtypes, batches of several texts, NaN and infinity.
         """
-        q, k, v = _array("q", q, 4), _array("k", k, 4), _array("v", v, 4)
-        axes = dict(zip(("layers", "steps", "q_heads", "head_dim"), q.shape, strict=True), kv_heads=k.shape[2])
+        given, arrays = {"q": q, "k": k, "v": v}, {}
+        for name, value in given.items():
+            layers, batched = by_layer(name, value, 3)
+            if batched and heads_first is None:
+                raise TraceError(
+                    f"{name} has a batch axis, {layers[0][None].shape}: say heads_first=True if that is "
+                    "[1, heads, steps, head_dim], as in transformers, or heads_first=False if steps come before heads"
+                )
+            arrays[name] = [layer.swapaxes(0, 1) for layer in layers] if heads_first else layers
+        steps, q_heads, head_dim = arrays["q"][0].shape
+        axes = {"layers": len(arrays["q"]), "steps": steps, "q_heads": q_heads, "head_dim": head_dim}
+        hint = f"of {steps} steps, as q's (heads_first=True if heads come before steps)"
+        require(len(arrays["k"][0]) == steps, "k's shape", hint, arrays["k"][0].shape)
+        axes["kv_heads"] = arrays["k"][0].shape[1]
         meta = Meta(kind="qkv", scale=scale, model=model, tokens=tokens, pieces=pieces, **axes)
-        return cls(meta, _layers(meta, q=q, k=k, v=v).__getitem__)
+        return cls(meta, _layers(meta, **arrays).__getitem__)
 
     @classmethod
     def from_attention(cls, probs, *, kv_heads=None, model="", tokens=None, pieces=None) -> "Trace":
-        """A trace of attention rows in memory, copied only where they are not contiguous float32.
+        """A trace of attention rows in memory, copied only where they are not contiguous float32 of NumPy.
 
         Args:
-          probs: ``[layers, q_heads, steps, steps]``, see `Rows`, of any float dtype. A 16-bit one becomes
-            ``meta.dtype``, since it bounds how exactly rows sum to 1.
+          probs: ``[layers, q_heads, steps, steps]``, see `Rows`; or a list or tuple of one array a layer, which may
+            have a batch axis of 1 in front, as in transformers' ``output.attentions``. NumPy's, JAX's or torch's, on
+            any device, of any float dtype. A 16-bit one becomes ``meta.dtype``, since it bounds how exactly rows sum
+            to 1.
           kv_heads: by default ``q_heads``.
           model, tokens, pieces: see `Meta`.
 
         Raises:
-          TraceError: for another shape or dtype, NaN, infinity, and rows that are no causal probabilities.
+          TraceError: for another shape or dtype, batches of several texts, NaN, infinity, and rows that are no causal
+            probabilities.
+
+        >>> rows = np.tril(np.ones((1, 2, 3, 3))) / np.arange(1, 4)[:, None]        # a batch of 1, 2 heads, 3 steps
+        >>> Trace.from_attention((rows, rows), kv_heads=1)
+        Trace(kind='attention', layers=2, steps=3, q_heads=2, kv_heads=1)
         """
-        probs = _array("probs", probs, 4)
-        layers, heads, steps, _ = probs.shape
-        axes = {"layers": layers, "steps": steps, "q_heads": heads, "kv_heads": heads if kv_heads is None else kv_heads}
-        dtype = probs.dtype.name if probs.dtype.name in DTYPES else "float32"
+        none = probs is None or (isinstance(probs, list | tuple) and (not probs or any(one is None for one in probs)))
+        if none:
+            raise TraceError(
+                "the model returned no attentions: load it with attn_implementation='eager', and call it with "
+                "output_attentions=True"
+            )
+        layers, _ = by_layer("probs", probs, 3)
+        heads, steps, _ = layers[0].shape
+        kinds = sorted({layer.dtype.name for layer in layers})
+        require(len(kinds) == 1, "probs's dtype", "the same in all layers", " and ".join(kinds))
+        axes = {"layers": len(layers), "steps": steps, "q_heads": heads}
+        axes["kv_heads"] = heads if kv_heads is None else kv_heads
+        dtype = kinds[0] if kinds[0] in DTYPES else "float32"
         meta = Meta(kind="attention", dtype=dtype, model=model, tokens=tokens, pieces=pieces, **axes)
-        return cls(meta, _layers(meta, probs=probs).__getitem__)
+        return cls(meta, _layers(meta, probs=layers).__getitem__)
 
     @classmethod
     def open(cls, path: str | os.PathLike) -> "Trace":
@@ -207,8 +245,8 @@ class Trace:
           TraceError: for layers or steps that the trace lacks, or none.
         """
         old = self.meta
-        chosen = [_index("layer", i, 0, old.layers - 1) for i in (range(old.layers) if layers is None else layers)]
-        stop = old.steps if steps is None else _index("steps", steps, 1, old.steps)
+        chosen = [_whole("layer", i, 0, old.layers - 1) for i in (range(old.layers) if layers is None else layers)]
+        stop = old.steps if steps is None else _whole("steps", steps, 1, old.steps)
         cut = {name: getattr(old, name) and getattr(old, name)[:stop] for name in ("tokens", "pieces", "positions")}
 
         def read(index: int) -> QKV | Rows:
@@ -219,8 +257,8 @@ class Trace:
 
         return Trace(dataclasses.replace(old, layers=len(chosen), steps=stop, **cut), read)
 
-    def save(self, path: str | os.PathLike, dtype: str = "float32") -> None:
-        """Writes the trace to a new directory, its values rounded to ``dtype``.
+    def save(self, path: str | os.PathLike, dtype: str | None = None) -> None:
+        """Writes the trace to a new directory, its values rounded to ``dtype``, by default ``meta.dtype``.
 
         Raises:
           TraceError: where `simulator.storage.Writer` does.
@@ -228,7 +266,8 @@ class Trace:
         from simulator.storage import Writer
 
         # Nothing is resumed: half a trace with the same meta may hold other values.
-        with Writer(path, dataclasses.replace(self.meta, dtype=dtype), resume=False) as writer:
+        meta = self.meta if dtype is None else dataclasses.replace(self.meta, dtype=dtype)
+        with Writer(path, meta, resume=False) as writer:
             for index in range(self.meta.layers):
                 writer.write(**self.layer(index)._asdict())
 
@@ -249,32 +288,15 @@ def layer_of(where: str, meta: Meta, tensors: dict[str, Any], dtype: str = "floa
     return Rows(**cast)
 
 
-def require(good: bool, name: str, expected: str, value: Any) -> None:
-    """Raises a `TraceError` unless ``good``."""
-    if not good:
-        raise TraceError(f"{name} must be {expected}, not {reprlib.repr(value)}")
-
-
-def _layers(meta: Meta, **arrays: np.ndarray) -> list[QKV | Rows]:
-    for name, array in arrays.items():
-        shape = (meta.layers, *meta.shapes[name])
-        require(array.shape == shape, f"{name}'s shape", str(shape), array.shape)
-    layers = [{name: array[index] for name, array in arrays.items()} for index in range(meta.layers)]
-    return [layer_of(f"layer {index}", meta, layer) for index, layer in enumerate(layers)]
-
-
-def _array(where: str, value: Any, axes: int) -> np.ndarray:
-    try:
-        array = np.asarray(value)
-    except (TypeError, ValueError) as error:
-        raise TraceError(f"{where} is no array: {error}") from None
-    require(array.dtype.kind == "f" or array.dtype.name in DTYPES, f"{where}'s dtype", "a float", array.dtype.name)
-    require(array.ndim == axes, f"{where}'s shape", f"of {axes} axes", array.shape)
-    return array
+def _layers(meta: Meta, **arrays: list[np.ndarray]) -> list[QKV | Rows]:
+    for name, layers in arrays.items():
+        require(len(layers) == meta.layers, f"{name}'s layers", str(meta.layers), len(layers))
+    each = [dict(zip(arrays, layer, strict=True)) for layer in zip(*arrays.values(), strict=True)]
+    return [layer_of(f"layer {index}", meta, layer) for index, layer in enumerate(each)]
 
 
 def _cast(where: str, value: Any, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    array = _array(where, value, len(shape))
+    array = floats(where, value)
     require(array.shape == shape, f"{where}'s shape", str(shape), array.shape)
     with np.errstate(all="ignore"):  # what overflows is found below
         cast = np.ascontiguousarray(array, DTYPES[dtype]).view()
@@ -302,19 +324,20 @@ def _check_rows(where: str, rows: np.ndarray, meta: Meta) -> None:
     if abs(sums[row] - 1) > slack:
         raise TraceError(
             f"{where}, row {row}, must sum to 1 within {slack:.2g} for {meta.dtype}, not to {sums[row]:.6g}: "
-            "rows that were rounded to 16 bits stay in their dtype"
+            "rows that were rounded to 16 bits stay in their dtype; dropout is to be off"
         )
 
 
 def _whole(name: str, value: Any, least: int, most: int = _LARGEST) -> int:
-    require(type(value) is int and least <= value <= most, name, f"a whole number from {least} to {most}", value)
-    return value
+    try:
+        number = least - 1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = least - 1
+    require(least <= number <= most, name, f"a whole number from {least} to {most}", value)
+    return number
 
 
-def _index(name: str, value: Any, least: int, most: int) -> int:
-    return _whole(name, int(value) if isinstance(value, np.integer) else value, least, most)
-
-
-def _text(name: str, value: Any) -> None:
+def _text(name: str, value: Any) -> str:
     good = isinstance(value, str) and value == value.encode("utf-8", "ignore").decode("utf-8")
     require(good, name, "text without lone surrogates", value)
+    return value

@@ -103,3 +103,11 @@ def test_what_cannot_work_is_said():
         oracle.bounds(trace.part(steps=10), replay(trace, Full()))
     with pytest.raises(CormError, match="at most 300"):
         oracle.exact(np.eye(301, dtype=np.float32), np.ones(301, int))
+
+
+def test_short_form():
+    trace = synthetic.noise(layers=2, steps=40)
+    found = oracle.bounds(trace, replay(trace, Corm(window=5, recent=2)))
+    means = ", ".join(f"{name}={getattr(found, name).mean():.3f}" for name in ("policy", "most", "greedy"))
+    assert repr(found) == f"Bounds(layers=2, kv_heads=2, steps=40, {means})"
+    assert repr(oracle.Bounds(1, 2, 3)) == "Bounds(1, 2, 3)"

@@ -58,6 +58,14 @@ def test_files(tmp_path):
     assert Plan.load(tmp_path / "plan.json") == PLAN
 
 
+def test_short_form():
+    assert repr(PLAN) == (
+        "Plan(model='m', policy='corm:window=4,recent=2', kv_heads=2, tokens=9, chunk=3, overflow=0.1, layers=2, "
+        "capacity=5..6)"
+    )
+    assert repr(dataclasses.replace(PLAN, capacity=(7,) * 30)).endswith("layers=30, capacity=7)")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

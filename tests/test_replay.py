@@ -222,3 +222,17 @@ def test_one_class_is_not_taken_for_another():
     structures = [jax.tree.structure(budget(policy, 5)) for policy in (TOVA(), L2Norm(), Full())]
     assert len({*structures}) == 3
     assert all(one != other for one, other in itertools.combinations(structures, 2))
+
+
+def test_short_forms():
+    rng = np.random.default_rng(0)
+    trace = Trace.from_qkv(*(rng.normal(size=(2, 70, heads, 4)) for heads in (4, 2, 2)))
+    full = replay(trace, Full(), capacity=30, errors=False)
+    assert repr(full).startswith("Replay(layers=2, kv_heads=2, steps=70, kept=0.429, mass=")
+    assert repr(full).endswith(", overflow=160)")
+    grid = sweep(trace, Corm, {"window": [2, 90], "recent": [3]})
+    shares = [(grid.until[i, 0] == FOREVER).mean() for i in (0, 1)]
+    assert f"grid=(2, 1), layers=2, kv_heads=2, steps=70, kept={shares[0]:.3f}..1.000, mass=" in repr(grid)
+    assert len(repr(full)) < 120
+    for other in (jax.tree.map(np.shape, full), jax.tree.map(jax.numpy.sum, full), full._replace(until=None)):
+        assert repr(other).startswith("Replay(")

@@ -1,9 +1,17 @@
 """Traces in memory: any float dtype comes in, float32 comes out, and what cannot be in a trace is an error."""
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from corm_jax import Corm, Full
+from simulator.oracle import bounds
+from simulator.replay import replay
 from simulator.trace import QKV, Meta, Rows, Trace, TraceError
 
 PIECES = ("It", " was", " the", " né", "\n", "😀")
@@ -58,11 +66,127 @@ def test_any_float_dtype_becomes_float32(dtype):
 
 
 def test_jax_arrays():
-    import jax.numpy as jnp
-
     trace = Trace.from_qkv(*map(jnp.asarray, qkv()), tokens=jnp.arange(6), pieces=np.array(PIECES))
     assert (trace.meta.tokens, trace.meta.pieces) == ((0, 1, 2, 3, 4, 5), PIECES)
     assert trace.meta.positions == (0, 1, 2, 3, 4, 5)
+
+
+LIBRARIES = {
+    "numpy": lambda x: x,
+    "jax": jnp.asarray,
+    "torch": lambda x: torch.tensor(x.astype(np.float64)).to(getattr(torch, x.dtype.name)),
+    "torch with gradients": lambda x: LIBRARIES["torch"](x).requires_grad_() * 1,
+}
+PACKAGES = {
+    "one array": lambda layers: layers,
+    "one array with batch": lambda layers: layers[:, None],
+    "tuple": tuple,
+    "list": list,
+    "tuple with batch": lambda layers: tuple(layer[None] for layer in layers),
+}
+
+
+@given(
+    library=st.sampled_from([*LIBRARIES]),
+    package=st.sampled_from([*PACKAGES]),
+    dtype=st.sampled_from(["float32", "float64", "float16", "bfloat16"]),
+    heads_first=st.booleans(),
+    kind=st.sampled_from(["qkv", "attention"]),
+)
+def test_arrays_of_any_library_in_any_package(library, package, dtype, heads_first, kind):
+    """The same numbers come out, or the order of the axes has to be said."""
+
+    def given_as(x):
+        with jax.enable_x64(dtype == "float64"):
+            made = LIBRARIES[library](x.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype))
+            return PACKAGES[package](made)
+
+    def rounded(x):
+        return x.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype).astype(np.float32)
+
+    if kind == "attention":
+        trace, expected = Trace.from_attention(given_as(rows()), kv_heads=2), [rows()]
+        assert trace.meta.dtype == (dtype if dtype != "float64" else "float32")
+    else:
+        arrays, options = qkv(), {}
+        if heads_first or "batch" in package:
+            options = {"heads_first": heads_first}
+        given_ = [given_as(x.swapaxes(1, 2) if heads_first else x) for x in arrays]
+        if "batch" in package:
+            with pytest.raises(
+                TraceError, match=r"^q has a batch axis, .*: say heads_first=True if that is \[1, heads, "
+            ):
+                Trace.from_qkv(*given_)
+        trace, expected = Trace.from_qkv(*given_, **options), arrays
+    assert (trace.meta.layers, trace.meta.steps, trace.meta.q_heads, trace.meta.kv_heads) == (3, 6, 4, 2)
+    for index in range(3):
+        for array, original in zip(trace.layer(index), expected, strict=True):
+            assert array.dtype == np.float32
+            np.testing.assert_array_equal(array, rounded(original[index]))
+
+
+def test_what_transformers_returns_otherwise():
+    """None from sdpa, nothing without output_attentions, token by token from generate, and batches."""
+    good = tuple(torch.tensor(rows()[:, None]))
+    for none in (None, (), (None, None), [good[0], None]):
+        with pytest.raises(
+            TraceError, match="^the model returned no attentions: load it with attn_implementation='eager'"
+        ):
+            Trace.from_attention(none)
+    with pytest.raises(
+        TraceError, match=r"^layer 0 of probs is itself a tuple of arrays, as transformers' generate\(\)"
+    ):
+        Trace.from_attention((good, good))
+    message = r"^layer 0 of probs holds a batch of 2 texts, a trace holds one: give layer\[row : row \+ 1\] of each$"
+    with pytest.raises(TraceError, match=message):
+        Trace.from_attention(tuple(torch.cat([layer, layer]) for layer in good))
+    q, k, v = qkv()
+    with pytest.raises(TraceError, match="^layer 1 of k holds a batch of 2 texts"):
+        Trace.from_qkv(q, [k[0], np.stack([k[1], k[1]])], v)
+    with pytest.raises(TraceError, match="^probs's dtype must be the same in all layers, not 'bfloat16 and float32'"):
+        Trace.from_attention([good[0].bfloat16(), good[1]])
+    with pytest.raises(TraceError, match=r"^layer 1: probs's shape must be \(4, 6, 6\), not \(4, 5, 5\)"):
+        Trace.from_attention([rows()[0], rows()[1][:, :5, :5]])
+    for strange in (torch.ones(2, device="meta"), torch.ones(3, 4, 6, 6).to_sparse(), {"attentions": good}, "rows"):
+        with pytest.raises(TraceError, match="^probs(?! is None)"):
+            Trace.from_attention(strange)
+
+
+def test_numbers_of_any_library():
+    q, k, v = qkv()
+    trace = Trace.from_qkv(q, k, v, scale=jnp.float32(0.25), tokens=list(np.arange(6)), pieces=list(PIECES))
+    assert (trace.meta.scale, trace.meta.tokens) == (0.25, (0, 1, 2, 3, 4, 5))
+    assert {type(token) for token in trace.meta.tokens} == {int}
+    assert Trace.from_attention(rows(), kv_heads=np.int64(2)).meta == Trace.from_attention(rows(), kv_heads=2).meta
+    assert Trace.from_qkv(q, k, v, tokens=torch.arange(6)).meta.tokens == trace.meta.tokens
+    with pytest.raises(TraceError, match="^scale must be a finite positive number"):
+        Trace.from_qkv(q, k, v, scale=np.array([0.5, 0.5]))
+
+
+def test_rows_rounded_to_bfloat16_from_end_to_end(tmp_path):
+    """They miss a sum of 1 by more than 1e-3, and yet can be kept, replayed and held against bounds."""
+    trace = Trace.from_attention(torch.tensor(rows()).bfloat16())
+    sums = np.stack([trace.layer(layer).probs.sum(-1) for layer in range(3)])
+    assert np.abs(sums - 1).max() > 1e-3
+    trace.save(tmp_path / "trace")
+    again = Trace.open(tmp_path / "trace")
+    assert again.meta == trace.meta
+    assert again.meta.dtype == "bfloat16"
+    one, other = (replay(each, Corm(window=2, recent=1)) for each in (trace, again))
+    np.testing.assert_array_equal(one.until, other.until)
+    found = bounds(again, other)
+    assert (found.policy <= found.most + 1e-6).all()
+    np.testing.assert_allclose(replay(again, Full()).mass, 1, atol=1e-6)
+
+
+def test_short_forms():
+    assert repr(sample("qkv")) == (
+        "Trace(kind='qkv', model='tiny', layers=3, steps=6, q_heads=4, kv_heads=2, head_dim=8)"
+    )
+    assert repr(Trace.from_attention(rows())) == "Trace(kind='attention', layers=3, steps=6, q_heads=4, kv_heads=4)"
+    long = Trace.from_qkv(*qkv(), model="m" * 10_000)
+    assert len(repr(long)) < 150
+    assert "tokens" not in repr(sample("qkv").meta)
 
 
 @pytest.mark.parametrize("kind", ["qkv", "attention"])
@@ -86,8 +210,14 @@ def test_part(kind):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda q, k, v: (q, k, v[:, :5]), r"v's shape must be '?\(3, 6, 2, 8\)'?, not \(3, 5, 2, 8\)"),
-        (lambda q, k, v: (q, k[:2], v), "k's shape must be"),
+        (lambda q, k, v: (q, k, v[:, :5]), r"layer 0: v's shape must be '?\(6, 2, 8\)'?, not \(5, 2, 8\)"),
+        (lambda q, k, v: (q, k[:2], v), "k's layers must be 3, not 2"),
+        (
+            lambda q, k, v: (q, k[:, :4], v),
+            r"k's shape must be of 6 steps, as q's \(heads_first=True if heads come before",
+        ),
+        (lambda q, k, v: (q, k, [*v[:2], v[2, :, :1]]), r"layer 2: v's shape must be \(6, 2, 8\), not \(6, 1, 8\)"),
+        (lambda q, k, v: ([], k, v), "q has no layers: give at least one"),
         (lambda q, k, v: (q[:, :, :3], k, v), "q_heads must be a multiple of kv_heads=2, not 3"),
         (lambda q, k, v: (q[0], k, v), "q's shape must be of 4 axes"),
         (lambda q, k, v: (q[:, :0], k[:, :0], v[:, :0]), "steps must be a whole number from 1"),
@@ -95,8 +225,10 @@ def test_part(kind):
         (lambda q, k, v: (q, k, v.astype(int)), "v's dtype must be a float, not 'int64'"),
         (lambda q, k, v: (q, k, v + np.inf), "layer 0: v contains NaN or infinity"),
         (lambda q, k, v: (q, k, v.astype(float) * 1e300), "v has values beyond float32's .*: scale it down"),
-        (lambda q, k, v: (q, k, None), "v's dtype must be a float, not 'object'"),
-        (lambda q, k, v: (q, [[1.0], [1.0, 2.0]], v), "k is no array"),
+        (lambda q, k, v: (q, k, None), "v must be an array of floats, not None"),
+        (lambda q, k, v: (q, k, {"v": v}), "v must be an array of floats, not a dict"),
+        (lambda q, k, v: (q, iter(k), v), "k must be an array of floats, not a"),
+        (lambda q, k, v: (q, [[[1.0], [1.0, 2.0]]], v), "layer 0 of k is no array"),
     ],
 )
 def test_arrays_that_are_no_trace(change, message):
