@@ -3,6 +3,7 @@
 from functools import cache
 from itertools import combinations
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
@@ -103,3 +104,20 @@ def test_what_cannot_work_is_said():
         oracle.bounds(trace.part(steps=10), replay(trace, Full()))
     with pytest.raises(CormError, match="at most 300"):
         oracle.exact(np.eye(301, dtype=np.float32), np.ones(301, int))
+
+
+def test_the_upper_bound_is_tight():
+    """One key for query 1: its own. Two for query 2: its own (0.1) and the heavier of the others (0.7)."""
+    alpha = np.array([[1, 0, 0], [0.5, 0.5, 0], [0.2, 0.7, 0.1]], np.float32)
+    np.testing.assert_allclose(oracle.most(alpha, np.array([1, 1, 2])), [1, 0.5, 0.8], atol=1e-7)
+
+
+def test_rows_that_were_rounded_to_16_bits_sum_to_one():
+    """As recorded, three thirds in bfloat16 are 1.002: the bounds, like a replay, take shares of that sum."""
+    thirds = np.tril(np.ones((1, 2, 3, 3))) / np.arange(1, 4)[:, None]
+    trace = Trace.from_attention(thirds.astype(ml_dtypes.bfloat16), kv_heads=1)
+    assert trace.layer(0).probs[0, 2].sum() > 1.001
+    (alpha,) = oracle.attention(trace, 0)
+    np.testing.assert_allclose(alpha, thirds[0, 0], atol=1e-6)
+    for mass in oracle.bounds(trace, replay(trace, Full())):
+        np.testing.assert_allclose(mass, 1, atol=1e-6)

@@ -4,14 +4,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from corm_jax import CormError, Random, SnapKV, budget, parse, protect
+from corm_jax import CormError, Random, Scissorhands, SnapKV, budget, parse, protect
 from corm_jax.types import Slots
 from simulator.replay import replay, sweep
 from simulator.specification import readings, rule_of
 from simulator.synthetic import noise
 from simulator.testing import parametrize_checks
 from simulator.trace import Trace
-from simulator.verify import verify
+from simulator.verify import drive, verify
+from tests.heads import chunks_of, live_sets
 from tests.test_nine_tokens import head, words
 
 SPECS = [
@@ -287,3 +288,46 @@ def test_guards_add_up():
     kept = replay(noise(steps=60), policy).history()[:, :, -1]
     assert kept[..., :2].all()
     assert kept[..., -3:].all()
+
+
+@pytest.mark.parametrize("chunk", [1, 8])
+def test_scissorhands_holds_its_budget_however_little_it_drops(chunk):
+    """A tenth of six is less than one key: as many are evicted as are too many, and the newest two never."""
+    policy = parse("scissorhands:budget=6,window=5,recent=2,drop=0.1")
+    kept = replay(noise(steps=48), policy, chunk=chunk, errors=False).history()[0, :, 7::chunk]
+    assert (kept.sum(-1) == 6).all()
+    for step, row in enumerate(kept.swapaxes(0, 1)):
+        assert row[:, 8 + chunk * step - 2 : 8 + chunk * step].all()
+
+
+def test_scissorhands_may_drop_all_but_the_newest():
+    """When seven are live, ``drop=1.0`` asks for six of them, and ``recent=2`` leaves five: at clock 7, and at 12."""
+    policy = parse("scissorhands:budget=6,window=5,recent=2,drop=1.0")
+    kept = replay(noise(steps=13), policy, errors=False).history()[0]
+    assert kept.sum(-1).tolist() == [[1, 2, 3, 4, 5, 6, 2, 3, 4, 5, 6, 2, 3]] * 2
+    for t in (7, 12):
+        assert np.flatnonzero(kept[0, t - 1]).tolist() == [t - 2, t - 1]
+
+
+def test_equal_attention_is_important():
+    """Keys that share a query's attention equally get 1/t each: scissorhands sets no bit for any of them."""
+    x = jnp.ones((3, 1, 2, 8))
+    _, _, cache = drive(Scissorhands(window=8), x, x[:, :, 0], x[:, :, 0], 3, capacity=4, chunk=3)
+    assert not cache.state.any()
+
+
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_a_return_at_the_first_clock_at_which_corm_would_evict(chunk):
+    """w = 3, r = 1: at clock 3 CORM would evict key 1, which nobody asked for. Query 4 asks for it: one return.
+
+    The return pays for four queries after a trial of four. At clock 9 all but key 0 and the newest are dormant.
+    """
+    k = 30 * np.eye(9, dtype=np.float32)[:, None]
+    q = k[[0, 0, 0, 1, 0, 0, 0, 0, 0]][:, :, None]
+    policy = parse("adaptive_corm:window=3,recent=1,multiple=1,patience=4,trial=4")
+    everything = [{*range(t)} for t in range(1, 9)]
+    (expected,) = readings(policy, q, k, k, chunks=chunks_of(9, chunk))
+    assert expected.kept == [*everything[chunk - 1 :: chunk], {0, 8}]
+    q, k = (jnp.asarray(np.concatenate([x, x[:3]])) for x in (q, k))  # padded to whole chunks
+    _, position, _ = drive(policy, q, k, k, 9, capacity=9, chunk=chunk)
+    assert [live_sets(one[0]) for one in position[: len(expected.kept)]] == expected.kept

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corm_jax import Corm, attention, cache, decode, generate, parse, usage
+from corm_jax import H2O, CacheSpec, Corm, attention, cache, decode, generate, make_cache, parse, usage
+from corm_jax.types import ENDLESS, Slots
 from simulator.subject import Implementation
 from simulator.testing import parametrize_checks
 from tests.models import tiny
@@ -82,3 +83,37 @@ def test_decoding_copies_no_keys(pooled):
     ]
     assert not copies
     assert compiled.memory_analysis().alias_size_in_bytes >= sum(leaf.nbytes for leaf in jax.tree.leaves(caches))
+
+
+def test_pages_hold_every_key_of_a_full_pool():
+    """63 keys of one head and 65 of the other fill 128 slots: each head ends in a page that is not full."""
+    rng = np.random.default_rng(0)
+    owner = rng.permutation(np.repeat([0, 1], [63, 65])).astype(np.int32)
+    position = np.zeros(128, np.int32)
+    for head in range(2):
+        position[owner == head] = rng.permutation((owner == head).sum())
+    pool = make_cache(H2O(), CacheSpec(kv_heads=2, capacity=64, head_dim=4, pooled=True))
+    keys, scores = rng.normal(size=(2, 128, 4)).astype(np.float32), rng.normal(size=128).astype(np.float32)
+    pool = pool._replace(
+        k=jnp.asarray(keys[0]), v=jnp.asarray(keys[1]), position=jnp.asarray(position), head=jnp.asarray(owner),
+        state=jnp.asarray(scores), seen=jnp.int32(65),
+    )  # fmt: skip
+    view, table = jax.jit(cache.paged)(pool)
+    live, whose = np.asarray(view.position >= 0), np.broadcast_to(np.asarray(view.head)[:, None], view.position.shape)
+    assert live.sum() == 128
+    for head in range(2):
+        assert sorted(np.asarray(view.position)[live & (whose == head)]) == list(range((owner == head).sum()))
+    source = np.asarray(table)[live]
+    assert sorted(source) == list(range(128))
+    for paged, pooled in ((view.k, keys[0]), (view.v, keys[1]), (view.position, position), (view.state, scores)):
+        np.testing.assert_array_equal(np.asarray(paged)[live], pooled[source])
+    after = jax.jit(cache.learn)(pool, view.state + 1, table)
+    np.testing.assert_array_equal(after.state, scores + 1)
+
+
+def test_a_head_that_lacks_a_token_adds_nothing_to_its_mean():
+    """Token 0 is held by head 0 alone (4), token 1 by both (2 and 6): means over two heads of 2 and 4."""
+    owned = jnp.array([[True, True, False, True], [False, False, True, False]])
+    pool = Slots(jnp.array([0, 1, 1, -1]), jnp.int32(2), jnp.int32(ENDLESS), owned)
+    mean = jax.jit(Slots.mean_over_heads)(pool, jnp.array([4.0, 2.0, 6.0, 0.0]))
+    assert mean[:3].tolist() == [2.0, 4.0, 4.0]
