@@ -319,3 +319,12 @@ def test_rows_that_stand_still_keep_their_logits():
     for one, position in zip(caches, positions, strict=True):
         np.testing.assert_array_equal(one.position[0], position[0])
         assert one.seen.tolist() == [3, 5]
+
+
+def test_a_mistake_costs_no_cache():
+    """What cannot work is said before the caches are given up."""
+    caches = MODEL.make_caches(Full(), batch=1, capacity=8)
+    for prompt, options in (([1], {"overflow": "ignore"}), ([97], {}), ([], {}), ([1], {"chunk": 0})):
+        with pytest.raises(CormError):
+            prefill(MODEL, Full(), caches, [prompt], **options)
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(caches))

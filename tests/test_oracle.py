@@ -121,3 +121,16 @@ def test_rows_that_were_rounded_to_16_bits_sum_to_one():
     np.testing.assert_allclose(alpha, thirds[0, 0], atol=1e-6)
     for mass in oracle.bounds(trace, replay(trace, Full())):
         np.testing.assert_allclose(mass, 1, atol=1e-6)
+
+
+def test_the_most_steps_are_still_within_reach(monkeypatch):
+    monkeypatch.setattr(oracle, "EXACT_STEPS", 3)
+    assert oracle.exact(np.eye(3), np.ones(3, int)) == pytest.approx(3)
+    with pytest.raises(CormError, match="the exact optimum of 4 steps is out of reach: give at most 3"):
+        oracle.exact(np.eye(4), np.ones(4, int))
+
+
+def test_layers_that_are_done_are_told():
+    trace, done = synthetic.noise(layers=2, steps=8), []
+    oracle.bounds(trace, replay(trace, Full(), progress=done.append), progress=done.append)
+    assert done == [1, 2, 1, 2]
