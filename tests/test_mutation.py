@@ -145,7 +145,7 @@ def changed(source):
     ],
 )  # fmt: skip
 def test_what_is_changed(source, mutants):
-    assert sorted(changed(source)) == sorted(mutants)
+    assert sorted(changed(source + "\n")) == sorted(mutants)
 
 
 def test_every_mutant_of_the_library_can_be_read():
