@@ -6,7 +6,8 @@ from unittest.mock import patch
 import jax
 import jax.numpy as jnp
 import numpy as np
-from hypothesis import assume, given
+import pytest
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from corm_jax import attention
@@ -22,6 +23,7 @@ def attended(q, k, v, visible, seen, watched):
 
 
 LOWEST = jax.jit(Slots.lowest)
+NEIGHBOURS = jax.jit(Slots.neighbours, static_argnums=(2, 3))
 ATTEND, ATTEND_IN_BLOCKS = (jax.jit(partial(attended, watched=watched)) for watched in (True, False))
 
 
@@ -119,3 +121,44 @@ def test_attention_nobody_looks_at_goes_block_by_block(seed, share, filled):
         output, weights = ATTEND_IN_BLOCKS(q, k, v, visible, seen)
     np.testing.assert_allclose(output, plain, atol=2e-6)
     assert not weights.any()
+
+
+@pytest.mark.parametrize("slots", [65, 100, 127, 128])
+def test_blocks_cover_every_slot_once(slots):
+    """The last block is partial: its slots count, and those that it shares with the one before count once."""
+    rng = np.random.default_rng(slots)
+    q = jnp.asarray(rng.normal(size=(TOKENS, 2, 2, HEAD_DIM)), jnp.float32)
+    k, v = (jnp.asarray(rng.normal(size=(2, slots, HEAD_DIM)), jnp.float32) for _ in range(2))
+    visible = jnp.ones((TOKENS, 2, slots), bool)
+    with patch.object(attention, "BLOCK", 64):
+        output, _ = jax.jit(partial(attended, watched=False))(q, k, v, visible, jnp.arange(1, TOKENS + 1))
+    logits = np.einsum("thgd,hcd->thgc", q, k, dtype=np.float64) / HEAD_DIM**0.5
+    alpha = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    np.testing.assert_allclose(output, np.einsum("thgc,hcd->thgd", alpha, v), atol=2e-6)
+
+
+@settings(max_examples=30)
+@given(tokens=st.sampled_from([3, 9]), radius=st.sampled_from([1, 3]), seed=st.integers(0, 2**16), empty=st.booleans())
+def test_neighbours_are_of_ones_own_head(tokens, radius, seed, empty):
+    """Two heads side by side, full or not, in a rectangle and in a pool: as loops over keys have it."""
+    rng = np.random.default_rng(seed)
+    position = np.stack([rng.permutation(tokens) for _ in range(2)]).astype(np.int32)
+    if empty:
+        position[rng.random(position.shape) < 0.3] = -1
+    values = rng.permutation(2 * tokens).reshape(2, tokens).astype(np.float32)
+    expected = {}
+    for head, slot in np.argwhere(position >= 0):
+        near = (position[head] >= 0) & (np.abs(position[head] - position[head, slot]) <= radius)
+        own = values[head][near]
+        expected[head, slot] = sorted([*own, *[-1.0] * (2 * radius + 1 - len(own))])
+    rectangle = Slots(jnp.asarray(position), jnp.int32(tokens), jnp.int32(ENDLESS))
+    order = rng.permutation(2 * tokens)
+    owned = jnp.arange(2)[:, None] == np.repeat([0, 1], tokens)[order]
+    pool = Slots(jnp.asarray(position.reshape(-1)[order]), rectangle.seen, rectangle.prompt, owned)
+    around = np.asarray(NEIGHBOURS(rectangle, jnp.asarray(values), radius, -1.0))
+    shared = np.asarray(NEIGHBOURS(pool, jnp.asarray(values.reshape(-1)[order]), radius, -1.0))
+    assert around.shape == (2 * radius + 1, 2, tokens)
+    for (head, slot), own in expected.items():
+        assert sorted(around[:, head, slot].tolist()) == own
+        (where,) = np.flatnonzero(order == head * tokens + slot)
+        assert sorted(shared[:, where].tolist()) == own

@@ -294,3 +294,37 @@ def test_each_layer_needs_slots_for_its_own_recent_keys():
     ):
         with pytest.raises(CormError, match=message):
             slots_for(policy, capacity, 20, 1)
+
+
+def test_every_step_draws_with_a_key_of_its_own():
+    """So hot that all tokens are about equally likely: neither do the steps of a stretch agree, nor two stretches."""
+    (tokens,) = generate(MODEL, Full(), [[1, 2, 3]], max_new_tokens=32, temperature=1e4).tokens
+    assert tokens[:16] != tokens[16:]
+    assert len(set(tokens[:16])) > 8
+
+
+def test_rows_that_stand_still_keep_their_logits():
+    """Row 0 is done, and row 1 draws three tokens: what row 0 would draw next, and its caches, stay as they are."""
+    logits, caches = read(Full(), [[1, 2, 3], [4, 5]], capacity=16)
+    before, positions = np.asarray(logits), [np.asarray(one.position) for one in caches]
+    numbers = np.int32(3), np.zeros(0, np.int32), np.float32(0), np.float32(1)
+    tokens, after, done, caches = decode(
+        MODEL, Full(), caches, logits, jax.random.key(0), jnp.array([True, False]), *numbers, steps=4
+    )
+    np.testing.assert_array_equal(after[0], before[0])
+    assert (np.asarray(after[1]) != before[1]).any()
+    assert tokens[0].tolist() == [-1] * 4
+    assert [int(token) >= 0 for token in tokens[1]] == [True, True, True, False]
+    assert done.tolist() == [True, False]
+    for one, position in zip(caches, positions, strict=True):
+        np.testing.assert_array_equal(one.position[0], position[0])
+        assert one.seen.tolist() == [3, 5]
+
+
+def test_a_mistake_costs_no_cache():
+    """What cannot work is said before the caches are given up."""
+    caches = MODEL.make_caches(Full(), batch=1, capacity=8)
+    for prompt, options in (([1], {"overflow": "ignore"}), ([97], {}), ([], {}), ([1], {"chunk": 0})):
+        with pytest.raises(CormError):
+            prefill(MODEL, Full(), caches, [prompt], **options)
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(caches))

@@ -3,6 +3,7 @@
 from functools import cache
 from itertools import combinations
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
@@ -111,3 +112,33 @@ def test_short_form():
     means = ", ".join(f"{name}={getattr(found, name).mean():.3f}" for name in ("policy", "most", "greedy"))
     assert repr(found) == f"Bounds(layers=2, kv_heads=2, steps=40, {means})"
     assert repr(oracle.Bounds(1, 2, 3)) == "Bounds(1, 2, 3)"
+
+
+def test_the_upper_bound_is_tight():
+    """One key for query 1: its own. Two for query 2: its own (0.1) and the heavier of the others (0.7)."""
+    alpha = np.array([[1, 0, 0], [0.5, 0.5, 0], [0.2, 0.7, 0.1]], np.float32)
+    np.testing.assert_allclose(oracle.most(alpha, np.array([1, 1, 2])), [1, 0.5, 0.8], atol=1e-7)
+
+
+def test_rows_that_were_rounded_to_16_bits_sum_to_one():
+    """As recorded, three thirds in bfloat16 are 1.002: the bounds, like a replay, take shares of that sum."""
+    thirds = np.tril(np.ones((1, 2, 3, 3))) / np.arange(1, 4)[:, None]
+    trace = Trace.from_attention(thirds.astype(ml_dtypes.bfloat16), kv_heads=1)
+    assert trace.layer(0).probs[0, 2].sum() > 1.001
+    (alpha,) = oracle.attention(trace, 0)
+    np.testing.assert_allclose(alpha, thirds[0, 0], atol=1e-6)
+    for mass in oracle.bounds(trace, replay(trace, Full())):
+        np.testing.assert_allclose(mass, 1, atol=1e-6)
+
+
+def test_the_most_steps_are_still_within_reach(monkeypatch):
+    monkeypatch.setattr(oracle, "EXACT_STEPS", 3)
+    assert oracle.exact(np.eye(3), np.ones(3, int)) == pytest.approx(3)
+    with pytest.raises(CormError, match="the exact optimum of 4 steps is out of reach: give at most 3"):
+        oracle.exact(np.eye(4), np.ones(4, int))
+
+
+def test_layers_that_are_done_are_told():
+    trace, done = synthetic.noise(layers=2, steps=8), []
+    oracle.bounds(trace, replay(trace, Full(), progress=done.append), progress=done.append)
+    assert done == [1, 2, 1, 2]

@@ -1,17 +1,23 @@
 """The policies of the field: the conformance suite, and sets of survivors worked by hand."""
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from corm_jax import CormError, Random, SnapKV, budget, parse, protect
+from corm_jax import TOVA, AdaKV, CormError, Random, Scissorhands, SnapKV, budget, oneshot, parse, protect
+from corm_jax.cache import slots_for
+from corm_jax.policies import POLICIES, Budget, keys_of
 from corm_jax.types import Slots
 from simulator.replay import replay, sweep
 from simulator.specification import readings, rule_of
 from simulator.synthetic import noise
 from simulator.testing import parametrize_checks
 from simulator.trace import Trace
-from simulator.verify import verify
+from simulator.verify import drive, verify
+from tests.heads import chunks_of, live_sets
 from tests.test_nine_tokens import head, words
 
 SPECS = [
@@ -287,3 +293,150 @@ def test_guards_add_up():
     kept = replay(noise(steps=60), policy).history()[:, :, -1]
     assert kept[..., :2].all()
     assert kept[..., -3:].all()
+
+
+@pytest.mark.parametrize("chunk", [1, 8])
+def test_scissorhands_holds_its_budget_however_little_it_drops(chunk):
+    """A tenth of six is less than one key: as many are evicted as are too many, and the newest two never."""
+    policy = parse("scissorhands:budget=6,window=5,recent=2,drop=0.1")
+    kept = replay(noise(steps=48), policy, chunk=chunk, errors=False).history()[0, :, 7::chunk]
+    assert (kept.sum(-1) == 6).all()
+    for step, row in enumerate(kept.swapaxes(0, 1)):
+        assert row[:, 8 + chunk * step - 2 : 8 + chunk * step].all()
+
+
+def test_scissorhands_may_drop_all_but_the_newest():
+    """When seven are live, ``drop=1.0`` asks for six of them, and ``recent=2`` leaves five: at clock 7, and at 12."""
+    policy = parse("scissorhands:budget=6,window=5,recent=2,drop=1.0")
+    kept = replay(noise(steps=13), policy, errors=False).history()[0]
+    assert kept.sum(-1).tolist() == [[1, 2, 3, 4, 5, 6, 2, 3, 4, 5, 6, 2, 3]] * 2
+    for t in (7, 12):
+        assert np.flatnonzero(kept[0, t - 1]).tolist() == [t - 2, t - 1]
+
+
+def test_equal_attention_is_important():
+    """Keys that share a query's attention equally get 1/t each: scissorhands sets no bit for any of them."""
+    x = jnp.ones((3, 1, 2, 8))
+    _, _, cache = drive(Scissorhands(window=8), x, x[:, :, 0], x[:, :, 0], 3, capacity=4, chunk=3)
+    assert not cache.state.any()
+
+
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_a_return_at_the_first_clock_at_which_corm_would_evict(chunk):
+    """w = 3, r = 1: at clock 3 CORM would evict key 1, which nobody asked for. Query 4 asks for it: one return.
+
+    The return pays for four queries after a trial of four. At clock 9 all but key 0 and the newest are dormant.
+    """
+    k = 30 * np.eye(9, dtype=np.float32)[:, None]
+    q = k[[0, 0, 0, 1, 0, 0, 0, 0, 0]][:, :, None]
+    policy = parse("adaptive_corm:window=3,recent=1,multiple=1,patience=4,trial=4")
+    everything = [{*range(t)} for t in range(1, 9)]
+    (expected,) = readings(policy, q, k, k, chunks=chunks_of(9, chunk))
+    assert expected.kept == [*everything[chunk - 1 :: chunk], {0, 8}]
+    q, k = (jnp.asarray(np.concatenate([x, x[:3]])) for x in (q, k))  # padded to whole chunks
+    _, position, _ = drive(policy, q, k, k, 9, capacity=9, chunk=chunk)
+    assert [live_sets(one[0]) for one in position[: len(expected.kept)]] == expected.kept
+
+
+DEFAULTS = {
+    "full": {},
+    "corm": {"window": 256, "recent": 256, "multiple": 1, "threshold": "position", "group": "any", "eager": False},
+    "adaptive_corm": {"window": 256, "recent": 128, "multiple": 16, "patience": 5, "trial": 768},
+    "streaming_llm": {"sinks": 4, "positions": "original"},
+    "h2o": {"recent": 256, "score": "raw"},
+    "scissorhands": {"budget": 512, "window": 400, "recent": 10, "drop": 0.5},
+    "tova": {},
+    "snapkv": {"budget": 512, "window": 32, "kernel": 7, "pool": "max"},
+    "pyramidkv": {"budget": 512, "window": 32, "kernel": 7, "pool": "max"},
+    "adakv": {"budget": 512, "window": 32, "kernel": 7, "pool": "max", "floor": 0.2},
+    "l2norm": {},
+    "random": {"seed": 0, "recent": 1},
+}
+"""As the papers have them, where they say."""
+
+LEAST = {  # of each number of a policy
+    "corm": {"window": 1, "recent": 1, "multiple": 1},
+    "adaptive_corm": {"window": 1, "recent": 1, "multiple": 1, "patience": 1, "trial": 0},
+    "streaming_llm": {"sinks": 0},
+    "h2o": {"recent": 0},
+    "scissorhands": {"budget": 1, "window": 1, "recent": 0},
+    "snapkv": {"window": 1, "kernel": 1},
+    "random": {"seed": 0, "recent": 0},
+}
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_defaults(name):
+    policy = POLICIES[name]()
+    assert {option: getattr(policy, option) for option in DEFAULTS[name]} == DEFAULTS[name]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        policy.recent = 3
+
+
+@pytest.mark.parametrize("name", LEAST)
+def test_numbers_have_a_least_value(name):
+    for option, least in LEAST[name].items():
+        assert getattr(POLICIES[name](**{option: least}), option) == least
+        with pytest.raises(CormError, match=f"{option} must be"):
+            POLICIES[name](**{option: least - 1 if option != "kernel" else -1})
+
+
+def test_shares_have_bounds():
+    for floor in (0.0, 1.0):
+        assert AdaKV(floor=floor).floor == floor
+    for drop in (1e-3, 1.0):
+        assert Scissorhands(drop=drop).drop == drop
+    for make in (lambda x: AdaKV(floor=x), lambda x: Scissorhands(drop=x)):
+        for value in (-0.01, 1.01):
+            with pytest.raises(CormError, match="must be"):
+                make(value)
+    assert budget(TOVA(), 1).tokens == 1
+    assert (budget(TOVA(), 1.0).per_mille, budget(TOVA(), 0.001).per_mille) == (1000, 1)
+
+
+@pytest.mark.parametrize(
+    ("spec", "protected"),
+    [
+        *(("full", 0), ("tova", 0), ("l2norm", 0), ("snapkv", 0), ("corm:recent=7", 7), ("adaptive_corm:recent=7", 7)),
+        *(("h2o:recent=7", 7), ("random:recent=7", 7), ("scissorhands:recent=7", 7), ("streaming_llm:sinks=7", 7)),
+        *(("tova:sinks=3", 3), ("tova:recent=4", 4), ("tova:sinks=3,recent=4,budget=9", 7), ("tova:oneshot=true", 0)),
+    ],
+)
+def test_keys_that_are_never_given_up(spec, protected):
+    assert parse(spec).protected == protected
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_numbers_may_be_traced(name):
+    """So that a policy can be made inside a program, on a budget and protected: only concrete numbers are checked."""
+    kind = POLICIES[name]
+    numbers = {
+        field.name: getattr(kind(), field.name)
+        for field in dataclasses.fields(kind)
+        if not field.metadata.get("static")
+    }
+
+    def make(given, sinks, recent):
+        return jax.tree.leaves(budget(protect(oneshot(kind(**given)), sinks=sinks, recent=recent), 600))
+
+    assert len(jax.eval_shape(make, numbers, 3, 4)) >= len(numbers) + 2
+
+
+def test_a_share_for_one_head_needs_slots_for_the_text():
+    """A budget that is a share in any head depends on the text; one of keys alone says how many slots are enough."""
+    assert slots_for(Budget(policy=TOVA(), tokens=9), None, 100, 4) == 13
+    assert slots_for(Budget(policy=TOVA(), tokens=np.array([4, 9])), None, 100, 4) == 13
+    assert slots_for(Budget(policy=TOVA(), tokens=9, per_mille=np.array([0, 500])), None, 100, 4) == 100
+    assert slots_for(budget(TOVA(), 9), None, 10, 4) == 10
+    assert slots_for(budget(TOVA(), 9), None, 2, 4) == 4
+    assert slots_for(TOVA(), None, 2, 4) == 4
+
+
+def test_what_a_budget_is_in_keys():
+    given = {"1": 1, "7": 7, "0.25": 12, "1.0": 50, "0.001": 1}
+    assert {size: keys_of(size, 50) for size in given} == given
+    for size in ("0", "-3", "0.0", "1.5", "-0.5"):
+        with pytest.raises(CormError, match=f"a share in .*, not {size}"):
+            keys_of(size, 50)
+    with pytest.raises(CormError, match="budget must be a number, not '0.x'"):
+        keys_of("0.x", 50)

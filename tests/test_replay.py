@@ -145,6 +145,7 @@ def test_a_full_cache_loses_nothing():
 def test_the_nine_tokens_replay():
     result = replay(trace_of(head()), Corm(window=4, recent=2), keep_history=True)
     assert [words(kept) for kept in kept_sets(result.kept[0, 0])] == KEPT
+    assert replay(trace_of(head()), Corm(window=4, recent=2)).kept is None
     # Query 8 asked for The, cat and it, a third each; cat had gone after query 7.
     np.testing.assert_allclose(result.mass[0, 0, 7], 2 / 3, atol=1e-6)
     assert np.flatnonzero(result.regretted[0, 0]).tolist() == [1]
