@@ -138,7 +138,8 @@ def _check(source: Source) -> dict[tuple, str]:
         raise CheckpointError(f"{source.name}: tensor {min(unknown)!r} has no place in a llama decoder")
     for name, (_, shape) in places.items():
         if name not in tensors:
-            raise CheckpointError(f"{source.name}: tensor {name!r} is missing")
+            why = " and the config does not say 'tie_word_embeddings'" if name == HEAD else ""
+            raise CheckpointError(f"{source.name}: tensor {name!r} is missing{why}")
         if tensors[name].shape != shape:
             raise CheckpointError(
                 f"{source.name}: tensor {name!r} has shape {tensors[name].shape}, "

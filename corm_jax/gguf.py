@@ -229,11 +229,16 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise CheckpointError(f"{path} is truncated or damaged: {error or type(error).__name__}") from None
     if reader.endianess != GGUFEndian.LITTLE:
         raise CheckpointError(f"{path} is big-endian, which is not supported: convert it with gguf_convert_endian.py")
-    end = 0
+    end = reader.data_offset
     for tensor in sorted(reader.tensors, key=lambda tensor: tensor.data_offset):
         if tensor.data_offset < end:
             raise CheckpointError(f"{path} is damaged: tensor {tensor.name!r} lies over the one before it")
         end = tensor.data_offset + tensor.n_bytes
+    if (left := reader.data.size - end) >= reader.alignment:
+        raise CheckpointError(
+            f"{path} is damaged: {left} bytes behind the last tensor belong to nothing "
+            f"('general.alignment' = {reader.alignment})"
+        )
     return fields, {tensor.name: tensor for tensor in reader.tensors}
 
 
