@@ -68,6 +68,7 @@ def load(
     Raises:
       CheckpointError: for a checkpoint that is missing, damaged or not supported.
     """
+    dtype = _dtype(dtype)
     source = open_source(name)
     for note in source.notes:
         print(f"corm: note: {note}", file=sys.stderr)
@@ -109,9 +110,7 @@ def build(source: Source, dtype: Any = jnp.float32, progress: Callable[[list], I
       CheckpointError: for a tensor that is missing, has another shape or no place, or holds NaN or infinity.
       CormError: for a dtype in which the decoder does not compute.
     """
-    dtype = np.dtype(dtype)
-    if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-        raise CormError(f"a model's dtype is float32, bfloat16 or float16, not {dtype}")
+    dtype = _dtype(dtype)
     names = _check(source)
     graph, state = nnx.split(nnx.eval_shape(lambda: Llama(source.config, dtype=dtype, rngs=nnx.Rngs(0))))
     parameters = dict(nnx.to_flat_state(state))
@@ -126,6 +125,14 @@ def build(source: Source, dtype: Any = jnp.float32, progress: Callable[[list], I
             )
         parameters[path] = parameters[path].replace(jnp.asarray(value))
     return nnx.merge(graph, nnx.from_flat_state(parameters))
+
+
+def _dtype(dtype: Any) -> np.dtype:
+    supported = [np.dtype(one) for one in (jnp.float32, jnp.bfloat16, jnp.float16)]
+    try:
+        return supported[supported.index(np.dtype(dtype))]
+    except (TypeError, ValueError):
+        raise CormError(f"a model's dtype is float32, bfloat16 or float16, not {dtype!r}") from None
 
 
 def _check(source: Source) -> dict[tuple, str]:

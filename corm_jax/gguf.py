@@ -226,7 +226,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         reader = GGUFReader(path)
         fields = {key: field.contents() for key, field in reader.fields.items()}
     except Exception as error:  # the reader raises whatever indexing, reshaping or converting damaged bytes raises
-        raise CheckpointError(f"{path} is truncated or damaged: {error or type(error).__name__}") from None
+        raise CheckpointError(f"{path} is truncated or damaged, fetch it again: {error or type(error)}") from None
     if reader.endianess != GGUFEndian.LITTLE:
         raise CheckpointError(f"{path} is big-endian, which is not supported: convert it with gguf_convert_endian.py")
     end = reader.data_offset

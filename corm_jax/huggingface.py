@@ -4,12 +4,13 @@ Every key of ``config.json`` is used as transformers 5 uses it for a Llama, is k
 (`HARMLESS`), or is refused by name. So is every tensor, and every safetensors file of the directory.
 """
 
+import re
 import reprlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 from pydantic import model_validator
 
@@ -264,11 +265,11 @@ def _open_tensors(path: Path) -> dict[str, Tensor]:
         weight_map = read_json(index, Index, "index", WAY_OUT, CheckpointError).weight_map
         files = sorted(set(weight_map.values()))
     for file in files:
-        if Path(file).name != file or file in (".", ".."):
-            raise CheckpointError(f"{index} names {file!r}, which is not a file name in its own directory")
+        if not re.fullmatch(r"[\w.,=+ -]{1,200}\.safetensors", file):
+            raise CheckpointError(f"{index} names {file[:80]!r}, which is no safetensors file in its own directory")
     for file in sorted(path.glob("*.safetensors")):
         if file.name not in files and not file.name.startswith("."):
-            owner = index.name if weight_map else "a checkpoint in one file"
+            owner = index.name if index.exists() else "a checkpoint in one file"
             raise CheckpointError(f"{path} has {file.name}, which is no part of {owner}: move it elsewhere")
     tensors: dict[str, Tensor] = {}
     owners: dict[str, str] = {}
@@ -311,7 +312,7 @@ def _open_safetensors(file: Path) -> dict[str, Tensor]:
 
 def _check_frequencies(path: Path, key: str, tensor: Tensor, config: Config) -> None:
     """Raises if frequencies that an older transformers saved are not those of the config, scaled or not."""
-    rounding = {np.dtype(np.float16): 0.05, np.dtype(ml_dtypes.bfloat16): 0.01}
+    rounding = {np.dtype(np.float16): 0.05, np.dtype(jnp.bfloat16): 0.01}
     stored = tensor.read()
     if stored.shape == (config.head_dim // 2,):
         for rope in (config.rope, Rope(theta=config.rope.theta)):

@@ -149,7 +149,7 @@ def test_damaged_gguf(tmp_path, theirs):
     path = tmp_path / "damaged.gguf"
     for size in (4, 30, len(content) // 3, len(content) - 2000):
         path.write_bytes(content[:size])
-        assert "truncated or damaged" in refusal(path)
+        assert "truncated or damaged, fetch it again" in refusal(path)
     path.write_bytes(b"GGML" + content[4:])
     assert "is not a GGUF file" in refusal(path)
     rng = np.random.default_rng(0)
