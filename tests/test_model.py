@@ -86,14 +86,6 @@ def test_sharded_and_bfloat16_checkpoints(tmp_path):
     assert np.abs(rough - expected).mean() < 0.05 * np.abs(expected).mean()
 
 
-@pytest.mark.parametrize("kind", ["old", "new"])
-def test_rope_in_both_spellings(kind):
-    scaling = {key: value for key, value in LLAMA3.items() if key != "rope_theta"}
-    old = {"rope_theta": 500000.0, "rope_scaling": {**scaling, "type": "llama3"}}
-    rope = Rope.from_config(old if kind == "old" else {"rope_parameters": LLAMA3})
-    assert rope == Rope(500000.0, "llama3", 8.0, 1.0, 4.0, 32)
-
-
 def test_rotation_keeps_norms_and_depends_on_distance_alone():
     rng = np.random.default_rng(0)
     q, k = (jnp.asarray(rng.normal(size=(1, 8)), jnp.float32) for _ in range(2))
