@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from corm_jax import directory_tokenizer
 from corm_jax.errors import CheckpointError
 from corm_jax.model import Config, Llama
 from corm_jax.positions import Rope
@@ -47,7 +48,8 @@ def load(
       CheckpointError: for a checkpoint that is missing, damaged or not supported.
     """
     source = open_source(name)
-    return build(source, dtype, progress), source.tokenizer()
+    tokenizer = source.tokenizer()  # refused before the weights are read, if it must be
+    return build(source, dtype, progress), tokenizer
 
 
 def open_source(name: str) -> Source:
@@ -94,9 +96,7 @@ def open_directory(path: Path, name: str) -> Source:
         except SafetensorError as error:
             raise CheckpointError(f"{path / file} is damaged or not a safetensors file: {error}") from None
         tensors |= {key: lambda opened=opened, key=key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-    generation = path / "generation_config.json"
-    end = (_read_json(generation) if generation.exists() else config).get("eos_token_id", config.get("eos_token_id"))
-    return Source(name, config, tensors, lambda: Tokenizer.from_file(path / "tokenizer.json", end))
+    return Source(name, config, tensors, lambda: Tokenizer.from_directory(path))
 
 
 def config_from(source: dict[str, Any]) -> Config:
@@ -201,7 +201,7 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    files = ["config.json", "generation_config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json"]
+    files = [*directory_tokenizer.FILES, "*.safetensors", "*.safetensors.index.json"]
     try:
         return Path(snapshot_download(name, allow_patterns=files))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:

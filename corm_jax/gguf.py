@@ -60,7 +60,7 @@ def open_gguf(path: Path, name: str) -> Source:
             for key in tensors
             if key != "rope_freqs.weight"
         },
-        lambda: Tokenizer.from_gguf(fields, path),
+        lambda: Tokenizer.from_gguf(fields, path, config["vocab_size"]),
     )
 
 
