@@ -184,7 +184,7 @@ def generate(
     network, tokenizer = inputs.load(model, dtype)
     sizes.check(model, network.config)
     inputs.check_profiles([spec], model, network)
-    ids = tokenizer.encode(tokenizer.chat(words) if chat else words)
+    ids = tokenizer.chat(words) if chat else tokenizer.encode(words)
     inputs.note_context(network, len(ids) + max_new_tokens)
     pieces = tokenizer.stream()
     for new in stream(

@@ -203,7 +203,7 @@ def open_gguf(path: Path, name: str) -> Source:
             key: Tensor(_shape(tensor), lambda tensor=tensor: _dequantise(tensor, heads))
             for key, tensor in tensors.items()
         },
-        lambda: Tokenizer.from_gguf(fields, path),
+        lambda: Tokenizer.from_gguf(fields, path, rows),
         []
         if "theta" in found.model_fields_set
         else [f"{path} has no llama.rope.freq_base: {found.theta} is assumed, as llama.cpp does"],

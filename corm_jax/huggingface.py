@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from pydantic import model_validator
 
+from corm_jax import directory_tokenizer
 from corm_jax.checkpoint import EMBEDDING, HEAD, Source, Tensor
 from corm_jax.errors import CheckpointError
 from corm_jax.files import read_json
@@ -212,15 +213,6 @@ class Index(Schema):
         return key == "metadata"
 
 
-class Anything(Schema):
-    """A JSON object that others read in detail."""
-
-    @classmethod
-    def harmless(cls, key: str) -> bool:
-        """Whether a key cannot change what the model computes."""
-        return True
-
-
 def read_config(path: Path) -> LlamaConfig:
     """A ``config.json``.
 
@@ -252,8 +244,7 @@ def open_directory(path: Path, name: str) -> Source:
     if config.tied and HEAD in tensors:
         config, note = _untie(path, config, tensors)
         notes += note
-    end = _end_of_text(path)
-    return Source(name, config, tensors, lambda: Tokenizer.from_file(path / "tokenizer.json", end), notes)
+    return Source(name, config, tensors, lambda: Tokenizer.from_directory(path), notes)
 
 
 def _open_tensors(path: Path) -> dict[str, Tensor]:
@@ -338,16 +329,6 @@ def _untie(path: Path, config: Config, tensors: dict[str, Tensor]) -> tuple[Conf
     return replace(config, tied=False), [note]
 
 
-def _end_of_text(path: Path) -> Any:
-    """The ids that end a text, as ``generation_config.json`` or else ``config.json`` has them."""
-    for file in (path / "generation_config.json", path / "config.json"):
-        if file.exists():
-            found = read_json(file, Anything, "config", WAY_OUT, CheckpointError).model_extra or {}
-            if "eos_token_id" in found:
-                return found["eos_token_id"]
-    return None
-
-
 def from_hub(name: str) -> Path:
     """The directory of a hub id's files, downloaded unless the hub library's cache has them.
 
@@ -357,16 +338,7 @@ def from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    files = [
-        "config.json",
-        "generation_config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "chat_template.jinja",
-        "*.safetensors",
-        "*.safetensors.index.json",
-    ]
+    files = [*directory_tokenizer.FILES, "*.safetensors", "*.safetensors.index.json"]
     try:
         return Path(snapshot_download(name, allow_patterns=files))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:

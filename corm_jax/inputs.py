@@ -2,6 +2,7 @@
 
 import platform
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 
 from corm_jax import checkpoint
 from corm_jax.console import progress_bar
-from corm_jax.errors import CormError
+from corm_jax.errors import CheckpointWarning, CormError
 from corm_jax.model import Llama
 from corm_jax.policies import profile_of
 from corm_jax.tokenizer import Tokenizer
@@ -24,7 +25,10 @@ def load(model: str, dtype: str) -> tuple[Llama, Tokenizer]:
             yield from progress.track(parameters, description=f"loading {model}")
 
     try:
-        return checkpoint.load(model, jnp.dtype(dtype), bar)
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", CheckpointWarning)
+            warnings.showwarning = lambda message, *_: print(f"corm: note: {message}", file=sys.stderr)
+            return checkpoint.load(model, jnp.dtype(dtype), bar)
     except ModuleNotFoundError as error:
         raise CormError(f"{error.name} is not installed: pip install 'corm-jax[cli]'") from None
 

@@ -1,34 +1,27 @@
 """Text to token ids and back, from ``tokenizer.json`` or from the vocabulary inside a GGUF file."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from corm_jax.chat import NO_TEMPLATE, ChatTemplate
 from corm_jax.errors import CheckpointError, CormError
 
 
-class Chat(NamedTuple):
-    """How a family of models writes a conversation: text before and after the user's words."""
-
-    marker: str
-    """A special token that only this family has."""
-    before: str
-    after: str
-
-
-CHATS = (
-    Chat(
-        "<|im_start|>",  # SmolLM2
-        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
-        "<|im_start|>user\n",
-        "<|im_end|>\n<|im_start|>assistant\n",
-    ),
-    Chat(
-        "<|start_header_id|>",  # Llama 3
-        "<|start_header_id|>user<|end_header_id|>\n\n",
-        "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
-    ),
-)
+@contextmanager
+def damage(path: Path, what: str) -> Iterator[None]:
+    """Turns whatever the library tokenizers raises into an error that names the file."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {' '.join(str(error).split())}") from None
+    except BaseException as error:  # a panic of Rust's is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise CheckpointError(f"{path}: the {what} is damaged: {' '.join(str(error).split())}") from None
 
 
 class Tokenizer:
@@ -37,14 +30,41 @@ class Tokenizer:
     Attributes:
       inner: the `tokenizers.Tokenizer`.
       end: ids after which generation stops.
+      template: the chat template.
+      size: how many tokens the model knows; ids must be below it.
+      begin: ids that the tokenizer puts before a text, such as that of ``<s>``; often none.
+      close: ids that it puts after a text; nearly always none.
     """
 
-    def __init__(self, inner: Any, end: tuple[int, ...]):
-        self.inner, self.end = inner, end
+    def __init__(
+        self,
+        inner: Any,
+        end: tuple[int, ...],
+        template: ChatTemplate = NO_TEMPLATE,
+        size: int | None = None,
+    ):
+        self.inner, self.end, self.template, self.size = inner, end, template, size
+        inner.no_truncation()
+        inner.no_padding()
+        self.begin, self.close = _around(inner.post_processor)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids, with a beginning-of-text token where the model was trained with one."""
-        return self.inner.encode(text).ids
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Token ids of a text.
+
+        Args:
+          special: put `begin` before and `close` after them, as the model expects it of a whole text; not so for words
+            that stand inside a text.
+        """
+        try:
+            ids = self.inner.encode(text, add_special_tokens=special).ids
+        except TypeError:
+            raise CormError(f"{text!r:.60} is not Unicode text") from None
+        if self.size is not None and ids and max(ids) >= self.size:
+            token = self.inner.id_to_token(max(ids))
+            raise CormError(
+                f"the text has {token!r}, whose id {max(ids)} the model does not know: it has {self.size:,}"
+            )
+        return ids
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids, without special tokens."""
@@ -61,118 +81,70 @@ class Tokenizer:
         """Decodes ids one by one."""
         return Stream(self.inner)
 
-    def chat(self, text: str) -> str:
-        """A user's words in the form in which the model expects a conversation."""
-        for form in CHATS:
-            if self.inner.token_to_id(form.marker) is not None:
-                return form.before + text + form.after
-        raise CormError("no chat format is known for this tokenizer: write the prompt out, without --chat")
+    def chat(self, text: str) -> list[int]:
+        """Token ids of a user's words as a conversation that the model is to answer, by the checkpoint's chat template.
 
-    @classmethod
-    def from_file(cls, file: Path, end: list[int] | int | None) -> "Tokenizer":
-        """From a ``tokenizer.json``, and the ids that end a text as a checkpoint's configuration has them."""
-        import tokenizers
-
-        if not file.exists():
-            raise CheckpointError(f"{file.parent} has no {file.name}: save the checkpoint with a fast tokenizer")
-        try:
-            inner = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises bare Exception
-            raise CheckpointError(f"{file} cannot be read: {error}") from None
-        return cls(inner, tuple(end) if isinstance(end, list) else () if end is None else (end,))
-
-    @classmethod
-    def from_gguf(cls, fields: dict[str, Any], path: Path) -> "Tokenizer":
-        """From the ``tokenizer.ggml.*`` fields of a GGUF file: byte-level BPE, or SentencePiece as Llama 2 has it.
+        As with ``apply_chat_template`` of transformers, special tokens are those that the template writes; `begin` and
+        `close` are not added. Special tokens within the user's words count as such, too.
 
         Raises:
-          CheckpointError: for another kind of vocabulary.
+          CormError: if the checkpoint has no chat template, or it fails.
         """
-        from tokenizers import processors
+        return self.encode(self.template.render(text), special=False)
 
-        ggml = {key.removeprefix("tokenizer.ggml."): value for key, value in fields.items()}
-        kind, tokens = ggml.get("model"), ggml.get("tokens")
-        if kind not in ("gpt2", "llama") or not tokens:
-            raise CheckpointError(f"{path}: a tokenizer of kind {kind!r} is not supported: only 'gpt2' and 'llama' are")
-        try:
-            inner = _byte_level(ggml, path) if kind == "gpt2" else _sentencepiece(ggml, path)
-            types = ggml.get("token_type", [])
-            inner.add_special_tokens([token for token, kind in zip(tokens, types, strict=False) if kind == CONTROL])
-            begin = ggml.get("bos_token_id")
-            if begin is not None and ggml.get("add_bos_token", kind == "llama" or ggml.get("pre") == "llama-bpe"):
-                inner.post_processor = processors.TemplateProcessing(
-                    single=f"{tokens[begin]} $A", special_tokens=[(tokens[begin], begin)]
-                )
-        except CheckpointError:
-            raise
-        except Exception as error:  # the library raises bare Exception
-            raise CheckpointError(f"{path}: the vocabulary is damaged: {error}") from None
-        ends = (ggml.get("eos_token_id"), ggml.get("eot_token_id"))
-        return cls(inner, tuple(dict.fromkeys(end for end in ends if end is not None)))
+    @classmethod
+    def from_directory(cls, path: Path) -> "Tokenizer":
+        """From a Hugging Face directory, with the ids that ``AutoTokenizer`` of transformers 5 gives.
 
+        A text ends where ``eos_token_id`` says, an id or a list of them, in ``generation_config.json``, or where there
+        is no such file in ``config.json``. Truncation and padding that are saved in ``tokenizer.json`` are not done.
 
-CONTROL = 3  # GGUF's type of tokens such as <s>
+        Raises:
+          CheckpointError: for files that are missing, damaged, contradict each other or ask for what is not supported.
 
-_LLAMA3_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
+        Warns:
+          CheckpointWarning: where files say different things, or nothing, about ids or the end of a text.
+        """
+        from corm_jax.directory_tokenizer import from_directory
 
+        return from_directory(path)
 
-def _byte_level(ggml: dict[str, Any], path: Path) -> Any:
-    """Byte-level BPE (GPT-2, Llama 3, SmolLM2), words cut as the field ``pre`` says."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    @classmethod
+    def from_gguf(cls, metadata: dict[str, Any], path: Path, embeddings: int | None = None) -> "Tokenizer":
+        """From the fields ``tokenizer.*`` of a GGUF file: byte-level BPE, or SentencePiece's BPE as Llama 2 has it.
 
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    cuts = {
-        "gpt-2": byte_level,
-        "default": byte_level,
-        "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level]),
-        "llama-bpe": pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(_LLAMA3_WORDS), "isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        ),
-    }
-    pre = ggml.get("pre", "default")
-    if pre not in cuts:
-        raise CheckpointError(f"{path}: words cut as {pre!r} are not supported: only {', '.join(cuts)} are")
-    if not ggml.get("merges"):
-        raise CheckpointError(f"{path} has no tokenizer.ggml.merges")
-    merges = [tuple(merge.split(" ", 1)) for merge in ggml["merges"]]
-    inner = Tokenizer(models.BPE(_vocabulary(ggml), merges, ignore_merges=pre == "llama-bpe"))
-    inner.pre_tokenizer, inner.decoder = cuts[pre], decoders.ByteLevel()
-    return inner
+        Ids are those of llama.cpp with special tokens in the text parsed. A text ends with the tokens ``eos``, ``eot``
+        and ``eom``; if one of them is Llama 3's ``<|eot_id|>``, also with its ``<|eom_id|>`` and ``<|end_of_text|>``.
+
+        Args:
+          metadata: the file's fields by name.
+          path: the file, for errors.
+          embeddings: how many tokens the model knows.
+
+        Raises:
+          CheckpointError: for a vocabulary that is damaged or of another kind, and for an unknown field.
+
+        Warns:
+          CheckpointWarning: where a field is missing, with what is assumed.
+        """
+        from corm_jax.gguf_tokenizer import from_gguf
+
+        return from_gguf(metadata, path, embeddings)
 
 
-def _sentencepiece(ggml: dict[str, Any], path: Path) -> Any:
-    """SentencePiece's BPE (Llama 2, Vicuna): of two pieces that join into a known one, the best score goes first."""
-    from tokenizers import Tokenizer, decoders, models, normalizers
+def _around(post_processor: Any) -> tuple[list[int], list[int]]:
+    """The ids that a post-processor puts before and after a text."""
+    from tokenizers import Tokenizer, models
 
-    vocabulary, scores = _vocabulary(ggml), ggml.get("scores")
-    if not scores:
-        raise CheckpointError(f"{path} has no tokenizer.ggml.scores")
-    joins = [
-        (-score, index, piece[:cut], piece[cut:])
-        for index, (piece, score) in enumerate(zip(ggml["tokens"], scores, strict=True))
-        for cut in range(1, len(piece))
-        if piece[:cut] in vocabulary and piece[cut:] in vocabulary
-    ]
-    unknown = ggml["tokens"][ggml.get("unknown_token_id", 0)]
-    merges = [(left, right) for *_, left, right in sorted(joins)]
-    inner = Tokenizer(models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
-    space = [normalizers.Replace(" ", "▁")]
-    strip = []
-    if ggml.get("add_space_prefix", True):
-        space, strip = [normalizers.Prepend("▁"), *space], [decoders.Strip(" ", 1, 0)]
-    inner.normalizer = normalizers.Sequence(space)
-    inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
-    return inner
-
-
-def _vocabulary(ggml: dict[str, Any]) -> dict[str, int]:
-    return {token: index for index, token in enumerate(ggml["tokens"])}
+    # A post-processor has its ids within itself, so a text of one token shows them, whatever the vocabulary is.
+    one = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    if post_processor is not None:
+        one.post_processor = post_processor
+    found = one.encode("a")
+    if found.special_tokens_mask.count(0) != 1:
+        raise CheckpointError(f"a tokenizer that repeats the text is not supported: {post_processor}")
+    middle = found.special_tokens_mask.index(0)
+    return found.ids[:middle], found.ids[middle + 1 :]
 
 
 class Stream:

@@ -51,6 +51,10 @@ def model(tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
     hugging_face(path, vocab_size=400)
     byte_level_tokenizer().save(str(path / "tokenizer.json"))
+    template = (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    )
+    (path / "chat_template.jinja").write_text(template + "<|im_start|>assistant{{ '\\n' }}")
     return str(path)
 
 

@@ -6,7 +6,6 @@ import shutil
 import gguf
 import numpy as np
 import pytest
-import sentencepiece
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from corm_jax import CheckpointError, checkpoint
@@ -108,88 +107,9 @@ def add_vocabulary(writer):
     writer.add_token_list(vocabulary)
     writer.add_token_types([3] * 3 + [1] * (len(vocabulary) - 3))
     writer.add_token_merges([" ".join(merge) for merge in content["merges"]])
+    writer.add_add_bos_token(False)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
-
-
-def test_byte_level_vocabulary_from_gguf(tmp_path):
-    path = write_gguf(tmp_path / "model.gguf", hugging_face(tmp_path / "hf"))
-    tokenizer, inner = checkpoint.open_source(str(path)).tokenizer(), byte_level_tokenizer()
-    text = f"<|im_start|>{TEXT}<|im_end|>"
-    assert tokenizer.encode(text) == inner.encode(text).ids
-    assert tokenizer.decode(tokenizer.encode(text)) == TEXT
-    assert tokenizer.end == (2,)
-    assert tokenizer.chat("hi").endswith("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
-    stream = tokenizer.stream()
-    assert "".join(piece for token in tokenizer.encode(text) for piece in stream.push([token])) == TEXT
-    pieces = tokenizer.pieces(tokenizer.encode("<|im_start|>times — \U0001f600"))
-    assert pieces[0] == "<|im_start|>"
-    assert "".join(pieces[1:]).startswith("times")
-    assert tokenizer.pieces([]) == []
-
-
-@pytest.mark.parametrize("prefix", [True, False])
-def test_sentencepiece_vocabulary_from_gguf(tmp_path, prefix):
-    """Against SentencePiece itself, on a model that it trains here."""
-    (tmp_path / "text").write_text((TEXT + "\nThe time of the best man is the best time of man.\n") * 20)
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "text"),
-        model_prefix=str(tmp_path / "spm"),
-        vocab_size=340,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        add_dummy_prefix=prefix,
-        split_digits=True,
-        minloglevel=2,
-    )
-    trained = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "spm.model"))
-    pieces = range(trained.get_piece_size())
-    types = [
-        2 if trained.is_unknown(i) else 3 if trained.is_control(i) else 6 if trained.is_byte(i) else 1 for i in pieces
-    ]
-    fields = {
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": [trained.id_to_piece(i) for i in pieces],
-        "tokenizer.ggml.scores": [trained.get_score(i) for i in pieces],
-        "tokenizer.ggml.token_type": types,
-        "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 2,
-        "tokenizer.ggml.add_space_prefix": prefix,
-    }
-    tokenizer = checkpoint.Tokenizer.from_gguf(fields, tmp_path)
-    for text in (TEXT, "the best  time", " of man is", "unseen: Ünïcödé ℵ", "a"):
-        assert tokenizer.encode(text) == [1, *trained.encode(text)]
-        assert tokenizer.decode(tokenizer.encode(text)) == text
-    ids = tokenizer.encode("the best  time")
-    assert "".join(tokenizer.pieces(ids)) == "<s>" + " " * prefix + "the best  time"
-    assert tokenizer.pieces(tokenizer.encode("ℵ"))[-3:] == ["\N{REPLACEMENT CHARACTER}"] * 3
-    with pytest.raises(CheckpointError, match="the vocabulary is damaged"):
-        checkpoint.Tokenizer.from_gguf({**fields, "tokenizer.ggml.bos_token_id": 10**6}, tmp_path)
-    with pytest.raises(CheckpointError, match="no tokenizer.ggml.scores"):
-        checkpoint.Tokenizer.from_gguf({**fields, "tokenizer.ggml.scores": []}, tmp_path)
-    with pytest.raises(CheckpointError, match="kind 'bert' is not supported"):
-        checkpoint.Tokenizer.from_gguf({**fields, "tokenizer.ggml.model": "bert"}, tmp_path)
-
-
-def test_tokenizer_of_a_directory(copy):
-    byte_level_tokenizer().save(str(copy / "tokenizer.json"))
-    _, tokenizer = checkpoint.load(str(copy))
-    assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
-    (copy / "generation_config.json").write_text('{"eos_token_id": [2, 5]}')
-    _, tokenizer = checkpoint.load(str(copy))
-    assert tokenizer.end == (2, 5)
-    (copy / "generation_config.json").write_text("{")
-    with pytest.raises(CheckpointError, match="generation_config.json cannot be used: Invalid JSON"):
-        checkpoint.load(str(copy))
-    (copy / "generation_config.json").unlink()
-    (copy / "tokenizer.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="tokenizer.json cannot be read"):
-        checkpoint.load(str(copy))
-    (copy / "tokenizer.json").unlink()
-    with pytest.raises(CheckpointError, match="has no tokenizer.json"):
-        checkpoint.load(str(copy))
 
 
 def test_names_that_mean_nothing(tmp_path):

@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from corm_jax import Corm, CormError, Full, generate, parse
+from corm_jax.chat import ChatTemplate
 from corm_jax.checkpoint import Tokenizer
 from corm_jax.evaluation import agreement, longbench, recall, summary, texts
 from corm_jax.evaluation.asking import answer, answer_nll, ask
@@ -59,7 +60,8 @@ def test_truncation_keeps_both_ends(ids, limit):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer(byte_level_tokenizer(), (2,))
+    template = "<|im_start|>user\n{{ messages[0].content }}<|im_end|>\n<|im_start|>assistant{{ '\n' }}"
+    return Tokenizer(byte_level_tokenizer(), (2,), ChatTemplate(template, {}, "here"))
 
 
 def test_texts_of_a_data_set(tmp_path, monkeypatch):

@@ -177,7 +177,7 @@ def questions(
             ids = tokenizer.encode(words)
             if len(ids) > room:  # cut as text, since the template for a conversation goes around what is left
                 words = "".join(tokenizer.decode(part) for part in _halves(ids, room))
-            ids = tokenizer.encode(tokenizer.chat(words) if chat and task not in PLAIN else words)
+            ids = tokenizer.chat(words) if chat and task not in PLAIN else tokenizer.encode(words)
             yield Question(f"{task}/{index}", task, ids, row["answers"], row["all_classes"] or [], new_tokens[task])
 
 

@@ -1,0 +1,126 @@
+"""Renders a chat template in a process of its own, whose time and memory are limited.
+
+A chat template is a program that comes with a checkpoint. Jinja's sandbox denies it files, modules and attributes, but
+not time and memory: nested loops or ``"x".ljust(10**11)`` would stop the machine. So `chat` runs this file as a script,
+and this file imports nothing of ours. Reads one JSON object, ``{"template", "variables"}``, from standard input, and
+writes one, ``{"text"}`` or ``{"error"}``, to standard output.
+
+The environment is that of Hugging Face transformers (``utils/chat_template_utils.py``), so that a template gives the
+same text here and there.
+"""
+
+import json
+import sys
+from datetime import datetime
+from typing import Any
+
+SECONDS = 2
+"""Processor time that a template may take; those of real checkpoints take a few milliseconds."""
+
+BYTES = 2**29
+"""Memory that the process may take."""
+
+CHARACTERS = 2**24
+"""Length of the text that a template may write."""
+
+
+def limit() -> None:
+    """Limits the processor time and the memory of this process, where the system can do so."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
+
+
+def render(template: str, variables: dict[str, Any]) -> str:
+    """The text that a template writes.
+
+    >>> render("{% for word in words %}<{{ word | trim }}>{% endfor %}", {"words": [" a", "b"]})
+    '<a><b>'
+    """
+    from jinja2 import TemplateError, nodes
+    from jinja2.exceptions import SecurityError
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2.utils import Namespace
+
+    class Generation(Extension):
+        """``{% generation %}`` marks the assistant's words for training. Here its body is all that counts."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.CallBlock(self.call_method("body"), [], [], body).set_lineno(line)
+
+        def body(self, caller):
+            return caller()
+
+    class PlainDict:
+        """Makes dictionaries, and gives no access to their type."""
+
+        def __call__(self, *args, **values):
+            return dict(*args, **values)
+
+        def fromkeys(self, *args):
+            return dict.fromkeys(*args)
+
+    class PlainNamespace(Namespace):
+        """A namespace whose names do not begin with an underscore."""
+
+        def __init__(*args, **values):
+            self, *rest = args
+            values = dict(*rest, **values)
+            for name in values:
+                PlainNamespace._check(name)
+            Namespace.__init__(self, values)
+
+        def __setitem__(self, name, value):
+            PlainNamespace._check(name)
+            Namespace.__setitem__(self, name, value)
+
+        @staticmethod
+        def _check(name):
+            if isinstance(name, str) and name.startswith("_"):
+                raise SecurityError(f"a namespace cannot hold {name!r}: names must not begin with an underscore")
+
+    def raise_exception(message):
+        raise TemplateError(message)
+
+    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    environment.globals["dict"] = PlainDict()
+    environment.globals["namespace"] = PlainNamespace
+    return environment.from_string(template).render(**variables)
+
+
+def main() -> None:
+    """Reads a template and its variables, and writes the text or why there is none."""
+    asked = json.load(sys.stdin)
+    limit()
+    try:
+        text = render(asked["template"], asked["variables"])
+        found = {"text": text} if len(text) <= CHARACTERS else {"error": f"it writes {len(text):,} characters"}
+    except ModuleNotFoundError as error:
+        found = {"error": f"{error.name} is not installed (pip install 'corm-jax[weights]')"}
+    except MemoryError:
+        found = {"error": f"it needs more than {BYTES // 2**20} MiB of memory"}
+    except RecursionError:
+        found = {"error": "it is nested too deeply"}
+    except Exception as error:  # whatever a foreign program does wrong
+        found = {"error": f"{error}" or type(error).__name__}
+    json.dump(found, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
