@@ -37,14 +37,22 @@ class Tokenizer:
     Attributes:
       inner: the `tokenizers.Tokenizer`.
       end: ids after which generation stops.
+      begin: ids that the tokenizer puts before a text, such as that of ``<s>``; often none.
+      close: ids that it puts after a text; nearly always none.
     """
 
     def __init__(self, inner: Any, end: tuple[int, ...]):
         self.inner, self.end = inner, end
+        self.begin, self.close = _around(inner.post_processor)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids, with a beginning-of-text token where the model was trained with one."""
-        return self.inner.encode(text).ids
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Token ids of a text.
+
+        Args:
+          special: put `begin` before and `close` after them, as the model expects it of a whole text; not so for words
+            that stand inside a text.
+        """
+        return self.inner.encode(text, add_special_tokens=special).ids
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids, without special tokens."""
@@ -109,6 +117,21 @@ class Tokenizer:
             raise CheckpointError(f"{path}: the vocabulary is damaged: {error}") from None
         ends = (ggml.get("eos_token_id"), ggml.get("eot_token_id"))
         return cls(inner, tuple(dict.fromkeys(end for end in ends if end is not None)))
+
+
+def _around(post_processor: Any) -> tuple[list[int], list[int]]:
+    """The ids that a post-processor puts before and after a text."""
+    from tokenizers import Tokenizer, models
+
+    # A post-processor has its ids within itself, so a text of one token shows them, whatever the vocabulary is.
+    one = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    if post_processor is not None:
+        one.post_processor = post_processor
+    found = one.encode("a")
+    if found.special_tokens_mask.count(0) != 1:
+        raise CheckpointError(f"a tokenizer that repeats the text is not supported: {post_processor}")
+    middle = found.special_tokens_mask.index(0)
+    return found.ids[:middle], found.ids[middle + 1 :]
 
 
 CONTROL = 3  # GGUF's type of tokens such as <s>
