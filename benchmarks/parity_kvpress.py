@@ -38,7 +38,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 import corm_jax as cj
 from corm_jax import checkpoint, smollm2
-from corm_jax.inputs import reference_text
+from corm_jax.inputs import encode, text_from
 
 WINDOW, KERNEL, NEAR = 8, 5, 1e-4
 PYRAMID_WINDOW = 3  # PyramidKVPress has a pyramid only if this is at most a 20th of the budget
@@ -94,11 +94,11 @@ def widest_gap(ours, theirs, scores) -> float:
 
 
 @click.command()
-@click.option("--text", type=click.Path(path_type=Path, exists=True))
+@click.option("--text", type=click.Path(path_type=Path))
 @click.option("--tokens", default=256, type=click.IntRange(min=128))
 def main(text, tokens):
     model, tokenizer = checkpoint.load()
-    ids = tokenizer.encode(text.read_text(encoding="utf-8") if text else reference_text())[:tokens]
+    ids = encode(model, tokenizer, *text_from(text), tokens)
     path = smollm2.model_file()
     theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
     full = prefill(theirs, ids)

@@ -18,17 +18,17 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from corm_jax import Full, checkpoint, generate, smollm2
-from corm_jax.inputs import reference_text
+from corm_jax.inputs import encode, text_from
 from corm_jax.perplexity import read
 
 
 @click.command()
-@click.option("--text", type=click.Path(path_type=Path, exists=True))
+@click.option("--text", type=click.Path(path_type=Path))
 @click.option("--tokens", default=256)
 def main(text, tokens):
-    words = text.read_text(encoding="utf-8") if text else reference_text()
+    words, name = text_from(text)
     model, tokenizer = checkpoint.load()
-    ids = tokenizer.encode(words)[:tokens]
+    ids = encode(model, tokenizer, words, name, tokens)
 
     path = smollm2.model_file()
     their_tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)

@@ -42,7 +42,9 @@ def main() -> None:
 
     def cost(text: Path = first, tokens: int = arguments.tokens, seed: int = 0, again: int = AGAIN) -> Cost:
         ids = encode(model, tokenizer, read_text(text), str(text), tokens)
-        return calibrate.costs(model, {text.name: ids}, seed=seed, again=again, work=arguments.work)[0]
+        return calibrate.costs(
+            model, {text.name: ids}, begin=len(tokenizer.begin), seed=seed, again=again, work=arguments.work
+        )[0]
 
     def save(name: str, choice: np.ndarray, found: Cost) -> None:
         made = {"variant": name}

@@ -34,6 +34,7 @@ from corm_jax.evaluation.intervals import bootstrap
 from corm_jax.files import write_json
 from corm_jax.inputs import check_profiles, read_text
 from corm_jax.policies import SELF_SIZED, keys_of, on_budget, profile_of
+from corm_jax.prompts import Text
 from corm_jax.types import Policy
 
 AGAIN, BEFORE = 512, 1536
@@ -80,8 +81,8 @@ def main() -> None:
     model, tokenizer = cj.load()
     specs = held(arguments.policy, arguments.budget, arguments.tokens)
     check_profiles(specs, "smollm2-135m", model)
-    ids = tokenizer.encode(read_text(arguments.text))
-    starts = np.linspace(0, len(ids) - arguments.tokens, arguments.passages).astype(int).tolist()
+    book = Text(tokenizer, read_text(arguments.text), str(arguments.text))
+    starts = np.linspace(0, len(book) - arguments.tokens, arguments.passages).astype(int).tolist()
     kept: dict[str, dict[str, dict[str, float]]] = {}
     if arguments.json and arguments.json.exists():
         kept = json.loads(arguments.json.read_text())
@@ -95,7 +96,7 @@ def main() -> None:
     for start in starts:
         missing = [spec for spec in specs if stored(spec, start) not in kept.setdefault(spec, {})]
         if missing:  # one stretch after the other, for the full cache's predictions of one take 0.2 MB a token
-            text = again(ids[start : start + arguments.tokens])
+            text = again(book.part(arguments.tokens, start))
             full = [np.asarray(x.log_probability) for x in blocks(model, cj.Full(), text, None, arguments.chunk)]
         for spec in track(missing, f"from token {start:,}", console=Console(stderr=True)):
             kept[spec][stored(spec, start)] = measure(

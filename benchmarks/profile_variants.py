@@ -42,7 +42,8 @@ def main() -> None:
     texts = {
         str(path): encode(model, tokenizer, read_text(path), str(path), arguments.tokens) for path in arguments.text
     }
-    cost, target = calibrate.mean(calibrate.costs(model, texts, work=arguments.work)), arguments.target_live
+    found = calibrate.costs(model, texts, begin=len(tokenizer.begin), work=arguments.work)
+    cost, target = calibrate.mean(found), arguments.target_live
     gain = np.maximum(cost.again, 0)
 
     def save(name: str, choice: np.ndarray) -> None:

@@ -26,6 +26,7 @@ from corm_jax.files import write_json
 from corm_jax.fitting import fitted
 from corm_jax.perplexity import read
 from corm_jax.policies import keys_of
+from corm_jax.prompts import Text, inside
 
 PAIRS, FILLER, CHUNK = 8, 24, 16
 
@@ -72,9 +73,9 @@ class Asker:
         self.model, self.name = model, name
         self.texts, self.bare, self.answers = [], [], []
         for text, question, answer in examples:
-            answer = tokenizer.encode(answer)
-            self.texts.append(tokenizer.encode(text + question) + answer)
-            self.bare.append(tokenizer.encode(question) + answer)
+            answer = inside(tokenizer, answer)
+            for asked, words in ((self.texts, text + question), (self.bare, question)):
+                asked.append(Text(tokenizer, words, name).whole + answer)
             self.answers.append(len(answer))
         self.prompts = [len(ids) - answer for ids, answer in zip(self.texts, self.answers, strict=True)]
         self.full, _ = self.ask([cj.Full()] * len(self.texts))

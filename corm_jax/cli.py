@@ -25,6 +25,7 @@ from corm_jax.model import Config
 from corm_jax.perplexity import Reading, read
 from corm_jax.plan import Plan
 from corm_jax.policies import COMBINATORS, POLICIES, keys_of, lacks_window, on_budget, parse
+from corm_jax.prompts import Text, scored_from
 from corm_jax.types import Capacity
 
 try:
@@ -113,11 +114,13 @@ def compare(model, dtype, capacity, layout, chunk, overflow, text, tokens, specs
     sizes.check(model, network.config)
     inputs.check_profiles(specs, model, network)
     ids = inputs.encode(network, tokenizer, words, name, tokens)
+    first = scored_from(tokenizer, prompt)
     result = {
         "model": model,
         "text": name,
         "tokens": tokens,
         "prompt": prompt,
+        "scored": tokens - first,
         "dtype": dtype,
         "device": _device(),
         "chunk": chunk,
@@ -136,7 +139,7 @@ def compare(model, dtype, capacity, layout, chunk, overflow, text, tokens, specs
                     spec, network, ids, keys, chunk=chunk, progress=lambda done, to=advance: to(completed=done)
                 )
         reading = _read(spec, network, parse(spec), ids, capacity=sizes.of_spec(spec), **options)
-        result["rows"].append(_row(spec, reading, prompt or 1, result["rows"]) | {"budget": held})
+        result["rows"].append(_row(spec, reading, first, result["rows"]) | {"budget": held})
     result["peak_memory_bytes"] = _peak_memory()
     _print_table(result)
     if json_file:
@@ -184,7 +187,7 @@ def generate(
     network, tokenizer = inputs.load(model, dtype)
     sizes.check(model, network.config)
     inputs.check_profiles([spec], model, network)
-    ids = tokenizer.chat(words) if chat else tokenizer.encode(words)
+    ids = tokenizer.chat(words) if chat else Text(tokenizer, words, "the prompt").whole
     inputs.note_context(network, len(ids) + max_new_tokens)
     pieces = tokenizer.stream()
     for new in stream(
@@ -292,12 +295,19 @@ def calibrate(model, dtype, paths, tokens, target, out, seed, work):
         make_directory(work)
     texts = read_texts(paths, [])
     network, tokenizer = inputs.load(model, dtype)
-    ids = {name: inputs.encode(network, tokenizer, words.decode(), name, tokens) for name, words in texts.items()}
+    ids = {name: inputs.encode(network, tokenizer, words, name, tokens) for name, words in texts.items()}
     layers = network.config.layers
     with console.progress_bar() as progress:
         bars = {name: progress.add_task(name, total=layers + calibration.NODES + 1) for name in ids}
         found = calibration.calibrate(
-            network, model, ids, target, seed=seed, work=work, progress=lambda name: progress.advance(bars[name])
+            network,
+            model,
+            ids,
+            target,
+            begin=len(tokenizer.begin),
+            seed=seed,
+            work=work,
+            progress=lambda name: progress.advance(bars[name]),
         )
     found.save(out)
     whole = sum(window is None for layer in found.window for window in layer)
@@ -444,10 +454,10 @@ def _print_table(result: dict[str, Any]) -> None:
             f"{row['seconds']:.1f}",
         )
     peaks = ", ".join(f"{peak / 2**30:.2f} GiB ({where})" for where, peak in result["peak_memory_bytes"].items())
-    out, scored = console.output(), result["tokens"] - (result["prompt"] or 1)
+    out = console.output()
     out.print(table)
     out.print(
-        f"NLL: nats a token over {scored:,} predictions; Δ against the first row. kept: live / seen, "
+        f"NLL: nats a token over {result['scored']:,} predictions; Δ against the first row. kept: live / seen, "
         f"mean over layers and heads, at the end and over time. {result['dtype']}, chunks of {result['chunk']}, "
         f"{result['device']}, peak memory {peaks}."
     )

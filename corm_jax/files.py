@@ -5,6 +5,7 @@ import os
 import reprlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,6 +56,9 @@ def write_json(path: Path, result: Any) -> None:
 
 Kind = TypeVar("Kind")
 
+STRICT = {"strict": True, "extra": "forbid", "allow_inf_nan": False}
+"""How pydantic reads the files that this package writes: nothing is converted, nothing is unknown, nothing is NaN."""
+
 
 def read_json(
     path: Path, kind: type[Kind], what: str, way_out: str, error: Callable[[str], CormError] = CormError
@@ -72,42 +76,42 @@ def read_json(
     Raises:
       CormError: for a file that cannot be read, is no JSON or does not fit; it names the field and its value.
     """
-    from pydantic import TypeAdapter, ValidationError
+    try:
+        content = path.read_bytes()
+    except (OSError, ValueError) as found:  # a ValueError for a name that cannot be one
+        reason = getattr(found, "strerror", None) or found
+        raise error(f"cannot read the {what} {path}: {reason}: {way_out}") from None
+    return parse_json(content, kind, f"the {what} {path}", way_out, error)
+
+
+def parse_json(
+    content: bytes, kind: type[Kind], what: str, way_out: str, error: Callable[[str], CormError] = CormError
+) -> Kind:
+    """What `read_json` makes of the content of a file, or of a part of one; ``what`` says which."""
+    from pydantic import ValidationError
 
     try:
-        return TypeAdapter(kind).validate_json(path.read_bytes())
-    except OSError as found:
-        raise error(f"cannot read the {what} {path}: {found.strerror}: {way_out}") from None
+        return _adapter(kind).validate_json(content)
     except ValidationError as found:
-        raise error(f"the {what} {path} cannot be used: {first_error(found)}: {way_out}") from None
+        raise error(f"{what} cannot be used: {first_error(found)}: {way_out}") from None
 
 
 def first_error(found: Any) -> str:
     """The first of the errors that a pydantic ``ValidationError`` holds: the field, what is wrong, its value."""
-    first = found.errors(include_url=False)[0]
+    # A file of another format says so before it says which fields it lacks.
+    first = min(found.errors(include_url=False), key=lambda one: one["loc"] != ("format",))
     where = ".".join(map(str, first["loc"]))
     reason = first["msg"].removeprefix("Value error, ")
     value = "" if first["type"] in ("json_invalid", "missing", "value_error") else f", not {_short(first['input'])}"
     return f"{where and where + ': '}{reason}{value}"
 
 
+@lru_cache
+def _adapter(kind: type) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
+
+
 def _short(value: Any) -> str:
     return reprlib.repr(value)
-
-
-def read_fields(path: Path, what: str, form: str, fields: dict[str, Any], command: str) -> dict[str, Any]:
-    """The fields of a JSON file that one of our commands made, each of its type; ``form`` is its ``format``.
-
-    Raises:
-      CormError: for a file that cannot be read or is something else, or a field of another type.
-    """
-    try:
-        found: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CormError(f"cannot read the {what} {path}: {error}") from None
-    if not isinstance(found, dict) or found.pop("format", None) != form or set(found) != set(fields):
-        raise CormError(f"{path} is not a {what}: make one with {command}")
-    for name, kind in fields.items():
-        if not isinstance(found[name], kind) or isinstance(found[name], bool):
-            raise CormError(f"the {what} {path} says {name} = {found[name]!r}: make a new one")
-    return found

@@ -1,5 +1,6 @@
 """What the commands read: texts and models, by the names that a user gives."""
 
+import codecs
 import platform
 import sys
 import warnings
@@ -14,7 +15,11 @@ from corm_jax.console import progress_bar
 from corm_jax.errors import CheckpointWarning, CormError
 from corm_jax.model import Llama
 from corm_jax.policies import profile_of
+from corm_jax.prompts import Text
 from corm_jax.tokenizer import Tokenizer
+
+LARGEST = 2**28
+"""Bytes of a text file: about 70 million tokens."""
 
 
 def load(model: str, dtype: str) -> tuple[Llama, Tokenizer]:
@@ -46,12 +51,14 @@ def reference_text() -> str:
 
 
 def encode(network: Llama, tokenizer: Tokenizer, words: str, name: str, tokens: int) -> list[int]:
-    """The first ``tokens`` token ids of a text that is called ``name`` where it is too short."""
-    ids = tokenizer.encode(words)
-    if len(ids) < tokens:
-        raise CormError(f"the text {name!r} has {len(ids)} tokens, {tokens} were asked for: give more text or --tokens")
+    """The first ``tokens`` token ids of a text that is called ``name``, with what the tokenizer puts first.
+
+    Raises:
+      CormError: as `corm_jax.prompts.Text.part`.
+    """
+    ids = Text(tokenizer, words, f"the text {name!r}").part(tokens)
     note_context(network, tokens)
-    return ids[:tokens]
+    return ids
 
 
 def note_context(network: Llama, tokens: int) -> None:
@@ -67,17 +74,32 @@ def text_from(path: Path | None) -> tuple[str, str]:
     """A text to read, by default `reference_text`, and its name."""
     if path is None:
         return reference_text(), f"pydoc_data.topics {platform.python_version()}"
-    text = read_text(path)
-    if not text:
-        raise CormError(f"the text {str(path)!r} is empty")
-    return text, str(path)
+    return read_text(path), str(path)
 
 
 def read_text(path: Path) -> str:
-    """What a UTF-8 file holds."""
+    """The text in a file: its bytes as UTF-8, without a byte order mark at the beginning. Newlines stay as they are.
+
+    Raises:
+      CormError: for a file that cannot be read, is empty or too large, or holds something else than text.
+    """
     try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise CormError(f"cannot read {str(path)!r}: {error.strerror}") from None
+        with path.open("rb") as file:
+            content = file.read(LARGEST + 1)
+    except (OSError, ValueError) as error:  # a ValueError for a name that cannot be one
+        raise CormError(f"cannot read {str(path)!r}: {getattr(error, 'strerror', None) or error}") from None
+    if len(content) > LARGEST:
+        raise CormError(f"{str(path)!r} has more than {LARGEST // 2**20} MiB: give a part of it")
+    try:
+        text = content.removeprefix(codecs.BOM_UTF8).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise CormError(f"{str(path)!r} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+        where = len(content) - len(error.object) + error.start
+        raise CormError(
+            f"{str(path)!r} is not UTF-8 text: {error.reason} at byte {where}: convert it to UTF-8"
+        ) from None
+    if not text:
+        raise CormError(f"{str(path)!r} is empty: give some text")
+    if "\0" in text:
+        where = content.index(b"\0")
+        raise CormError(f"{str(path)!r} is not UTF-8 text: it has a NUL at byte {where}: convert it to UTF-8")
+    return text

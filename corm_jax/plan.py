@@ -1,17 +1,21 @@
 """Plans: how many slots each layer needs. Made from traces by `simulator.planner`, used by the pooled layout."""
 
-from dataclasses import asdict, dataclass
+import reprlib
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import jax
 import numpy as np
 
 from corm_jax.errors import CormError
-from corm_jax.files import read_fields, write_json
+from corm_jax.files import STRICT, read_json, write_json
 from corm_jax.policies import parse
 
-FORMAT = "corm-jax plan 1"
+Format = Literal["corm-jax plan 1"]
+FORMAT: Format = "corm-jax plan 1"
+MOST = 2**31 - 1
+"""Slots and tokens are int32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +30,12 @@ class Plan:
       tokens: how many each trace has; a longer text may need more.
       overflow: the share of keys that may go for want of a slot.
       capacity: slots a key-value head, on average, of each layer.
+
+    Raises:
+      CormError: for a number that cannot be, or a SPEC that does not parse.
     """
+
+    __pydantic_config__: ClassVar = STRICT
 
     model: str
     policy: str
@@ -43,6 +52,21 @@ class Plan:
         parts = [f"{name}={value!r}" for name, value in shown.items()]
         return f"Plan({', '.join(parts)}, layers={len(self.capacity)}, capacity={slots})"
 
+    def __post_init__(self):
+        numbers = {name: getattr(self, name) for name in ("kv_heads", "head_dim", "chunk", "tokens")}
+        numbers |= {f"capacity, slots a head of layer {layer}": slots for layer, slots in enumerate(self.capacity)}
+        for name, number in numbers.items():
+            if not 1 <= number <= MOST:
+                raise CormError(f"{name}: must be from 1 to {MOST}, not {reprlib.repr(number)}")
+        if not self.capacity:
+            raise CormError("capacity: must have a number for each layer, and has none")
+        if not 0 <= self.overflow < 1:
+            raise CormError(f"overflow: must be a share of the keys in [0, 1), not {self.overflow}")
+        try:
+            parse(self.policy)
+        except CormError as error:
+            raise CormError(f"policy: {error}") from None
+
     def save(self, path: Path) -> None:
         """Writes the plan as JSON."""
         write_json(path, {"format": FORMAT} | asdict(self))
@@ -52,16 +76,10 @@ class Plan:
         """Reads a plan.
 
         Raises:
-          CormError: for a file that is not one, or of which a number cannot be.
+          CormError: for a file that is not one, or of which a field cannot be.
         """
-        fields: dict[str, Any] = {"model": str, "policy": str, "overflow": (int, float), "capacity": list}
-        fields |= dict.fromkeys(("kv_heads", "head_dim", "chunk", "tokens"), int)
-        found = read_fields(path, "plan", FORMAT, fields, "python -m simulator plan")
-        for layer, slots in enumerate(found["capacity"]):
-            if not isinstance(slots, int) or slots < 1:
-                raise CormError(f"the plan {path} gives layer {layer} {slots!r} slots a head: it takes at least 1")
-        found["capacity"] = tuple(found["capacity"])
-        return cls(**found)
+        found = read_json(path, _Stored, "plan", "make one with python -m simulator plan")
+        return cls(**{field.name: getattr(found, field.name) for field in fields(cls)})
 
     def check(self, model: str, config: Any) -> None:
         """Raises unless the plan is for this model, a name and a `corm_jax.Config`."""
@@ -80,3 +98,10 @@ class Plan:
         return jax.tree.structure(one) == jax.tree.structure(other) and all(
             map(np.array_equal, jax.tree.leaves(one), jax.tree.leaves(other))
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stored(Plan):
+    """As in a file."""
+
+    format: Format

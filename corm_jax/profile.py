@@ -3,18 +3,20 @@
 ``corm:profile=smollm2-135m`` comes with the package (`PACKAGED`).
 """
 
-from dataclasses import asdict, dataclass
+import reprlib
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from corm_jax.errors import CormError
-from corm_jax.files import read_fields, write_json
+from corm_jax.files import STRICT, read_json, write_json
 from corm_jax.policies.corm import Corm
 from corm_jax.policies.protect import Protect, protect
 
-FORMAT = "corm-jax profile 1"
+Format = Literal["corm-jax profile 1"]
+FORMAT: Format = "corm-jax profile 1"
 
 PACKAGED = Path(__file__).parent / "profiles"
 """Profiles that have a name and no need for a file."""
@@ -35,15 +37,36 @@ class Profile:
       sinks: first tokens that stay, in all heads.
       group: as in `corm_jax.Corm`.
       made: how it was made, and what it was chosen by.
+
+    Raises:
+      CormError: for a number that cannot be, or tables of different shapes.
     """
+
+    __pydantic_config__: ClassVar = STRICT
 
     model: str
     window: list[list[int | None]]
     recent: list[list[int]]
     multiple: list[list[int]]
     sinks: int
-    group: str
+    group: Literal["any", "mean"]
     made: dict[str, Any]
+
+    def __post_init__(self):
+        tables = {"window": self.window, "recent": self.recent, "multiple": self.multiple}
+        heads = {name: [len(layer) for layer in table] for name, table in tables.items()}
+        for name, shape in heads.items():
+            if shape != heads["window"] or len(set(shape)) != 1 or not shape[0]:
+                raise CormError(f"{name}: must have a number for as many heads in every layer as window, not {shape}")
+        for name, table in tables.items():
+            for layer, row in enumerate(table):
+                for head, number in enumerate(row):
+                    if not (name == "window" and number is None) and not 1 <= (number or 0) <= WHOLE:
+                        null = ", or null for all keys" if name == "window" else ""
+                        must = f"must be from 1 to {WHOLE}{null}, not {reprlib.repr(number)}"
+                        raise CormError(f"{name}.{layer}.{head}: {must}")
+        if not 0 <= self.sinks <= WHOLE:
+            raise CormError(f"sinks: must be from 0 to {WHOLE}, not {reprlib.repr(self.sinks)}")
 
     def policy(self) -> Protect:
         """CORM with these windows."""
@@ -63,28 +86,10 @@ class Profile:
         Raises:
           CormError: for a file that is not one, or of which a number cannot be.
         """
-        fields = {"model": str, "window": list, "recent": list, "multiple": list}
-        fields |= {"sinks": int, "group": str, "made": dict}
         packaged = PACKAGED / f"{name}.json"
-        path = packaged if packaged.parent == PACKAGED and packaged.is_file() else Path(name)
-        found = read_fields(path, "profile", FORMAT, fields, "corm calibrate")
-        tables = [found[field] for field in ("window", "recent", "multiple")]
-        shapes = [[len(layer) if isinstance(layer, list) else 0 for layer in table] for table in tables]
-        if any(shape != shapes[0] for shape in shapes) or len(set(shapes[0])) != 1 or not shapes[0][0]:
-            raise CormError(
-                f"the profile {name} does not have w, r and m for as many heads in every layer: make a new one"
-            )
-        for layer, rows in enumerate(zip(*tables, strict=True)):
-            for head, (window, recent, multiple) in enumerate(zip(*rows, strict=True)):
-                if not (window is None or _whole(window)) or not _whole(recent) or not _whole(multiple):
-                    raise CormError(
-                        f"the profile {name} gives head {head} of layer {layer} w = {window!r}, r = {recent!r} and "
-                        f"m = {multiple!r}: all are whole numbers from 1 up, or w is null for all keys"
-                    )
-        groups = ("any", "mean")
-        if found["group"] not in groups:
-            raise CormError(f"the profile {name} says group = {found['group']!r}: it must be {' or '.join(groups)}")
-        return cls(**found)
+        path = packaged if packaged in PACKAGED.glob("*.json") else Path(name)
+        found = read_json(path, _Stored, "profile", "make one with corm calibrate")
+        return cls(**{field.name: getattr(found, field.name) for field in fields(cls)})
 
     def check(self, model: str, config: Any) -> None:
         """Raises unless the profile is for this model, a name and a `corm_jax.Config`."""
@@ -98,5 +103,8 @@ class Profile:
             raise CormError(f"the profile is for {self.model!r}, not {model!r}: calibrate with corm calibrate")
 
 
-def _whole(number: Any) -> bool:
-    return isinstance(number, int) and not isinstance(number, bool) and 1 <= number <= WHOLE
+@dataclass(frozen=True, kw_only=True)
+class _Stored(Profile):
+    """As in a file."""
+
+    format: Format

@@ -42,7 +42,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from corm_jax.errors import CormError
-from corm_jax.files import whole_file
+from corm_jax.files import check_writable, whole_file
 from corm_jax.model import Llama
 from corm_jax.profile import Profile
 from corm_jax.recording import Recorded, record
@@ -95,6 +95,7 @@ def calibrate(
     texts: Mapping[str, Sequence[int]],
     target: float,
     *,
+    begin: int = 0,
     seed: int = 0,
     work: Path | None = None,
     progress: Callable[[str], None] = lambda text: None,
@@ -105,6 +106,7 @@ def calibrate(
       name: what the model is called.
       texts: token ids by name, of one length.
       target: in (0, 1].
+      begin: how many of each text's first ids are those that the tokenizer puts before a text: they do not come again.
       seed: of the texts that the model draws, for `simulator.worth.scores`.
       work: a directory for what was measured of each text, to go on from after a kill, or with another target.
       progress: called with the name of what is read: `NODES` + 1 times, and then for each layer.
@@ -114,7 +116,7 @@ def calibrate(
     """
     if not 0 < target <= 1:
         raise CormError(f"the share of keys that stay must be in (0, 1], not {target}")
-    cost = mean(costs(model, texts, seed=seed, work=work, progress=progress))
+    cost = mean(costs(model, texts, begin=begin, seed=seed, work=work, progress=progress))
     choice = choose(cost.live, cost.loss, target)
     made = {"target_live": target, "texts": {text: len(ids) for text, ids in texts.items()}, "seed": seed}
     return profile(name, choice, cost, made)
@@ -135,6 +137,7 @@ def costs(
     model: Llama,
     texts: Mapping[str, Sequence[int]],
     *,
+    begin: int = 0,
     seed: int = 0,
     again: int = AGAIN,
     work: Path | None = None,
@@ -143,20 +146,26 @@ def costs(
     """What every choice keeps and loses on each text, ``[choices, layers, kv_heads]``: see `calibrate`.
 
     Args:
+      begin: as in `calibrate`.
       again: tokens that are read once more, or a quarter of the text where that is less.
     """
     if not texts or min(map(len, texts.values())) < SHORTEST:
         raise CormError(f"calibration takes texts of at least {SHORTEST} tokens: give more text, or more of each")
+    if not 0 <= seed < 2**32:
+        raise CormError(f"the seed must be from 0 to {2**32 - 1}, not {seed}")
     found = []
     for text, ids in texts.items():
-        some = min(again, len(ids) // 4)
-        file = work / f"{_digest(model, ids, seed, some)}.safetensors" if work else None
-        cost = _load(file)
+        second = ids[begin : begin + min(again, len(ids) // 4)]
+        file = work / f"{_digest(model, ids, seed, second)}.safetensors" if work else None
+        if file:
+            check_writable(file)
+        cost = _load(file, model)
         if cost is None:
-            cost = _costs(model, ids, seed, some, partial(progress, text))
+            cost = _costs(model, ids, seed, second, partial(progress, text))
+            if not all(np.isfinite(values).all() for values in cost):
+                raise CormError(f"what was measured of {text!r} is not a number: are the weights sound in this dtype?")
             if file:
-                with whole_file(file) as temporary:
-                    save_file(cost._asdict(), temporary)
+                _save(file, cost)
         found.append(cost)
     return found
 
@@ -166,13 +175,14 @@ def mean(several: Sequence[Cost]) -> Cost:
     return jax.tree.map(lambda *each: np.mean(each, axis=0), *several)
 
 
-def _costs(model: Llama, ids: Sequence[int], seed: int, again: int, progress: Callable[[], None]) -> Cost:
-    worths = worth(model, [*ids[: 3 * again], *ids[:again]], 3 * again, NODES, progress=progress)
+def _costs(model: Llama, ids: Sequence[int], seed: int, second: Sequence[int], progress: Callable[[], None]) -> Cost:
+    again = len(second)
+    worths = worth(model, [*ids[: 3 * again], *second], 3 * again, NODES, progress=progress)
     drawn = scores(model, ids, seed)
     progress()
     found = []
-    for one, score, second in zip(record(model, [*ids, *ids[:again]]), drawn, worths, strict=True):
-        found.append(measure(one, score, second[-again:]))
+    for one, score, worth_ in zip(record(model, [*ids, *second]), drawn, worths, strict=True):
+        found.append(measure(one, score, worth_[-again:]))
         progress()
     return Cost(*(np.stack(layers, axis=1) for layers in zip(*found, strict=True)))
 
@@ -268,20 +278,39 @@ def choose(
     return at(high)[0]
 
 
-def _digest(model: Llama, ids: Sequence[int], seed: int, again: int) -> str:
+def _digest(model: Llama, ids: Sequence[int], seed: int, second: Sequence[int]) -> str:
     """Under which name costs are kept: whatever they depend on."""
     weights = hashlib.sha256()
     for leaf in jax.tree.leaves(nnx.state(model)):
         weights.update(np.asarray(leaf).tobytes())
-    said = [weights.hexdigest(), list(ids), seed, CHOICES, SINKS, CHUNK, again, NODES]
+    said = [weights.hexdigest(), list(ids), list(second), seed, CHOICES, SINKS, CHUNK, NODES]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
 
 
-def _load(file: Path | None) -> Cost | None:
-    """Costs that were measured before."""
+def _save(file: Path, cost: Cost) -> None:
+    """Keeps costs. Several processes may measure for one directory: a file has the name of what it depends on."""
+    try:
+        with whole_file(file) as temporary:
+            save_file(cost._asdict(), temporary)
+    except (OSError, SafetensorError) as error:
+        raise CormError(f"cannot write {file}: {error}: make room, or choose another --work") from None
+
+
+def _load(file: Path | None, model: Llama) -> Cost | None:
+    """Costs that were measured before.
+
+    Raises:
+      CormError: for a file that holds something else.
+    """
     if file is None or not file.exists():
         return None
+    shape = len(CHOICES), model.config.layers, model.config.kv_heads
     try:
-        return Cost(**load_file(file))
-    except (OSError, SafetensorError, TypeError) as error:
-        raise CormError(f"{file} does not hold what was measured of a text: delete it ({error})") from None
+        cost = Cost(**load_file(file))
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise CormError(f"{file} does not hold what was measured of a text: delete it ({reason})") from None
+    for name, values in cost._asdict().items():
+        if values.shape != shape or values.dtype != np.float32 or not np.isfinite(values).all():
+            raise CormError(f"{file} does not hold what was measured of a text: delete it ({name} is not as expected)")
+    return cost

@@ -30,7 +30,7 @@ def record(model: Any, tokens: Any, *, pieces: Sequence[str] | None = None) -> T
     """What a causal model of `transformers` attends to while it reads a text with its full cache.
 
     The model may lie on any device, in any float dtype, with any ``attn_implementation`` that can attend in float32;
-    ``tests/test_trace_huggingface.py`` holds traces of Llama, Qwen3, Gemma2 and GPT-2 to the attentions that these return.
+    ``tests/test_trace_huggingface.py`` holds traces of Llama, Qwen3, Gemma2 and GPT-2 to what these return.
     Like such attentions, it takes memory for heads x steps^2 numbers.
 
     Args:

@@ -95,12 +95,12 @@ def test_from_calibration_to_use(run_main, model, tmp_path):
     for change, message in (
         ({"model": "another"}, "the profile is for 'another', not"),
         ({field: found[field][:1] for field in ("window", "recent", "multiple")}, "is for 1 layers of"),
-        ({"window": [[0] * len(layer) for layer in found["window"]]}, "w = 0, r ="),
-        ({"multiple": [[0.5] * len(layer) for layer in found["window"]]}, "m = 0.5: all are whole numbers"),
-        ({"group": "all"}, "says group = 'all': it must be any or mean"),
+        ({"window": [[0] * len(layer) for layer in found["window"]]}, "window.0.0: must be from 1 to 1073741824, or"),
+        ({"multiple": [[0.5] * len(layer) for layer in found["window"]]}, "multiple.0.0: Input should be a valid int"),
+        ({"group": "all"}, "group: Input should be 'any' or 'mean', not 'all'"),
         ({"recent": [layer[:1] for layer in found["recent"]]}, "for as many heads in every layer"),
-        ({"sinks": "4"}, "says sinks = '4'"),
-        ({"format": "nothing"}, "is not a profile: make one with corm calibrate"),
+        ({"sinks": "4"}, "sinks: Input should be a valid integer, not '4'"),
+        ({"format": "nothing"}, "format: Input should be 'corm-jax profile 1', not 'nothing': make one with corm cal"),
     ):
         out.write_text(json.dumps(found | change))
         code, _, err = run_main(cli.main, "corm", *read, spec)

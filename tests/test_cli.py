@@ -311,7 +311,7 @@ def test_a_plan_from_a_trace_to_its_use(corm, run_main, model, text, tmp_path):
     another["capacity"][1] = 0
     plan.write_text(json.dumps(another))
     code, _, err = corm(*compare, *pooled)
-    assert (code, "gives layer 1 0 slots a head" in err) == (2, True)
+    assert (code, "slots a head of layer 1: must be from 1 to 2147483647, not 0" in err) == (2, True)
     another["capacity"] = [5, 5]
     plan.write_text(json.dumps(another))
     code, _, err = corm(*compare, *pooled)

@@ -122,7 +122,7 @@ def test_report(run_main, evaluate, data, text, tmp_path):
     code, _, err = run_main(cli.main, "corm", "report", tmp_path / "bench", "--out", page)
     assert (code, "has no results yet: run corm eval longbench first" in err) == (2, True)
     code, _, err = run_main(cli.main, "corm", "report", tmp_path, "--out", page)
-    assert (code, "is no result directory" in err) == (2, True)
+    assert (code, "is no result directory of corm eval" in err) == (2, True)
 
 
 def test_analyse(run_main, model, text, tmp_path):
@@ -143,7 +143,7 @@ def test_analyse(run_main, model, text, tmp_path):
     [
         ("perplexity", ["--policy", "nothing"], "unknown policy 'nothing'"),
         ("perplexity", ["--policy", "full", "--tokens", "1"], "--tokens must be at least 2"),
-        ("perplexity", ["--policy", "full", "--tokens", "9999"], "--tokens asks for 9,999"),
+        ("perplexity", ["--policy", "full", "--tokens", "9999"], "9,999 were asked for: give more text"),
         ("perplexity", ["--policy", "snapkv:budget=40"], "say how many of the tokens are the prompt"),
         ("agreement", ["--policy", "full", "--prompt", "9999"], "say fewer"),
         ("agreement", ["--policy", "full", "--text", str(Path(__file__).parent / "nowhere.txt")], "cannot read"),

@@ -1,5 +1,6 @@
 """The evaluation's parts: metrics by hand, result directories cut anywhere, tasks, and how answers are scored."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -14,13 +15,37 @@ from corm_jax.evaluation import agreement, longbench, recall, summary, texts
 from corm_jax.evaluation.asking import answer, answer_nll, ask
 from corm_jax.evaluation.intervals import bootstrap
 from corm_jax.evaluation.records import RESULTS, Records, read_rows
+from corm_jax.evaluation.rows import FORMAT, Run
 from corm_jax.perplexity import read
 from tests.models import tiny
 from tests.test_checkpoint import TEXT, byte_level_tokenizer
 
 MODEL, POLICY = tiny(), Corm(window=6, recent=3)
 TEXT_IDS = np.random.default_rng(0).integers(0, 97, 90).tolist()
-ROWS = [{"policy": spec, "example": f"é{n}", "nll": n / 7} for n in range(3) for spec in ("full", "corm")]
+RUN = Run(
+    format=FORMAT,
+    kind="longbench",
+    model="m",
+    dtype="float32",
+    policies=["full", "corm"],
+    budget=None,
+    chunk=16,
+    limit=None,
+    seed=0,
+    settings={"length": 100},
+    begin=[1],
+    prompts="0123",
+    versions={"jax": "1"},
+    device="cpu",
+    weights="0123",
+    data={"qasper.jsonl": "0123"},
+)
+ROWS = [
+    {"policy": spec, "example": f"é{n}", "task": "qasper", "ran": spec, "score": n / 7, "answer": "“it”\u2028"}
+    | {"kept": 1.0, "live_bytes": 2**40, "allocated_bytes": 2**41, "full_bytes": 2**41, "overflow": 0}
+    for n in range(3)
+    for spec in ("full", "corm")
+]
 
 
 def question(task, answers, classes=()):
@@ -52,10 +77,10 @@ def test_metrics(task, answer, golds, classes, expected):
 
 @given(st.lists(st.integers()), st.integers(1, 20))
 def test_truncation_keeps_both_ends(ids, limit):
-    cut = longbench.truncated(ids, limit)
-    assert len(cut) == min(len(ids), limit)
     if len(ids) > limit:
-        assert cut == ids[: (limit + 1) // 2] + ids[len(ids) - limit // 2 :]
+        first, last = longbench.halves(ids, limit)
+        assert (first, last) == (ids[: (limit + 1) // 2], ids[len(ids) - limit // 2 :])
+        assert longbench.halves(ids, limit, 1) == (first[:-1], last)
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +94,9 @@ def test_texts_of_a_data_set(tmp_path, monkeypatch):
     folder = tmp_path / "books"
     folder.mkdir()
     (folder / "test.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ("é one\n", "two")))
-    assert texts.read_texts([], [str(folder)]) == {str(folder): "é one\ntwo\n".encode()}
+    assert texts.read_texts([], [str(folder)]) == {str(folder): "é one\ntwo\n"}
     monkeypatch.setattr(texts, "CHARACTERS", 4)
-    assert texts.from_hub(f"{folder}::test") == "é on".encode()
+    assert texts.from_hub(f"{folder}::test") == "é on"
     with pytest.raises(CormError, match="cannot load the data set"):
         texts.from_hub(f"{folder}::train")
     (folder / "test.jsonl").write_text('{"words": "one"}\n')
@@ -96,15 +121,23 @@ def test_questions(data, tokenizer):
     [
         (lambda folder: None, ["nothing"], "unknown task 'nothing'"),
         (lambda folder: (folder / "trec.jsonl").unlink(), ["trec"], "there is no .*trec.jsonl"),
-        (lambda folder: (folder / "trec.jsonl").write_text("{"), ["trec"], "line 1 is not JSON"),
-        (lambda folder: (folder / "trec.jsonl").write_text('{"input": ""}'), ["trec"], "line 1 has no 'context'"),
+        (
+            lambda folder: (folder / "trec.jsonl").write_text("{"),
+            ["trec"],
+            "trec.jsonl, line 1, cannot be used: Invalid JSON",
+        ),
+        (
+            lambda folder: (folder / "trec.jsonl").write_text('{"input": ""}'),
+            ["trec"],
+            "trec.jsonl, line 1, cannot be used: context: Field required",
+        ),
         (lambda folder: (folder / "dataset2maxlen.json").unlink(), ["trec"], "has no dataset2maxlen.json"),
         (
             lambda folder: (folder / "trec.jsonl").write_text(
                 '{"input": "", "context": "", "all_classes": null, "answers": []}'
             ),
             ["trec"],
-            "line 1 has no answer",
+            "trec.jsonl, line 1, cannot be used: there is no answer",
         ),
     ],
 )
@@ -121,7 +154,7 @@ def test_records_go_on_from_any_byte(tmp_path_factory, size):
     folder = tmp_path_factory.mktemp("records") / "run"
 
     def run():
-        with Records(folder, {"seed": 0}) as records:
+        with Records(folder, RUN) as records:
             for row in ROWS:
                 if (row["policy"], row["example"]) not in records:
                     records.add(row)
@@ -135,20 +168,24 @@ def test_records_go_on_from_any_byte(tmp_path_factory, size):
 
 
 def test_records_of_something_else(tmp_path):
-    with Records(tmp_path / "run", {"seed": 0, "budget": None}) as records:
+    with Records(tmp_path / "run", RUN) as records:
         records.add(ROWS[0])
-    with pytest.raises(CormError, match=r"another configuration \(seed differs; seed was 0, not 1\): choose another"):
-        Records(tmp_path / "run", {"seed": 1, "budget": None})
-    with pytest.raises(CormError, match="holds something else: choose another --out"):
-        Records(tmp_path, {"seed": 0})
+    other = dataclasses.replace(RUN, seed=1)
+    with (
+        pytest.raises(CormError, match=r"another configuration \(seed differs; seed was 0, not 1\): choose another"),
+        Records(tmp_path / "run", other),
+    ):
+        pass
+    with pytest.raises(CormError, match="holds something else: choose another --out"), Records(tmp_path, RUN):
+        pass
     path = tmp_path / "run" / RESULTS
     line = path.read_bytes()
     path.write_bytes(line + line)
-    with pytest.raises(CormError, match="line 2: 'é0' with 'full' is there twice"):
-        read_rows(path)
+    with pytest.raises(CormError, match="line 2, has 'é0' with 'full' for a second time"):
+        read_rows(path.parent, RUN)
     path.write_bytes(b"{\n" + line)
-    with pytest.raises(CormError, match="line 1 is damaged"):
-        read_rows(path)
+    with pytest.raises(CormError, match="line 1, cannot be used: Invalid JSON"):
+        read_rows(path.parent, RUN)
 
 
 @pytest.mark.parametrize("name", recall.TASKS)

@@ -69,10 +69,10 @@ def test_short_form():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": "another"}, "is not a plan"),
-        ({"capacity": [5, 0]}, "gives layer 1 0 slots a head"),
-        ({"chunk": "3"}, "says chunk = '3'"),
-        ({"extra": 1}, "is not a plan"),
+        ({"format": "another"}, "format: Input should be 'corm-jax plan 1', not 'another': make one with"),
+        ({"capacity": [5, 0]}, "slots a head of layer 1: must be from 1 to 2147483647, not 0"),
+        ({"chunk": "3"}, "chunk: Input should be a valid integer, not '3'"),
+        ({"extra": 1}, "extra: Unexpected keyword argument, not 1"),
     ],
 )
 def test_bad_files(tmp_path, change, message):

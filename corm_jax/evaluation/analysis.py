@@ -33,6 +33,9 @@ ROWS = 128
 FIRST = 64
 """Earlier queries see too few keys to count."""
 
+SHORTEST = 2 * FIRST
+"""Tokens of a text."""
+
 
 def analyse(model: Llama, tokens: Sequence[int], progress: Callable[[int], None] = lambda done: None) -> dict[str, Any]:
     """Numbers for each layer; lists run over layers first.
@@ -44,8 +47,8 @@ def analyse(model: Llama, tokens: Sequence[int], progress: Callable[[int], None]
     Raises:
       CormError: for a text of less than 128 tokens.
     """
-    if len(tokens) < 2 * FIRST:
-        raise CormError(f"a text of {len(tokens)} tokens says too little: give at least {2 * FIRST}")
+    if len(tokens) < SHORTEST:
+        raise CormError(f"a text of {len(tokens)} tokens says too little: give at least {SHORTEST}")
     found: dict[str, list] = {name: [] for name in MEASURED}
     for one in record(model, tokens, progress=progress):
         sparsity, coverage, kept = _importance(one.q, one.k)

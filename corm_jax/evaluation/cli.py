@@ -1,13 +1,17 @@
 """The command line of the evaluation: ``corm eval``, ``corm report`` and ``corm analyse``."""
 
+import dataclasses
+import json
 import sys
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial, wraps
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
+from rich.markup import escape
 from rich.table import Table
 
 from corm_jax import console, inputs, plots
@@ -17,18 +21,94 @@ from corm_jax.evaluation import agreement as agreements
 from corm_jax.evaluation import analysis
 from corm_jax.evaluation import longbench as benchmark
 from corm_jax.evaluation import recall as recalls
-from corm_jax.evaluation.asking import answer, answer_nll, ask
+from corm_jax.evaluation.asking import ANSWER, answer, answer_nll, ask
 from corm_jax.evaluation.intervals import bootstrap
-from corm_jax.evaluation.records import Records
+from corm_jax.evaluation.records import Records, check_free
 from corm_jax.evaluation.report import report as write_report
-from corm_jax.evaluation.suite import Suite, contents, memory, surroundings
+from corm_jax.evaluation.rows import FORMAT, Kind, Run
+from corm_jax.evaluation.suite import Suite, checksum, memory, surroundings
 from corm_jax.evaluation.summary import MEASURES, lines
 from corm_jax.evaluation.texts import read_texts, stretches
 from corm_jax.files import check_writable, write_json
+from corm_jax.model import Llama
 from corm_jax.perplexity import read
 from corm_jax.policies import keys_of, parse
+from corm_jax.prompts import scored_from
+from corm_jax.tokenizer import Tokenizer
+from corm_jax.types import Policy
 
 POLICIES = ("full", "corm", "streaming_llm", "h2o:score=mean", "tova", "snapkv", "random")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What all kinds of ``corm eval`` share, as options say it."""
+
+    kind: Kind
+    model: str
+    dtype: str
+    specs: Sequence[str]
+    budget: str | None
+    chunk: int
+    limit: int | None
+    seed: int
+    out: Path
+
+    def check(self) -> None:
+        """Raises for what cannot be, before anything is loaded."""
+        for spec in self.specs:
+            parse(spec)
+        if self.budget is not None:
+            keys_of(self.budget, 1)
+        if self.chunk < 1 or (self.limit is not None and self.limit < 1):
+            raise CormError(f"--chunk and --limit must be at least 1, not {self.chunk} and {self.limit}")
+        check_free(self.out)
+
+    def run(
+        self,
+        settings: dict[str, Any],
+        data: Mapping[str, str | bytes],
+        make_examples: Callable[[Llama, Tokenizer], Sequence[Any]],
+        make_score: Callable[[Llama, Tokenizer, Sequence[Any]], Callable[[Policy, Any, Policy], dict[str, Any]]],
+    ) -> None:
+        """Scores examples with each policy into the records, and prints the table.
+
+        Args:
+          settings: those of this kind.
+          data: what the examples are made from, by name.
+        """
+        model, tokenizer = inputs.load(self.model, self.dtype)
+        inputs.check_profiles(self.specs, self.model, model)
+        examples = make_examples(model, tokenizer)
+        if not examples:
+            raise CormError(f"there is nothing to read in {', '.join(data)}: give more")
+        longest = max(len(example.prompt) for example in examples)
+        if self.chunk > longest:
+            raise CormError(f"--chunk {self.chunk:,} is more than the longest prompt, {longest:,} tokens: lower it")
+        inputs.note_context(model, longest)
+        run = Run(
+            format=FORMAT,
+            kind=self.kind,
+            model=self.model,
+            dtype=self.dtype,
+            policies=list(self.specs),
+            budget=self.budget,
+            chunk=self.chunk,
+            limit=self.limit,
+            seed=self.seed,
+            settings=settings,
+            begin=list(tokenizer.begin),
+            prompts=checksum(*map(json.dumps, examples)),
+            **surroundings(model, data),
+        )
+        suite = Suite(model, self.specs, self.budget, self.chunk)
+        with Records(self.out, run) as records, console.progress_bar() as progress:
+            if records.rows:
+                print(f"corm: note: {len(records.rows):,} results are there already", file=sys.stderr)
+            task = progress.add_task(self.kind, total=len(examples) * len(self.specs))
+            score = make_score(model, tokenizer, examples)
+            suite.run(records, examples, score, lambda n: progress.update(task, completed=n))
+        _table(self.kind, records.rows)
 
 
 @click.group("eval")
@@ -58,32 +138,20 @@ _texts = console.options(
 )
 
 
-def _go(kind, common, settings: dict[str, Any], data, make_examples, make_score) -> None:
-    """What all kinds have in common: checks, records, the run with its bar, the table."""
-    model_name, dtype, specs, budget, chunk, limit, seed, out = common
-    specs = list(dict.fromkeys(specs or POLICIES))
-    for spec in specs:
-        parse(spec)
-    if budget:
-        keys_of(budget, 1)
-    if chunk < 1 or (limit is not None and limit < 1):
-        raise CormError(f"--chunk and --limit must be at least 1, not {chunk} and {limit}")
-    model, tokenizer = inputs.load(model_name, dtype)
-    inputs.check_profiles(specs, model_name, model)
-    examples = make_examples(model, tokenizer)
-    config = {"format": "corm-jax evaluation 1", "kind": kind, "model": model_name, "dtype": dtype, "policies": specs}
-    config |= {"budget": budget, "chunk": chunk, "limit": limit, "seed": seed} | settings | surroundings(model, data)
-    longest = max(len(example.prompt) for example in examples)
-    inputs.note_context(model, longest)
-    suite = Suite(model, specs, budget, chunk)
-    with Records(out, config) as records, console.progress_bar() as progress:
-        if records.rows:
-            print(f"corm: note: {len(records.rows):,} results are there already", file=sys.stderr)
-        task = progress.add_task(kind, total=len(examples) * len(specs))
-        suite.run(
-            records, examples, make_score(model, tokenizer, longest), lambda n: progress.update(task, completed=n)
-        )
-    _table(kind, records.rows)
+def _command(kind: Kind):
+    """A kind of ``corm eval``. The function gets a `Job` for the options that all kinds share."""
+
+    def decorate(function):
+        @wraps(function)
+        def run(model, dtype, specs, budget, chunk, limit, seed, out, **own):
+            specs = list(dict.fromkeys(specs or POLICIES))
+            job = Job(kind, model, dtype, specs, budget, chunk, limit, seed, out)
+            job.check()
+            return function(job, **own)
+
+        return evaluate.command(kind)(_options(run))
+
+    return decorate
 
 
 def _table(kind: str, rows: list[dict[str, Any]]) -> None:
@@ -94,71 +162,73 @@ def _table(kind: str, rows: list[dict[str, Any]]) -> None:
         table.add_column(column)
     for line in found:
         cells = [str(line.measures.get(measure, "")) for measure in measures]
-        table.add_row(line.task, line.policy, str(line.examples), f"{line.kept:.3f}", *cells, str(line.against or ""))
+        cells = [line.task, line.policy, str(line.examples), f"{line.kept:.3f}", *cells, str(line.against or "")]
+        table.add_row(*map(escape, cells))
     console.output().print(table)
 
 
-@evaluate.command()
-@_options
+@_command("perplexity")
 @_texts
 @click.option("--tokens", type=int, default=2048, show_default=True, help="of each stretch of a text")
 @click.option("--prompt", type=int, help="how many of them are the prompt; not scored")
 @click.option("--bucket", type=int, default=512, show_default=True, help="positions that are averaged together")
-def perplexity(model, dtype, specs, budget, chunk, limit, seed, out, paths, datasets, tokens, prompt, bucket):
+def perplexity(job: Job, paths, datasets, tokens, prompt, bucket):
     """How well texts are predicted: NLL, and by position."""
-    data = read_texts(paths, datasets)
-    for spec in specs or POLICIES:
+    if bucket < 1:
+        raise CormError(f"--bucket must be at least 1, not {bucket}")
+    for spec in job.specs:
         prompt_of(parse(spec), prompt, tokens - 1)
+    data = read_texts(paths, datasets)
 
-    def score(model, tokenizer, longest):
+    def score(model, tokenizer, documents):
+        longest, first = max(len(one.prompt) for one in documents), scored_from(tokenizer, prompt)
+
         def of(policy, document, largest):
-            capacity = slots_for(largest, None, longest, chunk)
-            reading = read(model, policy, document.prompt, capacity=capacity, chunk=chunk, prompt=prompt)
-            scored = reading.nll[(prompt or 1) - 1 :].astype(np.float64)
+            capacity = slots_for(largest, None, longest, job.chunk)
+            reading = read(model, policy, document.prompt, capacity=capacity, chunk=job.chunk, prompt=prompt)
+            scored = reading.nll[first - 1 :].astype(np.float64)
             parts = [scored[start : start + bucket] for start in range(0, len(scored), bucket)]
             return {"nll": scored.mean(), "nll_by_position": [part.mean() for part in parts]} | memory(reading.usage)
 
         return of
 
     settings = {"tokens": tokens, "prompt": prompt, "bucket": bucket}
-    documents = partial(stretches, texts=data, tokens=tokens, limit=limit)
-    common = model, dtype, specs, budget, chunk, limit, seed, out
-    _go("perplexity", common, settings, data, lambda model, tokenizer: documents(tokenizer), score)
+    job.run(settings, data, lambda model, tokenizer: stretches(tokenizer, data, tokens, job.limit), score)
 
 
-@evaluate.command()
-@_options
+@_command("agreement")
 @_texts
 @click.option("--tokens", type=int, default=2048, show_default=True, help="of each stretch of a text")
 @click.option("--prompt", type=int, help="how many of them are the prompt; not scored  [default: half]")
-def agreement(model, dtype, specs, budget, chunk, limit, seed, out, paths, datasets, tokens, prompt):
+def agreement(job: Job, paths, datasets, tokens, prompt):
     """How close predictions stay to those of the full cache: KL, and how often the likeliest token is the same."""
-    data, prompt = read_texts(paths, datasets), tokens // 2 if prompt is None else prompt
-    for spec in specs or POLICIES:
+    prompt = tokens // 2 if prompt is None else prompt
+    for spec in job.specs:
         prompt_of(parse(spec), prompt, tokens - 1)
+    data = read_texts(paths, datasets)
 
-    def score(model, tokenizer, longest):
+    def score(model, tokenizer, documents):
+        scored = slice(scored_from(tokenizer, prompt) - prompt, None)
+
         def of(policy, document, largest):
-            found = agreements.compare(model, policy, document.prompt, prompt, chunk)
+            found = agreements.compare(model, policy, document.prompt, prompt, job.chunk)
             names = ("kl", "same", "nll", "full_nll")
-            return {name: float(getattr(found, name).mean(dtype=np.float64)) for name in names} | memory(found.usage)
+            means = {name: float(getattr(found, name)[scored].mean(dtype=np.float64)) for name in names}
+            return means | memory(found.usage)
 
         return of
 
-    common = model, dtype, specs, budget, chunk, limit, seed, out
-    documents = partial(stretches, texts=data, tokens=tokens, limit=limit)
     settings = {"tokens": tokens, "prompt": prompt}
-    _go("agreement", common, settings, data, lambda model, tokenizer: documents(tokenizer), score)
+    job.run(settings, data, lambda model, tokenizer: stretches(tokenizer, data, tokens, job.limit), score)
 
 
-@evaluate.command()
-@_options
+@_command("recall")
 @_texts
 @click.option("--task", "names", multiple=True, default=tuple(recalls.TASKS), show_default=True)
 @click.option("--length", "lengths", type=int, multiple=True, default=(1024,), show_default=True, help="of a prompt")
 @click.option("--depth", "depths", type=float, multiple=True, default=(0.1, 0.5, 0.9), show_default=True)
 @_blind
-def recall(model, dtype, specs, budget, chunk, limit, seed, out, paths, datasets, names, lengths, depths, blind):
+def recall(job: Job, paths, datasets, names, lengths, depths, blind):
     """Whether what was read long ago is still known: pass keys, needles, pairs, a passage seen again.
 
     There are --limit examples of each task, length and depth, or 5.
@@ -166,19 +236,25 @@ def recall(model, dtype, specs, budget, chunk, limit, seed, out, paths, datasets
     `nll` is that of the right answer, in nats a token; `margin` is how much likelier it is than the likeliest of the
     wrong ones; `exact` says whether the model writes it down by itself.
     """
+    limit = job.limit or 5
+    recalls.check(names, lengths, depths, limit, job.seed)
     data = read_texts(paths, datasets)
-    words = "\n\n".join(content.decode("utf-8") for content in data.values())
 
     def examples(model, tokenizer):
-        hay = recalls.Haystack(tokenizer, words)
-        return list(recalls.tasks(hay, names, lengths, depths, limit or 5, seed, blind))
+        hay = recalls.Haystack(tokenizer, "\n\n".join(data.values()))
+        return list(recalls.tasks(hay, names, lengths, depths, limit, job.seed, blind))
 
-    def score(model, tokenizer, longest):
+    def score(model, tokenizer, tasks):
+        # Caches of one size for a task, however long its answers are, so that one program serves them all.
+        longest, most = max(len(task.prompt) for task in tasks), dict[tuple[str, int], int]()
+        for task in tasks:
+            place = task.task, task.length
+            most[place] = max(most.get(place, 0), *map(len, (task.gold, *task.others)))
+
         def of(policy, task, largest):
-            asked = ask(
-                model, policy, task.prompt, slots_for(largest, None, longest + len(task.gold) + 32, chunk), chunk
-            )
-            nll = partial(answer_nll, model, policy, asked, chunk=chunk)
+            tokens = longest + most[task.task, task.length] + ANSWER
+            asked = ask(model, policy, task.prompt, slots_for(largest, None, tokens, job.chunk), job.chunk)
+            nll = partial(answer_nll, model, policy, asked, chunk=job.chunk)
             found: dict[str, Any] = {"length": task.length, "depth": task.depth, "nll": nll(task.gold)}
             if task.others:
                 found["margin"] = min(map(nll, task.others)) - found["nll"]
@@ -190,43 +266,40 @@ def recall(model, dtype, specs, budget, chunk, limit, seed, out, paths, datasets
 
         return of
 
-    common = model, dtype, specs, budget, chunk, limit, seed, out
     settings = {"tasks": list(names), "lengths": list(lengths), "depths": list(depths), "blind": blind}
-    _go("recall", common, settings, data, examples, score)
+    job.run(settings, data, examples, score)
 
 
-@evaluate.command()
-@_options
-@click.option("--data", type=click.Path(path_type=Path), required=True, help="a directory with <task>.jsonl")
+@_command("longbench")
+@click.option("--data", "folder", type=click.Path(path_type=Path), required=True, help="a directory: <task>.jsonl")
 @click.option("--task", "names", multiple=True, help="repeat for more  [default: all that are there]")
 @click.option("--length", type=int, default=3500, show_default=True, help="longer prompts lose their middle")
 @click.option("--chat", is_flag=True, help="wrap questions as a user's turn, as LongBench does for chat models")
 @_blind
-def longbench(model, dtype, specs, budget, chunk, limit, seed, out, data, names, length, chat, blind):
+def longbench(job: Job, folder, names, length, chat, blind):
     """LongBench: its prompts, truncation and metrics, in [0, 1]."""
-    names = list(names) or [task for task in benchmark.METRICS if (data / f"{task}.jsonl").exists()]
-    if not names:
-        raise CormError(f"there is no task of LongBench in {data}: it should hold files such as qasper.jsonl")
+    names = list(dict.fromkeys(names)) or benchmark.there(folder)
     for package in ("rapidfuzz", "rouge_score"):
         if find_spec(package) is None:
             raise CormError(f"{package} is not installed: pip install 'corm-jax[evaluation]'")
-    files = [path for task in names if (path := data / f"{task}.jsonl").exists()]
+    data = benchmark.contents(folder, names)
 
     def examples(model, tokenizer):
-        return list(benchmark.questions(data, names, tokenizer, length, chat, limit, blind))
+        return list(benchmark.questions(folder, names, tokenizer, length, chat, job.limit, blind))
 
-    def score(model, tokenizer, longest):
+    def score(model, tokenizer, questions):
+        needed = max(len(one.prompt) for one in questions) + max(one.new_tokens for one in questions)
+        tokens = max(min(length, needed) + 512, needed)  # a template for conversations may go beyond the length
+
         def of(policy, question, largest):
-            asked = ask(model, policy, question.prompt, slots_for(largest, None, length + 512, chunk), chunk)
+            asked = ask(model, policy, question.prompt, slots_for(largest, None, tokens, job.chunk), job.chunk)
             wrote, used = answer(model, policy, asked, question.new_tokens, tokenizer.end)
             said = tokenizer.decode(wrote)
             return {"score": benchmark.score(question, said), "answer": said} | memory(used)
 
         return of
 
-    common = model, dtype, specs, budget, chunk, limit, seed, out
-    settings = {"tasks": names, "length": length, "chat": chat, "blind": blind}
-    _go("longbench", common, settings, contents(files), examples, score)
+    job.run({"tasks": names, "length": length, "chat": chat, "blind": blind}, data, examples, score)
 
 
 @click.command("report")
@@ -254,21 +327,21 @@ def analyse(model, dtype, paths, datasets, tokens, out):
     """
     check_writable(out)
     plots.check_picture(out.with_suffix(".png"))
+    if tokens < analysis.SHORTEST:
+        raise CormError(f"--tokens must be at least {analysis.SHORTEST}, not {tokens}: fewer say too little")
     texts = read_texts(paths, datasets)
     network, tokenizer = inputs.load(model, dtype)
-    ids = {
-        name: inputs.encode(network, tokenizer, words.decode("utf-8"), name, tokens) for name, words in texts.items()
-    }
+    ids = {name: inputs.encode(network, tokenizer, words, name, tokens) for name, words in texts.items()}
     layers, every = network.config.layers, []
     with console.progress_bar() as progress:
         for name, read_ids in ids.items():
-            task = progress.add_task(f"{name}, {layers} layers", total=layers * tokens)
+            task = progress.add_task(escape(f"{name}, {layers} layers"), total=layers * tokens)
             every.append(
                 analysis.analyse(network, read_ids, lambda done, task=task: progress.update(task, completed=done))
             )
     plots.analysis(analysis.mean(every), out.with_suffix(".png"))
     write_json(out, {"model": model, "tokens": tokens, "texts": dict(zip(ids, every, strict=True))})
-    table = Table(title=f"{model} reads {tokens:,} tokens of {', '.join(ids)}", title_justify="left")
+    table = Table(title=escape(f"{model} reads {tokens:,} tokens of {', '.join(ids)}"), title_justify="left")
     for column in ("what", "mean over layers and texts [95%]", "least of a layer", "most of a layer"):
         table.add_column(column)
 

@@ -4,15 +4,17 @@ Rows, prompt templates and answer lengths come from the benchmark's own files: a
 ``dataset2prompt.json`` and ``dataset2maxlen.json`` there or in ``longbench_config`` beside it.
 """
 
-import json
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from corm_jax.errors import CormError
+from corm_jax.files import STRICT, parse_json, read_json
+from corm_jax.prompts import Text
 from corm_jax.tokenizer import Tokenizer
 
 KINDS = {
@@ -31,8 +33,30 @@ PLAIN = ("trec", "triviaqa", "samsum", "lcc", "repobench-p")
 FIRST_LINE = ("trec", "triviaqa", "samsum")
 """Tasks of whose answer only the first line counts."""
 
-FIELDS = ("input", "context", "answers", "all_classes")
 CONFIG = ("dataset2prompt.json", "dataset2maxlen.json")
+
+GET = "get it from LongBench's repository (LongBench/config), and put it there"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a task's file, of which nothing else is read.
+
+    Attributes:
+      answers: of which each is right.
+      all_classes: what an answer may be, for tasks that classify.
+    """
+
+    __pydantic_config__: ClassVar = STRICT | {"extra": "ignore"}
+
+    input: str
+    context: str
+    answers: list[str]
+    all_classes: list[str] | None
+
+    def __post_init__(self):
+        if not self.answers:
+            raise CormError("there is no answer to compare with")
 
 
 class Question(NamedTuple):
@@ -138,14 +162,16 @@ def score(question: Question, answer: str) -> float:
     return max(metric(answer, gold, question.classes) for gold in question.answers)
 
 
-def truncated(ids: list[int], limit: int) -> list[int]:
-    """At most ``limit`` tokens: the first half and the last half of them.
+def halves(ids: list[int], limit: int, first: int = 0) -> tuple[list[int], list[int]]:
+    """What is left of too many tokens: the first half of ``limit`` and the last; ``first`` others stand before them.
 
-    >>> truncated(list(range(10)), 4)
-    [0, 1, 8, 9]
+    >>> halves(list(range(10)), 4)
+    ([0, 1], [8, 9])
+    >>> halves(list(range(10)), 4, first=1)
+    ([0], [8, 9])
     """
-    half = limit // 2
-    return ids if len(ids) <= limit else ids[: limit - half] + ids[len(ids) - half :]
+    head = max(limit - limit // 2 - first, 0)
+    return ids[:head], ids[len(ids) - (limit - first - head) :]
 
 
 def questions(
@@ -159,53 +185,112 @@ def questions(
 ) -> Iterator[Question]:
     """The rows of each task, as prompts of at most ``length`` tokens less those of the answer.
 
+    A longer prompt is cut as text, as LongBench does it, and encoded again: the words at the seam may then take a token
+    more or less, and the template of a conversation goes around what is left.
+
     Args:
       blind: leave the context out: what a model guesses from the question alone.
 
     Raises:
-      CormError: for a task or a file that does not exist, or a row that lacks something.
+      CormError: for a task or a file that does not exist, a file or a row that is not as LongBench has it, or a length
+        that leaves nothing beside the answer.
     """
-    templates, new_tokens = (_config(folder, name) for name in CONFIG)
+    templates, most = (read_json(path, dict, "configuration", GET) for path in _config_files(folder))
     for task in tasks:
         if task not in METRICS:
             raise CormError(f"unknown task {task!r}: choose from {', '.join(METRICS)}")
-        if task not in templates or task not in new_tokens:
+        if task not in templates or task not in most:
             raise CormError(f"{' and '.join(CONFIG)} do not both know {task!r}: get them from LongBench's repository")
+        template, new_tokens = templates[task], most[task]
+        if not isinstance(new_tokens, int) or isinstance(new_tokens, bool) or new_tokens < 1:
+            raise CormError(f"{CONFIG[1]}: {task} must be a number of tokens from 1 up, not {new_tokens!r}: {GET}")
+        filled(template, task, dict.fromkeys(("input", "context"), ""))
+        room = length - new_tokens
+        if room < len(tokenizer.begin) + 2:
+            raise CormError(
+                f"prompts of {length:,} tokens leave nothing beside the {new_tokens:,} of an answer of {task}: ask for "
+                "longer prompts"
+            )
         for index, row in enumerate(_rows(folder / f"{task}.jsonl", limit)):
-            room = length - new_tokens[task]
-            words = templates[task].format(**row | ({"context": ""} if blind else {}))
-            ids = tokenizer.encode(words)
-            if len(ids) > room:  # cut as text, since the template for a conversation goes around what is left
-                words = "".join(tokenizer.decode(part) for part in _halves(ids, room))
-            ids = tokenizer.chat(words) if chat and task not in PLAIN else tokenizer.encode(words)
-            yield Question(f"{task}/{index}", task, ids, row["answers"], row["all_classes"] or [], new_tokens[task])
+            words = filled(template, task, {"input": row.input, "context": "" if blind else row.context})
+            text = Text(tokenizer, words, f"the prompt of {task}/{index}")
+            if len(text) > room:  # cut as text, since the template for a conversation goes around what is left
+                words = "".join(tokenizer.decode(part) for part in halves(text.ids, room, len(text.begin)))
+            chats = chat and task not in PLAIN
+            ids = tokenizer.chat(words) if chats else Text(tokenizer, words, text.name).whole
+            yield Question(f"{task}/{index}", task, ids, row.answers, row.all_classes or [], new_tokens)
 
 
-def _halves(ids: list[int], limit: int) -> tuple[list[int], list[int]]:
-    cut = truncated(ids, limit)
-    return cut[: limit - limit // 2], cut[limit - limit // 2 :]
+def filled(template: Any, task: str, values: Mapping[str, str]) -> str:
+    """A template with its placeholders replaced. They are names and nothing else: nothing is looked up in objects.
+
+    >>> filled("{context} Q: {input} {{sic}}", "qasper", {"context": "A.", "input": "who?"})
+    'A. Q: who? {sic}'
+
+    Raises:
+      CormError: for a template that is no text, or has other placeholders.
+    """
+    found = []
+    try:
+        for words, name, form, conversion in string.Formatter().parse(template):
+            if name is not None and (name not in values or form or conversion):
+                given = name + (f"!{conversion}" if conversion else "") + (f":{form}" if form else "")
+                raise CormError(f"it may hold {' and '.join(map('{{{}}}'.format, values))}, not {{{given}}}")
+            found += [words, "" if name is None else values[name]]
+    except (TypeError, ValueError) as error:
+        reason = "it is no text" if isinstance(error, TypeError) else error
+        raise CormError(f"{CONFIG[0]}: the template of {task} cannot be used: {reason}: {GET}") from None
+    return "".join(found)
 
 
-def _config(folder: Path, name: str) -> dict[str, Any]:
-    for place in (folder / name, folder.parent / "longbench_config" / name, folder / "longbench_config" / name):
-        if place.exists():
-            return json.loads(place.read_text(encoding="utf-8"))
-    raise CormError(f"{folder} has no {name}: get it from LongBench's repository (LongBench/config), and put it there")
+def there(folder: Path) -> list[str]:
+    """The tasks of which a directory has rows.
+
+    Raises:
+      CormError: if there are none.
+    """
+    names = [task for task in METRICS if (folder / f"{task}.jsonl").exists()]
+    if not names:
+        raise CormError(f"there is no task of LongBench in {folder}: it should hold files such as qasper.jsonl")
+    return names
 
 
-def _rows(path: Path, limit: int | None) -> Iterator[dict[str, Any]]:
-    if not path.exists():
-        raise CormError(f"there is no {path}: get LongBench's data, or leave {path.stem} out of --task")
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if limit is not None and number > limit:
-                return
-            try:
-                row = json.loads(line)
-            except ValueError:
-                raise CormError(f"{path}, line {number} is not JSON") from None
-            if missing := [field for field in FIELDS if field not in row]:
-                raise CormError(f"{path}, line {number} has no {missing[0]!r}")
-            if not row["answers"]:
-                raise CormError(f"{path}, line {number} has no answer to compare with")
-            yield row
+def contents(folder: Path, tasks: Sequence[str]) -> dict[str, bytes]:
+    """All that the questions of some tasks are made from, by the names of the files.
+
+    Raises:
+      CormError: for an unknown task, or a file that is not there.
+    """
+    for task in tasks:
+        if task not in METRICS:
+            raise CormError(f"unknown task {task!r}: choose from {', '.join(METRICS)}")
+    files = [*_config_files(folder), *(folder / f"{task}.jsonl" for task in tasks)]
+    return {file.name: _content(file) for file in files}
+
+
+def _config_files(folder: Path) -> list[Path]:
+    """Where the templates and the lengths of the answers are."""
+    found = []
+    for name in CONFIG:
+        places = folder / name, folder.parent / "longbench_config" / name, folder / "longbench_config" / name
+        place = next((place for place in places if place.exists()), None)
+        if place is None:
+            raise CormError(f"{folder} has no {name}: {GET}")
+        found.append(place)
+    return found
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise CormError(f"there is no {path}: get LongBench's data, or leave {path.stem} out of --task") from None
+    except OSError as error:
+        raise CormError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _rows(path: Path, limit: int | None) -> Iterator[Row]:
+    """The rows of a task; empty lines are none."""
+    lines = [(number, line) for number, line in enumerate(_content(path).split(b"\n"), 1) if line.strip()]
+    for number, line in lines[:limit]:
+        yield parse_json(line, Row, f"{path}, line {number},", "get it from LongBench's data, or mend the line")

@@ -6,6 +6,9 @@
 - ``multikey``: one of many needles of the same form (RULER, arXiv 2404.06654), the others spread over the text.
 - ``repeat``: a passage, other text, then the passage again. No question, so it needs no skill at answering; its score
   is that of the second time.
+
+A prompt begins with what the tokenizer puts before a text, once. With that it has about ``length`` tokens; those of
+``needle`` and ``multikey`` have exactly as many, and those of ``repeat`` with their answer.
 """
 
 import uuid
@@ -15,10 +18,15 @@ from typing import NamedTuple
 import numpy as np
 
 from corm_jax.errors import CormError
+from corm_jax.prompts import Text, inside
 from corm_jax.tokenizer import Tokenizer
 
 DULL = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
 CITIES = ("Lisbon", "Oslo", "Nairobi", "Lima", "Kyoto", "Quebec", "Havana", "Perth", "Cairo", "Riga", "Dakar", "Seoul")
+
+SHORTEST = 256
+LARGEST = 2**26
+"""Tokens of all prompts together: half a gigabyte of numbers."""
 
 
 class Task(NamedTuple):
@@ -40,7 +48,7 @@ class Task(NamedTuple):
 
 
 class Hidden(NamedTuple):
-    """Token ids: what hides the answer, the question, the answer, and those that are right for another question."""
+    """Token ids, all inside a text: what hides the answer, the question, the answer, and those of other questions."""
 
     context: list[int]
     question: list[int]
@@ -49,39 +57,48 @@ class Hidden(NamedTuple):
 
 
 class Haystack:
-    """Text to hide things in, cut at the ends of tokens."""
+    """Text to hide things in, cut at the ends of tokens.
+
+    Attributes:
+      begin: the ids with which a prompt begins.
+    """
 
     def __init__(self, tokenizer: Tokenizer, words: str):
-        self.tokenizer, self.ids = tokenizer, tokenizer.encode(words)
+        self.tokenizer, text = tokenizer, Text(tokenizer, words, "the text")
+        self.begin, self.ids = text.begin, text.ids
 
     def cut(self, tokens: int, rng: np.random.Generator) -> list[int]:
         """So many tokens from anywhere.
 
         Raises:
-          CormError: for a text that is too short.
+          CormError: for a text that is too short, or fewer than one.
         """
+        if tokens < 1:
+            raise CormError("what is hidden takes more tokens than the prompt may have: ask for longer prompts")
         if len(self.ids) < tokens:
             raise CormError(f"the text has {len(self.ids):,} tokens, a prompt takes {tokens:,}: give more text")
         start = int(rng.integers(len(self.ids) - tokens + 1))
         return self.ids[start : start + tokens]
 
-    def encode(self, words: str) -> list[int]:
+    def first(self, words: str) -> list[int]:
+        """Ids of words with which a text begins, without `begin`."""
+        return Text(self.tokenizer, words, "the text").ids
+
+    def inside(self, words: str) -> list[int]:
         """Ids of words inside a text."""
-        return self.tokenizer.inner.encode(words, add_special_tokens=False).ids
+        return inside(self.tokenizer, words)
 
 
 def _passkey(hay: Haystack, length: int, depth: float, rng: np.random.Generator) -> Hidden:
     key = str(rng.integers(10_000, 100_000))
-    start = hay.tokenizer.encode(
-        "There is important information hidden inside irrelevant text. Find and memorize it.\n"
-    )
-    fact = hay.encode(f"The pass key is {key}. Remember it. {key} is the pass key.\n")
-    question = hay.encode("What is the pass key? The pass key is")
-    dull = hay.encode(DULL)
+    start = hay.first("There is important information hidden inside irrelevant text. Find and memorize it.\n")
+    fact = hay.inside(f"The pass key is {key}. Remember it. {key} is the pass key.\n")
+    question = hay.inside("What is the pass key? The pass key is")
+    dull = hay.inside(DULL)
     copies = max((length - len(start) - len(fact) - len(question)) // len(dull), 1)
     before = round(depth * copies)
     context = start + before * dull + fact + (copies - before) * dull
-    return Hidden(context, question, hay.encode(f" {key}"), [])
+    return Hidden(context, question, hay.inside(f" {key}"), [])
 
 
 def _needle(hay: Haystack, length: int, depth: float, rng) -> Hidden:
@@ -96,28 +113,28 @@ def _needles(hay, length, depth, rng, count):
     cities = rng.permutation(CITIES)[:count].tolist()
     numbers = rng.choice(np.arange(1_000_000, 10_000_000), count, replace=False).tolist()
     facts = [
-        hay.encode(f"\nThe special number of {city} is {number}.\n")
+        hay.inside(f"\nThe special number of {city} is {number}.\n")
         for city, number in zip(cities, numbers, strict=True)
     ]
-    question = hay.encode(f"\nWhat is the special number of {cities[0]}? The special number of {cities[0]} is")
+    question = hay.inside(f"\nWhat is the special number of {cities[0]}? The special number of {cities[0]} is")
     text = hay.cut(length - sum(map(len, facts)) - len(question), rng)
     places = [round(depth * len(text)), *rng.integers(len(text) + 1, size=count - 1).tolist()]
     for place, fact in sorted(zip(places, facts, strict=True), reverse=True):
         text = text[:place] + fact + text[place:]
-    gold, *others = (hay.encode(f" {number}") for number in numbers)
+    gold, *others = (hay.inside(f" {number}") for number in numbers)
     return Hidden(text, question, gold, others)
 
 
 def _pairs(hay: Haystack, length: int, depth: float, rng) -> Hidden:
     pairs = [(str(uuid.UUID(bytes=rng.bytes(16))), str(uuid.UUID(bytes=rng.bytes(16)))) for _ in range(length // 40)]
-    sizes = np.cumsum([len(hay.encode(f'"{key}": "{value}"\n')) for key, value in pairs])
+    sizes = np.cumsum([len(hay.inside(f'"{key}": "{value}"\n')) for key, value in pairs])
     count = max(int(np.searchsorted(sizes, length - sizes[0])), 2)  # the question takes as much as a pair
     keys, values = zip(*pairs[:count], strict=True)
     wanted = min(round(depth * (count - 1)), count - 1)
     data = "".join(f'"{key}": "{value}"\n' for key, value in zip(keys, values, strict=True))
-    context = hay.tokenizer.encode(f"Extract the value of the key from the data below.\n\n{data}")
-    others = [hay.encode(value) for index, value in enumerate(values) if index != wanted]
-    return Hidden(context, hay.encode(f'\n"{keys[wanted]}": "'), hay.encode(values[wanted]), others[:7])
+    context = hay.first(f"Extract the value of the key from the data below.\n\n{data}")
+    others = [hay.inside(value) for index, value in enumerate(values) if index != wanted]
+    return Hidden(context, hay.inside(f'\n"{keys[wanted]}": "'), hay.inside(values[wanted]), others[:7])
 
 
 def _repeat(hay: Haystack, length: int, depth: float, rng) -> Hidden:
@@ -135,6 +152,29 @@ TASKS: dict[str, Callable[..., Hidden]] = {
 """Each makes a prompt of about so many tokens, with what is asked for at a depth from 0 to 1."""
 
 
+def check(names: Sequence[str], lengths: Sequence[int], depths: Sequence[float], examples: int, seed: int) -> None:
+    """Raises unless there are such tasks.
+
+    Raises:
+      CormError: for an unknown task, a length below `SHORTEST`, a depth outside [0, 1], a negative seed, or more than
+        `LARGEST` tokens in all.
+    """
+    for name in names:
+        if name not in TASKS:
+            raise CormError(f"unknown task {name!r}: choose from {', '.join(TASKS)}")
+    for length in lengths:
+        if length < SHORTEST:
+            raise CormError(f"a prompt of {length} tokens is too short to hide anything in: take at least {SHORTEST}")
+    for depth in depths:
+        if not 0 <= depth <= 1:
+            raise CormError(f"depth must be in [0, 1], from the beginning to the end, not {depth}")
+    if seed < 0:
+        raise CormError(f"the seed must be at least 0, not {seed}")
+    total = sum(lengths) * len(names) * len(depths) * examples
+    if total > LARGEST:
+        raise CormError(f"prompts of {total:,} tokens in all are too many: ask for shorter or fewer, up to {LARGEST:,}")
+
+
 def tasks(
     hay: Haystack,
     names: Sequence[str],
@@ -150,23 +190,15 @@ def tasks(
       blind: ask without the text that holds the answer: what a model guesses.
 
     Raises:
-      CormError: for an unknown task, a length below 256, or a depth outside [0, 1].
+      CormError: as `check`, and for a text or a length that is too short.
     """
-    for name in names:
-        if name not in TASKS:
-            raise CormError(f"unknown task {name!r}: choose from {', '.join(TASKS)}")
-    for length in lengths:
-        if length < 256:
-            raise CormError(f"a prompt of {length} tokens is too short to hide anything in: take at least 256")
-    for depth in depths:
-        if not 0 <= depth <= 1:
-            raise CormError(f"depth must be in [0, 1], from the beginning to the end, not {depth}")
-    for name in names:
-        for length in lengths:
-            for depth in depths if name != "repeat" else depths[:1]:
+    check(names, lengths, depths, examples, seed)
+    for name in dict.fromkeys(names):
+        for length in dict.fromkeys(lengths):
+            for depth in dict.fromkeys(depths if name != "repeat" else depths[:1]):
                 for index in range(examples):
                     rng = np.random.default_rng([seed, list(TASKS).index(name), length, round(1000 * depth), index])
-                    hidden = TASKS[name](hay, length, depth, rng)
-                    prompt = hidden.question if blind else hidden.context + hidden.question
+                    hidden = TASKS[name](hay, length - len(hay.begin), depth, rng)
+                    prompt = hay.begin + ([] if blind else hidden.context) + hidden.question
                     identity = f"{name}/{length}/{depth}/{index}"
                     yield Task(identity, name, length, depth, prompt, hidden.gold, hidden.others)

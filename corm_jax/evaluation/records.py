@@ -1,96 +1,155 @@
 """A result directory: what was asked for in ``config.json``, and a line for each example in ``results.jsonl``.
 
 Lines are written as examples finish, in an order that depends on nothing but the configuration. A run that was killed
-goes on after the last whole line; a line that was cut off by that is dropped, and its example done again.
+goes on after the last whole line; a line that was cut off by that is dropped, and its example done again. One process
+at a time writes.
 """
 
+import errno
 import json
 import os
+import reprlib
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from corm_jax.errors import CormError
-from corm_jax.files import make_directory, write_json
+from corm_jax.evaluation.lock import only_writer
+from corm_jax.evaluation.rows import ROWS, Run
+from corm_jax.files import make_directory, parse_json, read_json, write_json
 
-CONFIG, RESULTS = "config.json", "results.jsonl"
+CONFIG, RESULTS, LOCK = "config.json", "results.jsonl", ".lock"
 
 
 class Records:
     """The rows of a run, on disk as soon as they are added.
 
     >>> import tempfile
+    >>> from corm_jax.evaluation.rows import FORMAT
+    >>> texts = dict.fromkeys(("model", "dtype", "prompts", "device", "weights"), "")
+    >>> numbers = {"chunk": 1, "seed": 0, "budget": None, "limit": None, "policies": ["full"], "begin": []}
+    >>> places = dict.fromkeys(("settings", "versions", "data"), {})
+    >>> run = Run(format=FORMAT, kind="longbench", **texts, **numbers, **places)
+    >>> row = {"policy": "full", "example": "0", "task": "qasper", "ran": "full", "score": 0.5, "answer": "it"}
+    >>> row |= {"kept": 1.0, "live_bytes": 1, "allocated_bytes": 1, "full_bytes": 1, "overflow": 0}
     >>> folder = Path(tempfile.mkdtemp()) / "run"
-    >>> with Records(folder, {"task": "passkey"}) as records:
-    ...     records.add({"policy": "full", "example": "0", "nll": 0.5})
-    >>> with Records(folder, {"task": "passkey"}) as records:
+    >>> with Records(folder, run) as records:
+    ...     records.add(row)
+    >>> with Records(folder, run) as records:
     ...     ("full", "0") in records, ("full", "1") in records
     (True, False)
 
     Raises:
-      CormError: for a directory of another configuration, one that holds something else, or damaged lines.
+      CormError: when it is entered, for a directory that another process writes to, one of another configuration, one
+        that holds something else, or damaged lines.
     """
 
-    def __init__(self, folder: Path, config: dict[str, Any]):
-        self.folder, config = folder, json.loads(json.dumps(config))
-        _prepare(folder, config)
-        self.rows = read_rows(folder / RESULTS, repair=True)
-        self._done = {(row["policy"], row["example"]) for row in self.rows}
-        self._file = (folder / RESULTS).open("a", encoding="utf-8")
+    rows: list[dict[str, Any]]
+
+    def __init__(self, folder: Path, run: Run):
+        self.folder, self.run = folder, run
 
     def __enter__(self) -> "Records":
+        check_free(self.folder)
+        make_directory(self.folder)
+        with ExitStack() as stack:
+            stack.enter_context(_lock(self.folder))
+            _configure(self.folder, self.run)
+            self.rows = read_rows(self.folder, self.run, repair=True)
+            self._done = {(row["policy"], row["example"]) for row in self.rows}
+            try:
+                self._file = stack.enter_context((self.folder / RESULTS).open("ab", buffering=0))
+            except OSError as error:
+                raise CormError(f"cannot write {self.folder / RESULTS}: {error.strerror}") from None
+            self._held = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        self._held.close()
 
     def __contains__(self, key: tuple[str, str]) -> bool:
         return key in self._done
 
     def add(self, row: dict[str, Any]) -> None:
-        """Appends a row, and returns when it is on disk."""
-        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Appends a row, and returns when it is on disk.
+
+        Raises:
+          CormError: for a row that could not be read again, such as one with NaN, or if it cannot be written.
+        """
+        line = json.dumps(row, ensure_ascii=False).encode("utf-8")
+        what = f"{row['example']!r} with {row['policy']!r}"
+        parse_json(line, ROWS[self.run.kind], f"the result of {what}", "are the weights sound in this dtype?")
+        try:
+            if self._file.write(line + b"\n") <= len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise CormError(
+                f"cannot write {self.folder / RESULTS}: {error.strerror}: {len(self.rows):,} results are there; make "
+                "room, and the same command goes on"
+            ) from None
         self.rows.append(row)
         self._done.add((row["policy"], row["example"]))
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def check_free(folder: Path) -> None:
+    """Raises if results cannot go to a directory: asked before long work, not after.
+
+    Raises:
+      CormError: for a directory that holds something else, or that another process writes to.
+    """
+    try:
+        ours = (folder / CONFIG).exists()
+        others = [] if ours or not folder.exists() else [path.name for path in folder.iterdir()]
+    except OSError as error:  # such as a name that is too long, or a file
+        raise CormError(f"cannot use {folder}: {error.strerror}: choose another --out") from None
+    # A kill may leave a lock and a part of a configuration.
+    if any(name != LOCK and not name.startswith(f".{CONFIG}.") for name in others):
+        raise CormError(f"{folder} exists and holds something else: choose another --out")
+    if (folder / LOCK).exists():
+        with _lock(folder):
+            pass
+
+
+def read_run(folder: Path) -> Run:
     """What a run was asked for.
 
     Raises:
-      CormError: for a directory that is no result directory.
+      CormError: for a directory that is no result directory, or one of another version.
     """
-    try:
-        return json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CormError(f"{folder} is no result directory: cannot read {CONFIG}: {error}") from None
+    way_out = f"{folder} is no result directory of corm eval, or that of another version: make a new one"
+    return read_json(folder / CONFIG, Run, "configuration", way_out)
 
 
-def read_rows(path: Path, repair: bool = False) -> list[dict[str, Any]]:
-    """The rows of a file, but for a last line that was cut off; that is removed from the file to ``repair`` it.
+def read_rows(folder: Path, run: Run, repair: bool = False) -> list[dict[str, Any]]:
+    """The rows of a run, but for a last line that was cut off; that is removed from the file to ``repair`` it.
 
     Raises:
-      CormError: for a damaged line before the last, or an example that is there twice.
+      CormError: for a damaged line before the last, one that does not belong to the run, or an example that is there
+        twice.
     """
-    if not path.exists():
+    path, rows, seen = folder / RESULTS, [], set()
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
         return []
-    content, rows, seen = path.read_bytes(), [], set()
+    except OSError as error:
+        raise CormError(f"cannot read {path}: {error.strerror}") from None
     whole, newline, rest = content.rpartition(b"\n")
+    way_out = "delete that line, and run the same command again"
     for number, line in enumerate(whole.split(b"\n") if newline else [], 1):
-        try:
-            row = json.loads(line)
-            key = row["policy"], row["example"]
-        except (ValueError, TypeError, KeyError):
-            raise CormError(f"{path}, line {number} is damaged: delete that line, and run again") from None
+        what = f"{path}, line {number},"
+        row = asdict(parse_json(line, ROWS[run.kind], what, way_out))
+        key = row["policy"], row["example"]
+        if row["policy"] not in run.policies:
+            raise CormError(f"{what} has the policy {reprlib.repr(row['policy'])}, which the run has not: {way_out}")
         if key in seen:
-            raise CormError(
-                f"{path}, line {number}: {key[1]!r} with {key[0]!r} is there twice: delete one of the lines"
-            )
+            raise CormError(f"{what} has {key[1]!r} with {key[0]!r} for a second time: {way_out}")
         seen.add(key)
-        rows.append(row)
+        rows.append({name: value for name, value in row.items() if value is not None})
     if rest and repair:
         print(f"corm: note: {path}: the last line was cut off; its example is done again", file=sys.stderr)
         with path.open("r+b") as file:
@@ -98,19 +157,22 @@ def read_rows(path: Path, repair: bool = False) -> list[dict[str, Any]]:
     return rows
 
 
-def _prepare(folder: Path, config: dict[str, Any]) -> None:
+def _lock(folder: Path):
+    return only_writer(folder / LOCK, str(folder), "choose another --out")
+
+
+def _configure(folder: Path, run: Run) -> None:
+    """Writes the configuration, or raises if there is another."""
     if not (folder / CONFIG).exists():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise CormError(f"{folder} exists and holds something else: choose another --out")
-        make_directory(folder)
-        write_json(folder / CONFIG, config)
+        write_json(folder / CONFIG, asdict(run))
         return
-    found = read_config(folder)
-    if differ := [key for key in sorted(found.keys() | config.keys()) if found.get(key) != config.get(key)]:
+    found, wanted = read_run(folder).flat(), json.loads(json.dumps(run.flat()))
+    if differ := [key for key in sorted(found.keys() | wanted.keys()) if found.get(key) != wanted.get(key)]:
         key = differ[0]
+        was, now = (reprlib.repr(one.get(key)) for one in (found, wanted))
         raise CormError(
-            f"{folder} holds results of another configuration ({_few(differ)}; {key} was {found.get(key)!r}, "
-            f"not {config.get(key)!r}): choose another --out"
+            f"{folder} holds results of another configuration ({_few(differ)}; {key} was {was}, not {now}): choose "
+            "another --out"
         )
 
 

@@ -1,12 +1,14 @@
 """``corm report``: one Markdown page, with figures, from nothing but stored results."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from corm_jax import plots
 from corm_jax.errors import CormError
-from corm_jax.evaluation.records import RESULTS, read_config, read_rows
+from corm_jax.evaluation.records import read_rows, read_run
+from corm_jax.evaluation.rows import Run
 from corm_jax.evaluation.summary import MEASURES, Line, lines
 from corm_jax.files import whole_file
 from corm_jax.policies import Corm, parse
@@ -15,7 +17,14 @@ MIB = 2**20
 SAMPLES = 2
 """Answers of each task that are shown."""
 
-Run = tuple[str, dict[str, Any], list[dict[str, Any]], list[Line]]
+
+class Found(NamedTuple):
+    """What a directory holds, and the lines that come of it."""
+
+    name: str
+    run: Run
+    rows: list[dict[str, Any]]
+    lines: list[Line]
 
 
 def report(folders: Sequence[Path], page: Path, against: str = "full") -> None:
@@ -27,34 +36,42 @@ def report(folders: Sequence[Path], page: Path, against: str = "full") -> None:
     Raises:
       CormError: for a directory without results.
     """
-    runs: list[Run] = []
+    every: list[Found] = []
     for folder in folders:
-        config, rows = read_config(folder), read_rows(folder / RESULTS)
+        run = read_run(folder)
+        rows = read_rows(folder, run)
         if not rows:
-            raise CormError(f"{folder} has no results yet: run corm eval {config.get('kind', '')} first")
-        runs.append((folder.name, config, rows, list(lines(config["kind"], rows, against))))
+            raise CormError(f"{folder} has no results yet: run corm eval {run.kind} first")
+        every.append(Found(folder.name, run, rows, list(lines(run.kind, rows, against))))
     parts = ["# How policies do", ""]
-    for kind in dict.fromkeys(config["kind"] for _, config, _, _ in runs):
-        of_kind = [run for run in runs if run[1]["kind"] == kind]
+    for kind in dict.fromkeys(found.run.kind for found in every):
+        of_kind = [found for found in every if found.run.kind == kind]
         picture = page.with_name(f"{page.stem}-{kind}.png")
-        plots.frontier([line for run in of_kind for line in run[3]], picture, against)
+        plots.frontier([line for found in of_kind for line in found.lines], picture, against)
         parts += [f"## {kind}", "", f"![Quality against live memory]({picture.name})", ""]
-        for run in of_kind:
-            parts += [*_table(run, against), *_grid(run, against), *_samples(run)]
+        for found in of_kind:
+            parts += [*_table(found, against), *_grid(found, against), *_samples(found)]
     with whole_file(page) as temporary:
         temporary.write_text("\n".join(parts), encoding="utf-8")
 
 
-def _table(run: Run, against: str) -> list[str]:
-    name, config, _, found = run
-    measures = [measure for measure in MEASURES if any(measure in line.measures for line in found)]
-    versions = ", ".join(f"{package} {version}" for package, version in config["versions"].items())
-    data = ", ".join(f"{file} `{checksum}`" for file, checksum in config["data"].items())
+def _plain(words: str) -> str:
+    """Words in one line, in which nothing is Markdown's but what stands between backquotes."""
+    return " ".join(words.split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def _table(found: Found, against: str) -> list[str]:
+    name, run = found.name, found.run
+    measures = [measure for measure in MEASURES if any(measure in line.measures for line in found.lines)]
+    versions = ", ".join(f"{package} {version}" for package, version in run.versions.items())
+    data = ", ".join(f"{file} `{checksum}`" for file, checksum in run.data.items())
     parts = [
-        f"### {name}",
+        _plain(f"### {name}"),
         "",
-        f"{config['model']} (`{config['weights']}`), {config['dtype']}, {config['device']}, budget "
-        f"{config['budget'] or 'none'}, chunks of {config['chunk']}, seed {config['seed']}; {versions}. Data: {data}.",
+        _plain(
+            f"{run.model} (`{run.weights}`), {run.dtype}, {run.device}, budget {run.budget or 'none'}, chunks of "
+            f"{run.chunk}, seed {run.seed}; {versions}. Data: {data}."
+        ),
         "",
         "Means over examples, with 95% bootstrap intervals. "
         + " ".join(f"`{measure}`: {MEASURES[measure]}." for measure in measures),
@@ -63,27 +80,30 @@ def _table(run: Run, against: str) -> list[str]:
         f"| {measures[0]} - {against} |",
         "|---" * (8 + len(measures)) + "|",
     ]
-    for line in found:
+    for line in found.lines:
         sizes = f"{line.kept:.3f} | {line.live / MIB:.1f} | {line.allocated / MIB:.1f} | {line.full / MIB:.1f}"
         cells = " | ".join(str(line.measures.get(measure, "")) for measure in measures)
-        parts.append(f"| {line.task} | `{line.policy}` | {line.examples} | {sizes} | {cells} | {line.against or ''} |")
+        what = f"{_plain(line.task)} | `{_plain(line.policy)}` | {line.examples}"
+        parts.append(f"| {what} | {sizes} | {cells} | {line.against or ''} |")
     return [*parts, ""]
 
 
-def _grid(run: Run, against: str) -> list[str]:
+def _grid(found: Found, against: str) -> list[str]:
     """The first measure by w and r, for runs of CORM over a grid."""
     parts: list[str] = []
-    for task in dict.fromkeys(line.task for line in run[3]):
+    for task in dict.fromkeys(line.task for line in found.lines):
         cells = {}
-        for line in run[3]:
-            policy = parse(line.policy)
-            if line.task == task and isinstance(policy, Corm):
-                cells[policy.window, policy.recent] = line
+        for line in found.lines:
+            with suppress(CormError):  # of a profile that is gone
+                policy = parse(line.policy)
+                if line.task == task and isinstance(policy, Corm):
+                    cells[policy.window, policy.recent] = line
         windows, recents = (sorted({key[axis] for key in cells}) for axis in (0, 1))
         if len(windows) < 2 or len(recents) < 2:
             continue
         what = f"minus that of {against} " if any(line.against for line in cells.values()) else ""
-        parts += [f"{task}, {next(iter(cells.values())).first} {what}by w (down) and r (across); kept in brackets:", ""]
+        measure = next(iter(cells.values())).first
+        parts += [f"{_plain(task)}, {measure} {what}by w (down) and r (across); kept in brackets:", ""]
         parts += [
             "| w | " + " | ".join(f"r = {recent}" for recent in recents) + " |",
             "|---" * (1 + len(recents)) + "|",
@@ -97,16 +117,16 @@ def _grid(run: Run, against: str) -> list[str]:
     return parts
 
 
-def _samples(run: Run) -> list[str]:
+def _samples(found: Found) -> list[str]:
     """The first answers of each task, policy by policy."""
-    rows = [row for row in run[2] if "answer" in row]
+    rows = [row for row in found.rows if "answer" in row]
     parts: list[str] = []
     for task in dict.fromkeys(row["task"] for row in rows):
         for example in list(dict.fromkeys(row["example"] for row in rows if row["task"] == task))[:SAMPLES]:
-            parts += [f"`{example}`:", "", "| policy | answer |", "|---|---|"]
+            parts += [f"`{_plain(example)}`:", "", "| policy | answer |", "|---|---|"]
             for row in rows:
                 if row["example"] == example:
-                    words = " ".join(row["answer"].split()).replace("|", "\\|")
-                    parts.append(f"| `{row['policy']}` | {words[:200]} |")
+                    words = " ".join(row["answer"].split())[:200]
+                    parts.append(f"| `{_plain(row['policy'])}` | {_plain(words)} |")
             parts.append("")
     return ["Answers side by side:", "", *parts] if parts else []

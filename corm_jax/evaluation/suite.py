@@ -2,15 +2,13 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 
-from corm_jax.errors import CormError
 from corm_jax.evaluation.records import Records
 from corm_jax.fitting import fitted
 from corm_jax.model import Llama
@@ -102,7 +100,7 @@ def memory(usage: Usage) -> dict[str, Any]:
     }
 
 
-def surroundings(model: Llama, data: dict[str, bytes]) -> dict[str, Any]:
+def surroundings(model: Llama, data: Mapping[str, str | bytes]) -> dict[str, Any]:
     """What else decides about a result: versions, the device, the weights, and checksums of the data."""
     weights = hashlib.sha256()
     for leaf in jax.tree.leaves(model):
@@ -111,17 +109,13 @@ def surroundings(model: Llama, data: dict[str, bytes]) -> dict[str, Any]:
         "versions": {name: version(name) for name in ("corm-jax", "jax", "jaxlib", "flax", "numpy")},
         "device": jax.devices()[0].device_kind,
         "weights": weights.hexdigest()[:16],
-        "data": {name: hashlib.sha256(content).hexdigest()[:16] for name, content in data.items()},
+        "data": {name: checksum(content) for name, content in data.items()},
     }
 
 
-def contents(paths: Sequence[Path]) -> dict[str, bytes]:
-    """Files by name.
-
-    Raises:
-      CormError: for two of the same name, which results could not tell apart.
-    """
-    names = [path.name for path in paths]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise CormError(f"two files are called {twice[0]!r}: rename one, results go by the name")
-    return {path.name: path.read_bytes() for path in paths}
+def checksum(*parts: str | bytes) -> str:
+    """Of texts or bytes, one after the other."""
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part.encode("utf-8") if isinstance(part, str) else part)
+    return found.hexdigest()[:16]

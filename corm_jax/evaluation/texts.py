@@ -1,12 +1,12 @@
 """Texts to be scored: files, directories of files, or a data set of the Hugging Face hub; and stretches of them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from corm_jax import inputs
 from corm_jax.errors import CormError
-from corm_jax.evaluation.suite import contents
+from corm_jax.prompts import Text
 from corm_jax.tokenizer import Tokenizer
 
 CHARACTERS = 2**21
@@ -21,8 +21,11 @@ class Document(NamedTuple):
     prompt: list[int]
 
 
-def stretches(tokenizer: Tokenizer, texts: dict[str, bytes], tokens: int, limit: int | None) -> list[Document]:
+def stretches(tokenizer: Tokenizer, texts: Mapping[str, str], tokens: int, limit: int | None) -> list[Document]:
     """Each text cut into stretches of so many tokens, the first ``limit`` of each; what is left over is left out.
+
+    Each stretch is a `corm_jax.prompts.Text.part`: it begins as a text does, and that counts. Its number in the id is
+    that of its first token in the text.
 
     Raises:
       CormError: for a text that is shorter, or stretches of a single token.
@@ -30,38 +33,54 @@ def stretches(tokenizer: Tokenizer, texts: dict[str, bytes], tokens: int, limit:
     if tokens < 2:
         raise CormError(f"--tokens must be at least 2, not {tokens}: the first predicts, the second is predicted")
     found = []
-    for name, content in texts.items():
-        ids = tokenizer.encode(content.decode("utf-8"))
-        starts = range(0, len(ids) - tokens + 1, tokens)
-        if not starts:
-            raise CormError(f"the text {name!r} has {len(ids):,} tokens, --tokens asks for {tokens:,}")
-        found += [Document(f"{name}/{start}", name, ids[start : start + tokens]) for start in list(starts)[:limit]]
+    for name, words in texts.items():
+        text = Text(tokenizer, words, f"the text {name!r}")
+        starts = text.starts(tokens) or [0]  # a text that is too short says so
+        found += [Document(f"{name}/{start}", name, text.part(tokens, start)) for start in starts[:limit]]
     return found
 
 
-def read_texts(paths: Sequence[Path], datasets: Sequence[str]) -> dict[str, bytes]:
-    """UTF-8 by name: files, the ``.txt`` files of directories, and data sets; Python's reference if there are none.
+def read_texts(paths: Sequence[Path], datasets: Sequence[str]) -> dict[str, str]:
+    """Texts by name: files, the ``.txt`` files of directories, and data sets; Python's reference if there are none.
 
     Raises:
       CormError: for a file that cannot be read, a directory without texts, or two texts of the same name.
     """
-    files = [file for path in paths for file in (sorted(path.glob("*.txt")) if path.is_dir() else [path])]
-    if paths and not files:
-        raise CormError(f"there is no .txt file in {paths[0]}")
-    for file in files:
-        inputs.read_text(file)
-    found = contents(files) | {name: from_hub(name) for name in datasets}
-    return found or {"pydoc_data.topics": inputs.reference_text().encode()}
+    found: dict[str, str] = {}
+    for path in paths:
+        for file in _files(path):
+            _add(found, file.name, inputs.read_text(file))
+    for name in datasets:
+        _add(found, name, from_hub(name))
+    return found or {"pydoc_data.topics": inputs.reference_text()}
 
 
-def from_hub(name: str) -> bytes:
+def _files(path: Path) -> list[Path]:
+    try:
+        files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
+    except OSError as error:  # such as a name that is too long
+        raise CormError(f"cannot read {str(path)!r}: {error.strerror}") from None
+    if not files:
+        raise CormError(f"there is no .txt file in {str(path)!r}: name the files one by one, or another directory")
+    return files
+
+
+def _add(texts: dict[str, str], name: str, words: str) -> None:
+    """Results go by the name, so it must be one that can be written down, and the only one."""
+    name = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+    if name in texts:
+        raise CormError(f"two texts are called {name!r}: rename one, results go by the name")
+    texts[name] = words
+
+
+def from_hub(name: str) -> str:
     """The ``text`` of a data set's rows, one after the other, up to `CHARACTERS`.
 
     Args:
       name: ``owner/name[:configuration[:split]]``, or a directory; of the split ``test`` if nobody says.
 
     Raises:
-      CormError: for a data set that cannot be loaded, or has no column ``text``.
+      CormError: for a data set that cannot be loaded, has no column ``text``, or nothing in it.
     """
     try:
         from datasets import load_dataset
@@ -79,4 +98,6 @@ def from_hub(name: str) -> bytes:
                 break
     except (OSError, ValueError) as error:
         raise CormError(f"cannot load the data set {name!r}: {error}") from None
-    return "".join(parts)[:CHARACTERS].encode("utf-8")
+    if not "".join(parts).strip():
+        raise CormError(f"the data set {name!r} has no text: give another, or another split")
+    return "".join(parts)[:CHARACTERS]
