@@ -7,7 +7,7 @@
 from corm_jax.attention import attend, step
 from corm_jax.cache import make_cache, usage
 from corm_jax.checkpoint import load
-from corm_jax.errors import CacheOverflowError, CheckpointError, CormError
+from corm_jax.errors import CacheOverflowError, CheckpointError, CheckpointWarning, CormError
 from corm_jax.generation import Generation, decode, generate, prefill, stream
 from corm_jax.model import Config, Llama
 from corm_jax.policies import (
@@ -46,6 +46,7 @@ __all__ = [
     "CacheSpec",
     "Caches",
     "CheckpointError",
+    "CheckpointWarning",
     "Config",
     "Corm",
     "CormError",

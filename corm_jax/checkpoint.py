@@ -4,7 +4,7 @@ Every source is turned into the same three things: a `Config`, a set of tensors,
 model from those. Only safetensors and GGUF are read: formats that can carry code (pickled ``.bin`` files) are not.
 """
 
-import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from corm_jax.errors import CheckpointError, CormError
+from corm_jax.errors import CheckpointError, CheckpointWarning, CormError
 from corm_jax.model import Config, Llama
 from corm_jax.tokenizer import Tokenizer
 
@@ -57,7 +57,9 @@ class Source(NamedTuple):
 def load(
     name: str = DEFAULT, dtype: Any = jnp.float32, progress: Callable[[list], Iterable] = iter
 ) -> tuple[Llama, Tokenizer]:
-    """A model with its tokenizer. What a checkpoint leaves open, and what is assumed then, is said on stderr.
+    """A model with its tokenizer.
+
+    What a checkpoint leaves open, and what is assumed then, is said in a `CheckpointWarning`.
 
     Args:
       name: ``"smollm2-135m"``, a directory with ``config.json`` and safetensors, a ``.gguf`` file, or a hub id such as
@@ -71,7 +73,7 @@ def load(
     dtype = _dtype(dtype)
     source = open_source(name)
     for note in source.notes:
-        print(f"corm: note: {note}", file=sys.stderr)
+        warnings.warn(note, CheckpointWarning, stacklevel=2)
     tokenizer = source.tokenizer()  # before the weights, which take much longer
     return build(source, dtype, progress), tokenizer
 
