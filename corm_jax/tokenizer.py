@@ -142,7 +142,7 @@ def _around(post_processor: Any) -> tuple[list[int], list[int]]:
         one.post_processor = post_processor
     found = one.encode("a")
     if found.special_tokens_mask.count(0) != 1:
-        raise CheckpointError(f"a tokenizer that repeats the text is not supported: {post_processor}")
+        raise CheckpointError(f"post_processor must put a text once between other tokens: {post_processor!s:.200}")
     middle = found.special_tokens_mask.index(0)
     return found.ids[:middle], found.ids[middle + 1 :]
 

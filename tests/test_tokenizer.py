@@ -170,7 +170,7 @@ def opened(folder):
     return tokenizer, [str(one.message) for one in said]
 
 
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(directories(), st.lists(TEXTS, min_size=4, max_size=4))
 def test_directories_give_the_ids_of_transformers(files, texts):
     """Or it is said that they may not: where a class of transformers builds another tokenizer than the file holds."""
