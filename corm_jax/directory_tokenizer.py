@@ -7,7 +7,7 @@ that end a text. What is read of them, and which file wins, is as in transformer
 import json
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -45,7 +45,7 @@ DEFAULTS = {
 
 @dataclass
 class Settings:
-    """``tokenizer_config.json``, as far as it is not about tokens."""
+    """``tokenizer_config.json``, but for the named tokens."""
 
     __pydantic_config__: ClassVar = {"strict": True}
     tokenizer_class: str | None = None
@@ -58,12 +58,16 @@ class Settings:
     split_special_tokens: bool = False
     clean_up_tokenization_spaces: bool | None = None
     chat_template: str | list[dict[str, str]] | dict[str, str] | None = None
+    added_tokens_decoder: dict[str, dict[str, Any]] = field(default_factory=dict)
+    extra_special_tokens: list[Any] | dict[str, Any] | None = None
+    additional_special_tokens: list[Any] | None = None
 
 
 @dataclass
 class Config:
     """``config.json`` or ``generation_config.json``, as far as it is about text."""
 
+    __pydantic_config__: ClassVar = {"strict": True}
     eos_token_id: Any = None
     vocab_size: int | None = None
     tokenizer_class: str | None = None

@@ -140,7 +140,7 @@ def _checked(said: dict[str, Any], path: Path) -> Ggml:
             )
     ggml = {key.removeprefix("ggml."): value for key, value in said.items() if key in known}
     try:
-        return TypeAdapter(Ggml).validate_json(json.dumps(ggml))
+        return TypeAdapter(Ggml).validate_json(json.dumps(ggml, default=lambda _: {}))
     except ValidationError as found:
         first = found.errors(include_url=False)[0]
         if first["type"] == "value_error":
