@@ -45,7 +45,7 @@ def main(text, tokens):
     same_answer = answer[0, 32:].tolist() == generate(model, Full(), [ids[:32]], max_new_tokens=32).tokens[0]
     question = "Name three rivers."
     chat = their_tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
+        [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False
     )
     same_chat = chat == tokenizer.chat(question)
 

@@ -46,11 +46,11 @@ class ChatTemplate(NamedTuple):
         if not isinstance(source, str):
             raise CormError(f"the chat template of {self.where} is no text, but {source!r:.60}: {WAY_OUT}")
         variables = {
+            **self.tokens,
             "messages": [{"role": "user", "content": text}],
             "tools": None,
             "documents": None,
             "add_generation_prompt": True,
-            **self.tokens,
         }
         found = _run({"template": source, "variables": variables})
         if "error" in found:
@@ -67,8 +67,13 @@ def _run(asked: dict[str, Any]) -> dict[str, str]:
     command = [sys.executable, "-P", str(Path(__file__).with_name("chat_render.py"))]
     try:
         done = subprocess.run(command, input=json.dumps(asked).encode(), capture_output=True, timeout=PATIENCE)
-        return json.loads(done.stdout)
-    except (subprocess.TimeoutExpired, ValueError):
-        return {"error": "it takes too long, or too much memory"}
+    except subprocess.TimeoutExpired:
+        return {"error": "it takes too long"}
     except OSError as error:
-        return {"error": f"no process to run it in: {error}"}
+        return {"error": f"there is no process to run it in: {error}"}
+    if done.returncode < 0:  # a signal
+        return {"error": "it takes too long, or too much memory"}
+    try:
+        return json.loads(done.stdout)
+    except ValueError:
+        return {"error": f"its process says {done.stderr.decode(errors='replace')[-200:]!r}"}

@@ -9,6 +9,7 @@ The environment is that of Hugging Face transformers (``utils/chat_template_util
 same text here and there.
 """
 
+import contextlib
 import json
 import sys
 from datetime import datetime
@@ -30,8 +31,9 @@ def limit() -> None:
         import resource
     except ImportError:  # Windows
         return
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
-    resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
+    for what, most in ((resource.RLIMIT_CPU, SECONDS), (resource.RLIMIT_AS, BYTES)):
+        with contextlib.suppress(ValueError, OSError):  # a lower limit is there already, or none is possible
+            resource.setrlimit(what, (most, most))
 
 
 def render(template: str, variables: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ that end a text. What is read of them, and which file wins, is as in transformer
 import json
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -31,7 +31,7 @@ FILES = (
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """The special tokens that every tokenizer of transformers may have."""
 
-AS_IT_STANDS = (None, "TokenizersBackend", "PythonBackend", "PreTrainedTokenizer")
+AS_IT_STANDS = ("TokenizersBackend", "PythonBackend", "PreTrainedTokenizer")
 """Classes of transformers 5 that use ``tokenizer.json`` as it stands. Most others take no more than its vocabulary."""
 
 Kind = TypeVar("Kind")
@@ -45,7 +45,7 @@ DEFAULTS = {
 
 @dataclass
 class Settings:
-    """``tokenizer_config.json``, as far as it is not about tokens."""
+    """``tokenizer_config.json``, but for the named tokens."""
 
     __pydantic_config__: ClassVar = {"strict": True}
     tokenizer_class: str | None = None
@@ -58,12 +58,16 @@ class Settings:
     split_special_tokens: bool = False
     clean_up_tokenization_spaces: bool | None = None
     chat_template: str | list[dict[str, str]] | dict[str, str] | None = None
+    added_tokens_decoder: dict[str, dict[str, Any]] = field(default_factory=dict)
+    extra_special_tokens: list[Any] | dict[str, Any] | None = None
+    additional_special_tokens: list[Any] | None = None
 
 
 @dataclass
 class Config:
     """``config.json`` or ``generation_config.json``, as far as it is about text."""
 
+    __pydantic_config__: ClassVar = {"strict": True}
     eos_token_id: Any = None
     vocab_size: int | None = None
     tokenizer_class: str | None = None
@@ -90,10 +94,9 @@ def from_directory(path: Path) -> Tokenizer:
             raise ValueError(f"dropout = {inner.model.dropout} makes ids random: set it to null")
     settings, config = _settings(path / "tokenizer_config.json"), _read(path / "config.json", Config) or Config()
     said = _read(path / "tokenizer_config.json", dict) or {}
-    kind = settings.tokenizer_class or config.tokenizer_class
-    if kind is not None and kind.removesuffix("Fast") == "LlamaTokenizer" and '"ByteLevel"' in file.read_text("utf-8"):
-        kind = None  # Llama 3, whose files name the class of Llama 2: transformers sees that, too
-    kind = kind and kind.removesuffix("Fast")
+    kind = (settings.tokenizer_class or config.tokenizer_class or AS_IT_STANDS[0]).removesuffix("Fast")
+    if kind == "LlamaTokenizer" and '"ByteLevel"' in file.read_text("utf-8"):
+        kind = AS_IT_STANDS[0]  # Llama 3, whose files name the class of Llama 2: transformers sees that, too
     with damage(path, "tokenizer"):
         same = kind in AS_IT_STANDS or _same_form(inner, kind, settings, said)
         pad = {"pad_token": inner.padding["pad_token"]} if inner.padding else {}
@@ -200,18 +203,19 @@ def _add_tokens(inner: Any, said: dict[str, Any], path: Path) -> dict[str, str]:
     return {key: str(token) for key, token in named.items()}
 
 
-def _tokens(said: dict[str, Any], **flags: bool) -> dict[str, Any]:
+def _tokens(said: dict[str, Any], **flags: Any) -> dict[str, Any]:
     """What a file says of tokens, those with properties as `AddedToken`."""
     from tokenizers import AddedToken
 
-    def convert(value: Any) -> Any:
+    def convert(value: Any):
         if isinstance(value, list):
             return [convert(one) for one in value]
         if not isinstance(value, dict):
             return value
         if "content" not in value:
             return {key: convert(one) for key, one in value.items()}
-        return AddedToken(**{key: one for key, one in value.items() if key not in ("__type", "id")} | flags)
+        properties: dict[str, Any] = {key: one for key, one in value.items() if key not in ("__type", "id")}
+        return AddedToken(**(properties | flags))
 
     several = ("extra_special_tokens", "additional_special_tokens", "added_tokens_decoder")
     return {key: convert(value) for key, value in said.items() if key in several or key.endswith("_token")}

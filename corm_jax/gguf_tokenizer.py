@@ -7,6 +7,7 @@ here may change ids, so it is refused.
 import json
 import math
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -30,6 +31,10 @@ NAMED = {
     "mask": "mask",
 }
 """Transformers' names of special tokens, and GGUF's."""
+
+
+OF_OTHERS = ("ggml.precompiled_charsmap", "ggml.normalizer.lowercase", "ggml.normalizer.strip_accents")
+"""Fields of other kinds of tokenizers, which mean nothing if they are false or empty."""
 
 
 @dataclass
@@ -77,8 +82,7 @@ class Ggml:
         if self.model not in ("gpt2", "llama"):
             raise ValueError(f"model = {self.model!r} is not supported: only 'gpt2' and 'llama' are")
         if len(set(self.tokens)) < count:
-            twice = next(token for index, token in enumerate(self.tokens) if token in self.tokens[:index])
-            raise ValueError(f"tokens has {twice!r} twice")
+            raise ValueError(f"tokens has {Counter(self.tokens).most_common(1)[0][0]!r} twice")
         for name, value in vars(self).items():
             if name.endswith("_token_id") and value is not None and not 0 <= value < count:
                 raise ValueError(f"{name} = {value} is not the id of one of the {count:,} tokens")
@@ -92,6 +96,8 @@ class Ggml:
             raise ValueError("remove_extra_whitespaces = true is not supported")
         if self.add_space_prefix and self.model == "gpt2":
             raise ValueError("add_space_prefix = true is not supported with model = 'gpt2'")
+        if self.merges and self.model == "llama":
+            raise ValueError("merges are not supported with model = 'llama', which joins pieces by scores")
 
 
 def from_gguf(metadata: dict[str, Any], path: Path, embeddings: int | None) -> Tokenizer:
@@ -127,21 +133,21 @@ def _checked(said: dict[str, Any], path: Path) -> Ggml:
 
     known = {f"ggml.{field.name}" for field in fields(Ggml)}
     for key, value in said.items():
-        # What is known to mean nothing here is there, but empty, in some files.
-        if key not in known and value not in (None, False, "", []):
+        if key not in known and (value or key not in OF_OTHERS):
             raise CheckpointError(
                 f"{path}: the field 'tokenizer.{key}' may change token ids and is not supported: "
                 "use the model's Hugging Face directory"
             )
     ggml = {key.removeprefix("ggml."): value for key, value in said.items() if key in known}
     try:
-        return TypeAdapter(Ggml).validate_json(json.dumps(ggml))
+        return TypeAdapter(Ggml).validate_json(json.dumps(ggml, default=lambda _: {}))
     except ValidationError as found:
         first = found.errors(include_url=False)[0]
         if first["type"] == "value_error":
-            raise CheckpointError(f"{path}: tokenizer.ggml.{first['ctx']['error']}") from None
-        name = first["loc"][0]
-        value = "missing" if first["type"] == "missing" else f"{ggml[str(name)]!r:.60}: {first['msg']}"
+            reason = first["msg"].removeprefix("Value error, ")
+            raise CheckpointError(f"{path}: tokenizer.ggml.{reason}") from None
+        name = str(first["loc"][0])
+        value = "missing" if first["type"] == "missing" else f"{ggml[name]!r:.60}: {first['msg']}"
         raise CheckpointError(f"{path}: tokenizer.ggml.{name} is {value}") from None
 
 
@@ -203,18 +209,16 @@ def _frame(inner: Any, ggml: Ggml) -> None:
     """The tokens before and after a text."""
     from tokenizers import processors
 
-    around = {"begin": ggml.add_bos_token and "bos_token_id", "close": ggml.add_eos_token and "eos_token_id"}
-    special = []
-    for place, name in around.items():
-        if name:
-            token = getattr(ggml, name)
-            if token is None:
-                raise ValueError(f"tokenizer.ggml.{name} is missing, but such a token belongs to each text")
-            special.append({"id": place, "ids": [token], "tokens": [ggml.tokens[token]]})
-    places = [token["id"] for token in special]
+    before = ["bos_token_id"] if ggml.add_bos_token else []
+    after = ["eos_token_id"] if ggml.add_eos_token else []
+    special: list[Any] = []
+    for name in (*before, *after):
+        token = getattr(ggml, name)
+        if token is None:
+            raise ValueError(f"tokenizer.ggml.{name} is missing, but such a token belongs to each text")
+        special.append({"id": name, "ids": [token], "tokens": [ggml.tokens[token]]})
     if special:
-        single = ["begin"] * ("begin" in places) + ["$A"] + ["close"] * ("close" in places)
-        inner.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
+        inner.post_processor = processors.TemplateProcessing(single=[*before, "$A", *after], special_tokens=special)
 
 
 GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -247,7 +251,7 @@ def _byte_level(ggml: Ggml) -> Any:
         )
     if not ggml.merges:
         raise ValueError("tokenizer.ggml.merges is missing")
-    merges = [tuple(merge.split(" ", 1)) for merge in dict.fromkeys(ggml.merges)]
+    merges = [(left, right) for left, _, right in (merge.partition(" ") for merge in dict.fromkeys(ggml.merges))]
     inner = Tokenizer(models.BPE(_vocabulary(ggml), merges, ignore_merges=ggml.pre in IGNORE_MERGES))
     cuts = [pre_tokenizers.Split(Regex(words), "isolated") for words in WORDS[ggml.pre]]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -59,6 +59,8 @@ class Tokenizer:
             ids = self.inner.encode(text, add_special_tokens=special).ids
         except TypeError:
             raise CormError(f"{text!r:.60} is not Unicode text") from None
+        except Exception as error:  # such as a character that is no token, without a token for unknown ones
+            raise CormError(f"the text {text!r:.60} cannot be encoded: {error}") from None
         if self.size is not None and ids and max(ids) >= self.size:
             token = self.inner.id_to_token(max(ids))
             raise CormError(
@@ -142,7 +144,7 @@ def _around(post_processor: Any) -> tuple[list[int], list[int]]:
         one.post_processor = post_processor
     found = one.encode("a")
     if found.special_tokens_mask.count(0) != 1:
-        raise CheckpointError(f"a tokenizer that repeats the text is not supported: {post_processor}")
+        raise CormError(f"post_processor must put a text once between other tokens: {post_processor!s:.200}")
     middle = found.special_tokens_mask.index(0)
     return found.ids[:middle], found.ids[middle + 1 :]
 

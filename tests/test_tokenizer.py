@@ -12,7 +12,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Inner
 from transformers import AutoTokenizer
 
@@ -89,6 +89,10 @@ def sentencepiece_like(pieces, form):
     return inner
 
 
+LLAMA3_WORDS = (  # as Llama 3's tokenizer.json has them
+    "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|"
+    "\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
+)
 PIECES = st.lists(
     st.sampled_from(("th", "he", "the", "▁t", "▁the", "be", "of", "▁▁", "▁o", "▁of", "mi", "est")), unique=True
 )
@@ -170,7 +174,7 @@ def opened(folder):
     return tokenizer, [str(one.message) for one in said]
 
 
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(directories(), st.lists(TEXTS, min_size=4, max_size=4))
 def test_directories_give_the_ids_of_transformers(files, texts):
     """Or it is said that they may not: where a class of transformers builds another tokenizer than the file holds."""
@@ -212,10 +216,14 @@ def fields_of(inner, kind, pre, begin, close, frame):
 @st.composite
 def twins(draw):
     """A tokenizer of transformers, and the fields of a GGUF file of the same model."""
-    kind, pre = draw(st.sampled_from((("gpt2", "gpt-2"), ("gpt2", "smollm"), ("llama", None))))
+    kind, pre = draw(st.sampled_from((("gpt2", "gpt-2"), ("gpt2", "smollm"), ("gpt2", "llama-bpe"), ("llama", None))))
     inner = (
         Inner.from_str(TRAINED[pre == "smollm"]) if kind == "gpt2" else sentencepiece_like(draw(PIECES), "normalizer")
     )
+    if pre == "llama-bpe":
+        words = pre_tokenizers.Split(Regex(LLAMA3_WORDS), "isolated")
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        inner.pre_tokenizer, inner.model.ignore_merges = pre_tokenizers.Sequence([words, byte_level]), True
     there = {token.content for token in inner.get_added_tokens_decoder().values()}
     for content in draw(st.lists(st.sampled_from(CONTENTS), max_size=4, unique=True)):
         if content not in there:
@@ -466,6 +474,11 @@ def test_tokenizer_of_a_directory(tmp_path):
         ({"tokenizer_config.json": "[]"}, "tokenizer_config.json cannot be used"),
         ({"tokenizer_config.json": {"tokenizer_class": 3}}, "tokenizer_config.json cannot be used: tokenizer_class"),
         ({"tokenizer_config.json": {"bos_token": 3}}, "bos_token is 3, which is no token"),
+        (
+            {"tokenizer_config.json": {"added_tokens_decoder": None}},
+            "tokenizer_config.json cannot be used: added_tokens",
+        ),
+        ({"tokenizer_config.json": {"extra_special_tokens": [3]}}, "a special token is 3, which is no token"),
         ({"tokenizer_config.json": {"bos_token": {"content": 3}}}, "the tokenizer is damaged"),
         ({"tokenizer_config.json": {"auto_map": {"AutoTokenizer": ["a.b", None]}}}, "asks for code of its own"),
         ({"tokenizer_config.json": {"fast_tokenizer_files": ["tokenizer.4.json"]}}, "names other files"),
