@@ -1,5 +1,6 @@
 """Directories as Hugging Face writes them: configs, tensors and an index that contradict themselves or each other."""
 
+import contextlib
 import json
 import shutil
 import time
@@ -127,7 +128,7 @@ def test_configs_that_are_refused(copy, changes, message):
     assert message in refusal(copy)
 
 
-def test_a_head_beside_a_tied_embedding(tmp_path, capsys):
+def test_a_head_beside_a_tied_embedding(tmp_path):
     """As transformers has it: a head that differs is used, one that is equal is not kept twice."""
     hugging_face(tmp_path, tie_word_embeddings=True)
     byte_level_tokenizer().save(str(tmp_path / "tokenizer.json"))
@@ -144,9 +145,9 @@ def test_a_head_beside_a_tied_embedding(tmp_path, capsys):
         save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
         expected = theirs(tmp_path)
         assert (np.abs(expected - before).max() < 1e-6) == tied
-        model, _ = checkpoint.load(str(tmp_path))
+        with pytest.warns(CheckpointWarning, match=note) if note else contextlib.nullcontext():
+            model, _ = checkpoint.load(str(tmp_path))
         assert (model.head is None) == tied
-        assert note in capsys.readouterr().err
         np.testing.assert_allclose(logits_of(model, tokens()), expected, atol=1e-4)
     save_file({**whole, "lm_head.weight": other[:50]}, tmp_path / "model.safetensors", metadata={"format": "pt"})
     assert "'lm_head.weight' has shape (50, 48), where (101, 48) is expected" in refusal(tmp_path)
