@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 
 import hypothesis
 import jax
@@ -52,6 +53,18 @@ def model(tmp_path_factory):
     hugging_face(path, vocab_size=400)
     byte_level_tokenizer().save(str(path / "tokenizer.json"))
     return str(path)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(model, tmp_path_factory):
+    """Copies of the model, each with a tokenizer that puts something else around a text."""
+    from tests.test_prompts import AROUND, byte_level
+
+    found = {}
+    for name in AROUND:
+        found[name] = str(shutil.copytree(model, tmp_path_factory.mktemp("models") / "model"))
+        byte_level(name).inner.save(f"{found[name]}/tokenizer.json")
+    return found
 
 
 @pytest.fixture
