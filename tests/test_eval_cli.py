@@ -127,6 +127,8 @@ def test_report(run_main, evaluate, data, text, tmp_path):
     code, _, _ = run_main(cli.main, "corm", "report", tmp_path / "bench", "--against", POLICIES[-1], "--out", page)
     assert code == 0
     assert f"score - {POLICIES[-1]} |" in page.read_text()
+    code, _, err = run_main(cli.main, "corm", "report", tmp_path / "bench", "--against", "tova", "--out", page)
+    assert (code, f"'tova' is none of the policies that ran: choose from full, {POLICIES[-1]}" in err) == (2, True)
     assert "`qasper/0`:" in words
     assert words.count("| `corm:window=8,recent=4` |") >= 3
     assert all((tmp_path / f"page-{kind}.png").exists() for kind in ("perplexity", "longbench"))
@@ -177,6 +179,7 @@ def test_analyse(run_main, model, text, tmp_path):
         ("perplexity", ["--policy", "full", "--bucket", "0"], "--bucket must be at least 1"),
         ("perplexity", ["--policy", "full", "--tokens", "1000000000"], "1,000,000,000 were asked for: give more text"),
         ("perplexity", ["--policy", "full", "--tokens", "64", "--chunk", "2147483647"], "longest prompt, 64 tokens"),
+        ("recall", ["--blind", "--task", "passkey", "--chunk", "2147483647"], "longest prompt, "),
         ("perplexity", ["--policy", "full", "--tokens", "-64"], "--tokens must be at least 2, not -64"),
         ("agreement", ["--policy", "full", "--prompt", "0"], "prompt must be a whole number from 1"),
         ("agreement", ["--policy", "full", "--prompt", "-1"], "prompt must be a whole number from 1"),

@@ -62,6 +62,9 @@ def pieces(tmp_path_factory):
         "tokenizer.ggml.tokens": [trained.id_to_piece(i) for i in ids],
         "tokenizer.ggml.scores": [trained.get_score(i) for i in ids],
         "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.ggml.add_space_prefix": True,
+        "tokenizer.ggml.unknown_token_id": 0,
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2,
     }
@@ -178,21 +181,15 @@ def test_words_inside_a_text(tokenizers, pieces, name, words):
 
 
 @fixtures
-@given(name=names, length=st.integers(20, 300), chat=st.booleans(), blind=st.booleans())
-def test_questions(tokenizers, data, name, length, chat, blind):
+@given(name=names, length=st.integers(20, 300), blind=st.booleans())
+def test_questions(tokenizers, data, name, length, blind):
     tokenizer = tokenizers[name]
-    if chat and name == "Llama 2":
-        return  # it has no template here
-    for one in longbench.questions(data, ["qasper", "trec"], tokenizer, length, chat, 1, blind):
+    for one in longbench.questions(data, ["qasper", "trec"], tokenizer, length, False, 1, blind):
         first, room = len(tokenizer.begin), length - one.new_tokens
-        assert one.prompt[:first] == tokenizer.begin
         whole = "Read.  Now: who?" if one.task == "qasper" else "\nwho?"
         if not blind:
             whole = whole.replace("Read. ", f"Read. {TEXT * 4}", 1) if one.task == "qasper" else TEXT * 4 + whole
         ids = tokenizer.encode(whole, special=False)
-        if chat and one.task == "qasper":
-            assert len(one.prompt) > first
-            continue
         check(tokenizer, one.prompt)
         if first + len(ids) <= room:
             assert one.prompt == [*tokenizer.begin, *ids]
@@ -307,5 +304,3 @@ def test_a_text_that_begins_itself():
     assert text.whole == [0, 1, *tokenizer.encode("It was", special=False)]
     with pytest.raises(CormError, match="it has no tokens"):
         _ = Text(tokenizer, "<|endoftext|><|im_start|>", "it").whole
-    with pytest.raises(CormError, match="it is not Unicode text: half a character at 2"):
-        Text(tokenizer, "It\udc80", "it")
