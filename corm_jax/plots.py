@@ -30,7 +30,7 @@ def compare(result: dict[str, Any], path: Path) -> None:
         quality.plot([live, allocated], [row["nll"]] * 2, color=color, linewidth=1, linestyle=":")
         quality.plot(allocated, row["nll"], "o", color=color, markerfacecolor="none")
         quality.plot(live, row["nll"], "o", color=color)
-        layers.plot(row["kept_per_layer"], marker=".", color=color, label=row["policy"])
+        layers.plot(row["kept_per_layer"], marker=".", color=color, label=_plain(row["policy"]))
     quality.plot([], [], "o", color="grey", label="live")
     quality.plot([], [], "o", color="grey", markerfacecolor="none", label="allocated")
     quality.set(xlabel="keys and values at the end (MiB)", ylabel="mean NLL (nats a token), lower is better")
@@ -38,7 +38,7 @@ def compare(result: dict[str, Any], path: Path) -> None:
     quality.set_xlim(left=0)
     quality.margins(y=0.15)
     layers.set(xlabel="layer", ylabel="kept at the end (live / seen)", ylim=(0, 1.05))
-    layers.set_title(f"What each layer keeps: {result['model']}")
+    layers.set_title(_plain(f"What each layer keeps: {result['model']}"))
     quality.legend(loc="best", fontsize="small")
     figure.legend(loc="outside lower center", ncols=min(3, len(result["rows"])), fontsize="small", handles=layers.lines)
     with whole_file(path) as temporary:
@@ -67,7 +67,7 @@ def frontier(lines: Sequence[Any], path: Path, against: str = "full") -> None:
             panel.errorbar(line.live / line.full, found.mean, error, fmt="o", color=color, linewidth=1)
             panel.plot(line.allocated / line.full, found.mean, "o", color=color, markerfacecolor="none")
             name = f"{measure} - {against}" if line.against else measure
-            panel.set(xlabel="of the full cache's bytes", ylabel=name, title=task)
+            panel.set(xlabel="of the full cache's bytes", ylabel=_plain(name), title=_plain(task))
         panel.set_xlim(0, 1.05 * max(panel.get_xlim()[1], 1))
     for panel in panels[len(tasks) :]:
         panel.set_visible(False)
@@ -107,6 +107,11 @@ def analysis(found: dict[str, Any], path: Path) -> None:
         panel.set_xticks(found[axis], labels=map(str, found[axis]))
     with whole_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
+
+
+def _plain(text: str) -> str:
+    """A name as it is, where matplotlib would read dollars as mathematics."""
+    return text.replace("$", r"\$")
 
 
 def _rule(line: Any) -> str:

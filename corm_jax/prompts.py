@@ -18,9 +18,6 @@ class Text:
     Args:
       name: what the text is called in errors.
 
-    Raises:
-      CormError: for words that are not Unicode, with half a character somewhere.
-
     Attributes:
       begin: the ids that the tokenizer puts before a text; often none.
       ids: those of the text alone. A text that begins with the tokenizer's words for `begin` does not have them twice.
@@ -28,10 +25,6 @@ class Text:
 
     def __init__(self, tokenizer: Tokenizer, words: str, name: str):
         self.name, self.begin = name, list(tokenizer.begin)
-        try:
-            words.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise CormError(f"{name} is not Unicode text: half a character at {error.start:,}: mend it") from None
         ids, first = tokenizer.encode(words, special=False), len(self.begin)
         self.ids = ids[first:] if first and ids[:first] == self.begin else ids
 

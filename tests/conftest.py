@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 
 import hypothesis
 import jax
@@ -56,6 +57,18 @@ def model(tmp_path_factory):
     )
     (path / "chat_template.jinja").write_text(template + "<|im_start|>assistant{{ '\\n' }}")
     return str(path)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(model, tmp_path_factory):
+    """Copies of the model, each with a tokenizer that puts something else around a text."""
+    from tests.test_prompts import AROUND, byte_level
+
+    found = {}
+    for name in AROUND:
+        found[name] = str(shutil.copytree(model, tmp_path_factory.mktemp("models") / "model"))
+        byte_level(name).inner.save(f"{found[name]}/tokenizer.json")
+    return found
 
 
 @pytest.fixture

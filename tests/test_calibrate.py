@@ -2,13 +2,17 @@
 
 import itertools
 import json
+import math
+import re
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 from corm_jax import CormError, cli, parse
+from corm_jax.plan import Plan
 from corm_jax.profile import WHOLE, Profile
 from corm_jax.recording import record
 from simulator import calibrate
@@ -105,6 +109,133 @@ def test_from_calibration_to_use(run_main, model, tmp_path):
         out.write_text(json.dumps(found | change))
         code, _, err = run_main(cli.main, "corm", *read, spec)
         assert (code, message in err) == (2, True), err
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Costs that are not measured: which ids are read, and which of them again."""
+    shape = len(calibrate.CHOICES), MODEL.config.layers, MODEL.config.kv_heads
+    cost, asked = calibrate.Cost(*np.random.default_rng(0).random((3, *shape)).astype(np.float32)), []
+
+    def measured(model, ids, seed, second, progress):
+        asked.append((list(ids), list(second)))
+        return cost
+
+    monkeypatch.setattr(calibrate, "_costs", measured)
+    return cost, asked
+
+
+def test_what_begins_a_text_does_not_come_again(drawn, tmp_path):
+    _, asked = drawn
+    for begin, again in ((0, 256), (1, 256), (2, 10)):
+        calibrate.costs(MODEL, {"a": IDS}, begin=begin, again=again, work=tmp_path)
+        assert asked.pop() == (IDS, IDS[begin : begin + min(again, 75)])
+    calibrate.costs(MODEL, {"a": IDS}, begin=1, work=tmp_path)
+    assert not asked  # found
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_two_at_once_measure_the_same(drawn, tmp_path, monkeypatch):
+    """One finds what the other wrote meanwhile, whole, and writes the same."""
+    cost, _ = drawn
+    measured, inner = calibrate._costs, []
+
+    def slowly(*arguments):
+        if not inner:
+            inner.append(None)
+            inner[0] = calibrate.costs(MODEL, {"a": IDS}, work=tmp_path)
+        return measured(*arguments)
+
+    monkeypatch.setattr(calibrate, "_costs", slowly)
+    (outer,) = calibrate.costs(MODEL, {"a": IDS}, work=tmp_path)
+    (kept,) = calibrate.costs(MODEL, {"a": IDS}, work=tmp_path)
+    for found in (outer, kept, *inner[0]):
+        for mine, expected in zip(found, cost, strict=True):
+            np.testing.assert_array_equal(mine, expected)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"live": None},
+        {"extra": np.zeros(3, np.float32)},
+        {"again": np.zeros((3, 2, 2), np.float32)},
+        {"again": np.zeros((101, 2, 2), np.float64)},
+        {"again": np.full((101, 2, 2), np.nan, np.float32)},
+    ],
+)
+def test_what_was_kept_of_a_text_is_checked(drawn, tmp_path, change):
+    cost, _ = drawn
+    calibrate.costs(MODEL, {"a": IDS}, work=tmp_path)
+    (file,) = tmp_path.iterdir()
+    save_file({name: values for name, values in (cost._asdict() | change).items() if values is not None}, file)
+    with pytest.raises(CormError, match=f"^{file} does not hold what was measured of a text: delete it"):
+        calibrate.costs(MODEL, {"a": IDS}, work=tmp_path)
+
+
+def test_costs_that_cannot_be(drawn, tmp_path):
+    with pytest.raises(CormError, match="cannot write .*there is no directory"):
+        calibrate.costs(MODEL, {"a": IDS}, work=tmp_path / "nowhere")
+    for seed in (-1, 2**32):
+        with pytest.raises(CormError, match="the seed must be from 0 to 4294967295"):
+            calibrate.costs(MODEL, {"a": IDS}, seed=seed)
+    drawn[0].live[0] = np.inf
+    with pytest.raises(CormError, match="what was measured of 'a' is not a number"):
+        calibrate.costs(MODEL, {"a": IDS})
+
+
+def count(least):
+    return lambda value: type(value) is int and least <= value < 2**31
+
+
+RIGHT = {  # by hand: what a field may hold
+    **dict.fromkeys(("kv_heads", "head_dim", "chunk", "tokens"), count(1)),
+    "model": lambda value: isinstance(value, str),
+    "made": lambda value: value == {},
+    "sinks": lambda value: count(0)(value) and value <= 2**30,
+    "overflow": lambda value: type(value) in (int, float) and 0 <= value < 1,
+    "capacity": lambda value: isinstance(value, list) and value and all(map(count(1), value)),
+}
+WRONG = [1, 2**31, 10**30, 0, -1, 1.5, math.nan, math.inf, True, None, "x", "corm:window=", "corm:profile=gone", {}, []]
+WRONG += [[[]], [[1], []], [[1, 1], [1]], [1], [[[1]]], [5, 0], [5, 2**31], [5, True], [5, None], [[1, 1], [1, 2**31]]]
+TABLES = {"window": [[3, None], [7, 9]], "recent": [[1, 1], [2, 3]], "multiple": [[1, 1], [4, 1]]}
+
+
+@pytest.mark.parametrize(
+    ("what", "good", "load", "made"),
+    [
+        (
+            "profile",
+            {"format": "corm-jax profile 1", "model": "m", **TABLES, "sinks": 1, "group": "any", "made": {}},
+            lambda path: Profile.load(str(path)),
+            "corm calibrate",
+        ),
+        (
+            "plan",
+            {"format": "corm-jax plan 1", "model": "m", "policy": "tova:budget=8", "capacity": [5, 6], "overflow": 0.5}
+            | {"kv_heads": 2, "head_dim": 8, "chunk": 4, "tokens": 48},
+            Plan.load,
+            "python -m simulator plan",
+        ),
+    ],
+    ids=["profile", "plan"],
+)
+def test_a_damaged_file_is_refused(tmp_path, what, good, load, made):
+    """A field at a time: one line that names the file, the field and the way out."""
+    path = tmp_path / "file.json"
+    path.write_text(json.dumps(good))
+    load(path)
+    changes = [(name, good | {name: value}) for name in good for value in WRONG]
+    changes += [(name, {key: value for key, value in good.items() if key != name}) for name in good]
+    for name, bad in [*changes, ("extra", good | {"extra": 1})]:
+        if name in RIGHT and name in bad and RIGHT[name](bad[name]):
+            continue
+        path.write_text(json.dumps(bad))
+        with pytest.raises(CormError) as found:
+            load(path)
+        message = rf"the {what} {path} cannot be used: {name}[.:,][^\n]*: make one with {made}"
+        assert re.fullmatch(message, str(found.value)), (name, bad.get(name), str(found.value))
 
 
 @pytest.mark.parametrize(

@@ -4,20 +4,32 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from tokenizers import pre_tokenizers, trainers
 
 from corm_jax import cli
+from corm_jax.evaluation import recall
 from corm_jax.evaluation.records import CONFIG, RESULTS
+from corm_jax.tokenizer import Tokenizer
 from tests.test_checkpoint import TEXT
+from tests.test_prompts import byte_level
 
 KILLS = 3
+TRAINING = {
+    "vocab_size": 400,
+    "special_tokens": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+    "initial_alphabet": pre_tokenizers.ByteLevel.alphabet(),
+    "show_progress": False,
+}
 POLICIES = ("--policy", "full", "--policy", "corm:window=8,recent=4")
 
 
@@ -115,6 +127,8 @@ def test_report(run_main, evaluate, data, text, tmp_path):
     code, _, _ = run_main(cli.main, "corm", "report", tmp_path / "bench", "--against", POLICIES[-1], "--out", page)
     assert code == 0
     assert f"score - {POLICIES[-1]} |" in page.read_text()
+    code, _, err = run_main(cli.main, "corm", "report", tmp_path / "bench", "--against", "tova", "--out", page)
+    assert (code, f"'tova' is none of the policies that ran: choose from full, {POLICIES[-1]}" in err) == (2, True)
     assert "`qasper/0`:" in words
     assert words.count("| `corm:window=8,recent=4` |") >= 3
     assert all((tmp_path / f"page-{kind}.png").exists() for kind in ("perplexity", "longbench"))
@@ -150,18 +164,141 @@ def test_analyse(run_main, model, text, tmp_path):
         ("recall", ["--policy", "full", "--task", "nothing"], "unknown task 'nothing'"),
         ("recall", ["--policy", "full", "--budget", "1.5"], "a budget must be"),
         ("recall", ["--policy", "full", "--limit", "0"], "--limit must be at least 1"),
+        ("recall", ["--seed", "-1"], "the seed must be at least 0, not -1"),
+        ("recall", ["--depth", "nan"], "depth must be in [0, 1], from the beginning to the end, not nan"),
+        ("recall", ["--depth", "inf"], "depth must be in [0, 1]"),
+        (
+            "recall",
+            ["--length", "1000000000", "--task", "passkey"],
+            "prompts of 15,000,000,000 tokens in all are too many",
+        ),
+        ("recall", ["--length", "1000000000", "--task", "pairs", "--limit", "1"], "tokens in all are too many"),
+        ("recall", ["--limit", "1000000000", "--task", "repeat"], "tokens in all are too many"),
+        ("recall", ["--length", "-1000"], "a prompt of -1000 tokens is too short"),
+        ("recall", ["--policy", "full", "--length", "2000", "--task", "needle"], "give more text"),
+        ("perplexity", ["--policy", "full", "--bucket", "0"], "--bucket must be at least 1"),
+        ("perplexity", ["--policy", "full", "--tokens", "1000000000"], "1,000,000,000 were asked for: give more text"),
+        ("perplexity", ["--policy", "full", "--tokens", "64", "--chunk", "2147483647"], "longest prompt, 64 tokens"),
+        ("recall", ["--blind", "--task", "passkey", "--chunk", "2147483647"], "longest prompt, "),
+        ("perplexity", ["--policy", "full", "--tokens", "-64"], "--tokens must be at least 2, not -64"),
+        ("agreement", ["--policy", "full", "--prompt", "0"], "prompt must be a whole number from 1"),
+        ("agreement", ["--policy", "full", "--prompt", "-1"], "prompt must be a whole number from 1"),
+        ("perplexity", ["--policy", "full", "--text", "DIRECTORY"], "two texts are called 'text.txt': rename one"),
+        (
+            "perplexity",
+            ["--policy", "full", "--dataset", "DIRECTORY", "--dataset", "DIRECTORY"],
+            "has no text: give another",
+        ),
     ],
 )
-def test_refuses(evaluate, text, tmp_path, kind, arguments, message):
+def test_refuses(evaluate, text, tmp_path, monkeypatch, kind, arguments, message):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "text.txt").write_text("another")
+    (folder / "test.jsonl").write_text('{"text": " "}\n')
+    arguments = [str(folder) if one == "DIRECTORY" else one for one in arguments]
     code, _, err = evaluate(kind, "--text", text, "--out", tmp_path / "out", *arguments)
-    assert code == 2
+    assert (code, err.count("\n")) == (2, 1), err
     assert message in err
-    assert not (tmp_path / "out" / RESULTS).exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_and_lengths(evaluate, checkpoints, tmp_path):
+    """A stretch is the whole text, with what the tokenizer puts first; names are not markup."""
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    for name in ("[red].txt", "日本 \n x.txt", "b.md.txt"):
+        (folder / name).write_text(TEXT)
+    tokens = len(byte_level("begin").encode(TEXT))
+    arguments = "--model", checkpoints["begin"], "--text", folder, "--limit", 9, "--policy", "full", "--out"
+    code, printed, err = evaluate("perplexity", *arguments, tmp_path / "out", "--tokens", tokens)
+    assert (code, "[red].txt" in printed) == (0, True), err
+    found = rows(tmp_path / "out")
+    assert [row["example"] for row in found] == ["[red].txt/0", "b.md.txt/0", "日本 \\n x.txt/0"]
+    assert len({row["nll"] for row in found}) == 1
+    assert json.loads((tmp_path / "out" / CONFIG).read_text())["begin"] == [1]
+    code, _, err = evaluate("perplexity", *arguments, tmp_path / "more", "--tokens", tokens + 1)
+    assert (code, f"has {tokens} tokens, with the 1 that the tokenizer puts first; {tokens + 1} were" in err) == (
+        2,
+        True,
+    )
+
+
+def test_another_tokenizer_is_another_run(evaluate, checkpoints, text, tmp_path):
+    arguments = "--text", text, "--tokens", 32, "--limit", 1, "--policy", "full", "--out", tmp_path / "out"
+    model = shutil.copytree(checkpoints["begin"], tmp_path / "model")
+    assert evaluate("perplexity", "--model", model, *arguments)[0] == 0
+    shutil.copy(f"{checkpoints['nothing']}/tokenizer.json", model)
+    code, _, err = evaluate("perplexity", "--model", model, *arguments)
+    assert (code, "(begin, prompts differ; begin was [1], not [])" in err) == (2, True), err
+
+
+def test_a_program_serves_all_answers(evaluate, checkpoints, text, tmp_path, caplog):
+    inner = byte_level("begin").inner
+    inner.train_from_iterator(
+        ["dead beef cafe face"] * 9, trainers.BpeTrainer(**TRAINING)
+    )  # fewer tokens of some uuids
+    model = shutil.copytree(checkpoints["begin"], tmp_path / "model")
+    inner.save(str(model / "tokenizer.json"))
+    arguments = "--text", text, "--length", 300, "--limit", 3, "--depth", 0.5, "--policy", "full", "--chunk", 4
+    with jax.log_compiles(), caplog.at_level("WARNING", "jax"):
+        code, _, err = evaluate("recall", "--model", model, "--task", "pairs", *arguments, "--out", tmp_path / "out")
+    assert code == 0, err
+    hay = recall.Haystack(Tokenizer(inner, ()), TEXT * 30)
+    tasks = list(recall.tasks(hay, ["pairs"], [300], [0.5], 3, 0))
+    assert len({len(task.gold) for task in tasks}) > 1
+    assert len({len(task.prompt) for task in tasks}) > 1
+    compiled = re.findall(r"Compiling jit\((_prefill_block|_forced|decode)\)", caplog.text)
+    assert sorted(compiled) == ["_forced", "_prefill_block", "decode"]
 
 
 def test_no_data(evaluate, tmp_path):
     code, _, err = evaluate("longbench", "--data", tmp_path, "--out", tmp_path / "out")
     assert (code, "there is no task of LongBench" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("dataset2prompt.json", {"qasper": "{0.__class__.__mro__}"}, "template of qasper cannot be used: it may hold"),
+        ("dataset2prompt.json", {"qasper": "{context.__init__.__globals__}"}, "not {context.__init__.__globals__}"),
+        ("dataset2prompt.json", {"qasper": "{context:>1000000000}"}, "not {context:>1000000000}"),
+        ("dataset2prompt.json", {"qasper": "{context!r}"}, "it may hold {input} and {context}, not {context!r}"),
+        ("dataset2prompt.json", {"qasper": "{answers}"}, "not {answers}"),
+        ("dataset2prompt.json", {"qasper": "{}"}, "not {}"),
+        ("dataset2prompt.json", {"qasper": "{context"}, "template of qasper cannot be used: expected '}'"),
+        ("dataset2prompt.json", {"qasper": ["{context}"]}, "template of qasper cannot be used: it is no text"),
+        ("dataset2prompt.json", {"trec": "{context}"}, "do not both know 'qasper'"),
+        ("dataset2prompt.json", ["{context}"], "dataset2prompt.json cannot be used: Input should be an object, not"),
+        ("dataset2maxlen.json", {"qasper": "16"}, "must be a number of tokens from 1 up, not '16'"),
+        ("dataset2maxlen.json", {"qasper": True}, "must be a number of tokens from 1 up, not True"),
+        ("dataset2maxlen.json", {"qasper": 0}, "must be a number of tokens from 1 up, not 0"),
+        ("dataset2maxlen.json", {"qasper": 10**30}, "prompts of 128 tokens leave nothing beside"),
+        (
+            "qasper.jsonl",
+            {"input": 3},
+            "qasper.jsonl, line 1, cannot be used: input: Input should be a valid string, not 3",
+        ),
+        ("qasper.jsonl", {"context": None}, "context: Input should be a valid string, not None"),
+        ("qasper.jsonl", {"answers": "it"}, "answers: Input should be a valid array, not 'it'"),
+        ("qasper.jsonl", {"answers": ["it", 3]}, "answers.1: Input should be a valid string, not 3"),
+        ("qasper.jsonl", {"all_classes": {}}, "all_classes: Input should be a valid array, not {}"),
+        ("qasper.jsonl", {"all_classes": [None]}, "all_classes.0: Input should be a valid string"),
+        ("qasper.jsonl", b"", "there is nothing to read in dataset2prompt.json, dataset2maxlen.json, qasper.jsonl"),
+        ("qasper.jsonl", b"[" * 10**5, "Invalid JSON: recursion limit exceeded"),
+        ("qasper.jsonl", b'\n \n{"input": "\\ud800"}', "qasper.jsonl, line 3, cannot be used: Invalid JSON"),
+    ],
+)
+def test_data_that_cannot_be_used(evaluate, data, tmp_path, file, content, message):
+    path = data / file
+    if isinstance(content, dict) and file == "qasper.jsonl":
+        content = json.loads(path.read_text().splitlines()[0]) | content
+    path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    arguments = "--data", data, "--task", "qasper", "--length", 128, "--policy", "full", "--out", tmp_path / "out"
+    code, _, err = evaluate("longbench", *arguments)
+    assert (code, err.count("\n"), message in err) == (2, 1, True), err
+    assert not (tmp_path / "out").exists()
 
 
 def test_killed_again_and_again(model, text, tmp_path):

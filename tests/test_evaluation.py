@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -14,7 +17,8 @@ from corm_jax.checkpoint import Tokenizer
 from corm_jax.evaluation import agreement, longbench, recall, summary, texts
 from corm_jax.evaluation.asking import answer, answer_nll, ask
 from corm_jax.evaluation.intervals import bootstrap
-from corm_jax.evaluation.records import RESULTS, Records, read_rows
+from corm_jax.evaluation.records import CONFIG, LOCK, RESULTS, Records, check_free, read_rows, read_run
+from corm_jax.evaluation.report import report
 from corm_jax.evaluation.rows import FORMAT, Run
 from corm_jax.perplexity import read
 from tests.models import tiny
@@ -186,6 +190,167 @@ def test_records_of_something_else(tmp_path):
     path.write_bytes(b"{\n" + line)
     with pytest.raises(CormError, match="line 1, cannot be used: Invalid JSON"):
         read_rows(path.parent, RUN)
+
+
+WRONG = [
+    "null",
+    "true",
+    "-1",
+    "1.5",
+    "NaN",
+    "Infinity",
+    "1e400",
+    "1" + "0" * 30,
+    '"x"',
+    "[]",
+    "{}",
+    "[[[1]]]",
+    "[true]",
+]
+RIGHT = {  # by hand: which of them a field may have
+    '"x"': "model dtype prompts device weights task example ran answer budget",
+    "{}": "versions data settings",
+    "[]": "begin policies nll_by_position",
+    "null": "budget limit",
+    "-1": "chunk seed limit nll kl margin full_nll",
+    "1.5": "nll kl margin full_nll",
+    "1" + "0" * 30: "chunk seed limit",
+}
+
+
+def damaged(good):
+    """A line of JSON for each field and each wrong value of it, one without it, and one with a field too many."""
+    for name in good:
+        parts = {key: json.dumps(value) for key, value in good.items()}
+        for value in (None, *WRONG):
+            if name not in RIGHT.get(value, "").split():
+                changed = {key: text for key, text in (parts | {name: value}).items() if text is not None}
+                yield name, "{" + ", ".join(f'"{key}": {text}' for key, text in changed.items()) + "}"
+    yield "extra", json.dumps(good | {"extra": 1})
+
+
+def test_a_damaged_configuration_is_refused(tmp_path):
+    path = tmp_path / CONFIG
+    for name, line in damaged(dataclasses.asdict(RUN)):
+        path.write_text(line)
+        with pytest.raises(CormError, match=f"^the configuration {path} cannot be used: {name}[:.][^\n]* is no result"):
+            read_run(tmp_path)
+    for content in (
+        b"",
+        b"[]",
+        b"\xff",
+        b"{" * 10**5,
+        b'{"a": ' * 10**5,
+        json.dumps(dataclasses.asdict(RUN))[:-9].encode(),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(CormError, match="^the configuration [^\n]* cannot be used: [^\n]* is no result directory"):
+            read_run(tmp_path)
+    old = dataclasses.asdict(RUN) | {"format": "corm-jax evaluation 1"}
+    path.write_text(json.dumps({key: value for key, value in old.items() if key != "begin"}))
+    with (
+        pytest.raises(CormError, match="format: Input should be 'corm-jax evaluation 2', not 'corm-jax evaluation 1'"),
+        Records(tmp_path, RUN),
+    ):
+        pass
+
+
+KINDS = {
+    "longbench": {},
+    "perplexity": {"score": None, "answer": None, "nll": 1.5, "nll_by_position": [1.5]},
+    "agreement": {"score": None, "answer": None, "kl": 0.5, "same": 0.5, "nll": 1.5, "full_nll": 1.5},
+    "recall": {"score": None, "task": "pairs", "length": 9, "depth": 0.5, "nll": 1.5, "margin": 0.5, "exact": 1.0},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_damaged_row_is_refused(tmp_path, kind):
+    run = dataclasses.replace(RUN, kind=kind)
+    first, good = ({**row, **KINDS[kind]} for row in ROWS[:2])
+    first, good = ({name: value for name, value in row.items() if value is not None} for row in (first, good))
+    with Records(tmp_path / "run", run) as records:
+        records.add(first)
+    path = tmp_path / "run" / RESULTS
+    whole = path.read_bytes()
+    for name, line in damaged(good):
+        if name == "policy" and '"policy": "x"' in line:
+            continue  # below
+        path.write_bytes(whole + line.encode() + b"\n")
+        with pytest.raises(
+            CormError, match=f"^{path}, line 2, cannot be used: {name}[:.][^\n]*: delete that line, and run"
+        ):
+            read_rows(path.parent, run)
+    path.write_bytes(whole + json.dumps(good | {"policy": "x"}).encode() + b"\n")
+    with pytest.raises(CormError, match="line 2, has the policy 'x', which the run has not"):
+        read_rows(path.parent, run)
+    path.write_bytes(whole + b"\n" + json.dumps(good).encode() + b"\n")
+    with pytest.raises(CormError, match="line 2, cannot be used: Invalid JSON"):
+        read_rows(path.parent, run)
+    path.write_bytes(whole)
+    with Records(tmp_path / "run", run) as records:
+        for row in (good | {"kept": np.nan}, good | {"kept": 2.0}, {"policy": "full", "example": "x"}):
+            with pytest.raises(CormError, match="^the result of .* cannot be used: .*weights sound in this dtype"):
+                records.add(row)
+        records.add(good)
+    assert read_rows(path.parent, run) == [first, good]
+
+
+def test_a_report_of_what_can_just_be(tmp_path):
+    """The least and the most of every number, and names that are Markdown, markup or mathematics."""
+    name = "a|b [/red] $\\frac$ <b> `x`.txt"
+    run = dataclasses.replace(
+        RUN, kind="perplexity", data={name: "0"}, device="<b>|", policies=["full", "corm:profile=gone"]
+    )
+    for place, spec in enumerate(run.policies):
+        row = {"policy": spec, "example": f"{name}/0", "task": name, "ran": spec, "nll": (-1e9, 1e9)[place]}
+        row |= {"nll_by_position": [], "kept": place, "live_bytes": (0, 2**63 - 1)[place], "full_bytes": 1}
+        with Records(tmp_path / "run", run) as records:
+            records.add(row | {"allocated_bytes": 0, "overflow": 2**63 - 1})
+    report([tmp_path / "run"], tmp_path / "page.md")
+    table = [line for line in (tmp_path / "page.md").read_text().splitlines() if line.startswith("| ")]
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) == 1
+
+
+def test_two_processes_do_not_write_to_one_directory(tmp_path):
+    folder = tmp_path / "run"
+    with Records(folder, RUN):
+        pass
+    script = (
+        "import sys; from pathlib import Path; from corm_jax.evaluation.records import Records, read_run\n"
+        f"folder = Path({str(folder)!r})\n"
+        "with Records(folder, read_run(folder)): print('in', flush=True); sys.stdin.read()"
+    )
+    for end in ("close", "kill"):
+        other = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert other.stdout.read(2) == b"in"
+        with pytest.raises(CormError, match=f"^another process writes to {folder}: wait .* or choose another --out$"):
+            check_free(folder)
+        with pytest.raises(CormError, match="another process writes"), Records(folder, RUN):
+            pass
+        assert not (folder / RESULTS).read_bytes()
+        if end == "close":
+            other.communicate()
+            assert sorted(path.name for path in folder.iterdir()) == [CONFIG, RESULTS]
+        else:
+            other.kill()
+            other.communicate()
+            assert (folder / LOCK).exists()
+        with Records(folder, RUN):
+            pass
+    assert sorted(path.name for path in folder.iterdir()) == [CONFIG, RESULTS]
+
+
+def test_a_directory_that_a_kill_left_half_made(tmp_path):
+    for name in (LOCK, f".{CONFIG}.123.part"):
+        (tmp_path / name).write_text("{")
+    with Records(tmp_path, RUN) as records:
+        records.add(ROWS[0])
+    assert read_rows(tmp_path, read_run(tmp_path)) == ROWS[:1]
+    (tmp_path / "file").write_text("")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [CONFIG, "file", RESULTS]
+    for place in (tmp_path / "file", tmp_path / "file" / "x", tmp_path / ("x" * 300)):
+        with pytest.raises(CormError, match=f"^cannot use {place}: .*: choose another --out$"), Records(place, RUN):
+            pass
 
 
 @pytest.mark.parametrize("name", recall.TASKS)

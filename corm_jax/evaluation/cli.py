@@ -37,6 +37,9 @@ from corm_jax.prompts import scored_from
 from corm_jax.tokenizer import Tokenizer
 from corm_jax.types import Policy
 
+SMALL_CHUNK = 1024
+"""A chunk that may be longer than any prompt."""
+
 POLICIES = ("full", "corm", "streaming_llm", "h2o:score=mean", "tova", "snapkv", "random")
 
 
@@ -83,7 +86,7 @@ class Job:
         if not examples:
             raise CormError(f"there is nothing to read in {', '.join(data)}: give more")
         longest = max(len(example.prompt) for example in examples)
-        if self.chunk > longest:
+        if self.chunk > max(longest, SMALL_CHUNK):  # it would only be padding, and take memory
             raise CormError(f"--chunk {self.chunk:,} is more than the longest prompt, {longest:,} tokens: lower it")
         inputs.note_context(model, longest)
         run = Run(
@@ -310,6 +313,7 @@ def longbench(job: Job, folder, names, length, chat, blind):
 )
 def report(folders, out, against):
     """Put the results of several runs of corm eval on one Markdown page, with figures."""
+    check_writable(out)
     plots.check_picture(out.with_suffix(".png"))
     write_report(folders, out, against)
     print(out)
@@ -327,6 +331,8 @@ def analyse(model, dtype, paths, datasets, tokens, out):
     """
     check_writable(out)
     plots.check_picture(out.with_suffix(".png"))
+    if out.suffix == ".png":
+        raise CormError(f"--out {out} is where the picture goes: give the report another name, as in analysis.json")
     if tokens < analysis.SHORTEST:
         raise CormError(f"--tokens must be at least {analysis.SHORTEST}, not {tokens}: fewer say too little")
     texts = read_texts(paths, datasets)

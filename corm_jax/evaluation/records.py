@@ -99,16 +99,22 @@ def check_free(folder: Path) -> None:
     """Raises if results cannot go to a directory: asked before long work, not after.
 
     Raises:
-      CormError: for a directory that holds something else, or that another process writes to.
+      CormError: for a directory that cannot be made or written to, one that holds something else, or one that another
+        process writes to.
     """
     try:
+        place = next(place for place in (folder, *folder.parents) if place.exists())
         ours = (folder / CONFIG).exists()
-        others = [] if ours or not folder.exists() else [path.name for path in folder.iterdir()]
+        others = [path.name for path in folder.iterdir()] if place == folder and not ours else []
+        if not place.is_dir() or not os.access(place, os.W_OK):
+            raise CormError(f"cannot use {folder}: {place} is not a directory to write to: choose another --out")
     except OSError as error:  # such as a name that is too long, or a file
         raise CormError(f"cannot use {folder}: {error.strerror}: choose another --out") from None
     # A kill may leave a lock and a part of a configuration.
     if any(name != LOCK and not name.startswith(f".{CONFIG}.") for name in others):
         raise CormError(f"{folder} exists and holds something else: choose another --out")
+    if ours:
+        read_run(folder)
     if (folder / LOCK).exists():
         with _lock(folder):
             pass
@@ -163,6 +169,8 @@ def _lock(folder: Path):
 
 def _configure(folder: Path, run: Run) -> None:
     """Writes the configuration, or raises if there is another."""
+    for part in folder.glob(f".{CONFIG}.*"):
+        part.unlink(missing_ok=True)
     if not (folder / CONFIG).exists():
         write_json(folder / CONFIG, asdict(run))
         return

@@ -34,7 +34,7 @@ def report(folders: Sequence[Path], page: Path, against: str = "full") -> None:
       against: the policy from which differences are taken, example by example.
 
     Raises:
-      CormError: for a directory without results.
+      CormError: for a directory without results, or another policy than those that ran.
     """
     every: list[Found] = []
     for folder in folders:
@@ -43,6 +43,9 @@ def report(folders: Sequence[Path], page: Path, against: str = "full") -> None:
         if not rows:
             raise CormError(f"{folder} has no results yet: run corm eval {run.kind} first")
         every.append(Found(folder.name, run, rows, list(lines(run.kind, rows, against))))
+    ran = dict.fromkeys(policy for found in every for policy in found.run.policies)
+    if against not in (*ran, "full"):
+        raise CormError(f"--against {against!r} is none of the policies that ran: choose from {', '.join(ran)}")
     parts = ["# How policies do", ""]
     for kind in dict.fromkeys(found.run.kind for found in every):
         of_kind = [found for found in every if found.run.kind == kind]
