@@ -8,6 +8,7 @@ same history, and bear the name of the check.
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +19,13 @@ from hypothesis import strategies as st
 from corm_jax import cache as cache_lib
 from corm_jax.policies import policy
 from corm_jax.policies.wrapper import Wrapper
-from corm_jax.types import LayerCache
+from corm_jax.types import EMPTY, ENDLESS, CacheSpec, LayerCache, Slots
 from simulator import invariants
+from simulator.construction import check_construction
 from simulator.invariants import InvariantError
 from simulator.replay import replay
 from simulator.specification import readings, specified
-from simulator.strategies import CHUNK, GARBAGE, KV_HEADS, TOKENS, Case
+from simulator.strategies import CHUNK, GARBAGE, KV_HEADS, TOKENS, Case, typical
 from simulator.subject import Subject, by_head
 
 CLOSE = 1e-4
@@ -57,30 +59,84 @@ def _check_corm(function):
     return _check(function)
 
 
+@_check_enough(3)
+def construction(subject: Subject, data: st.DataObject) -> None:
+    """The policy is built as `corm_jax.types.Policy` says, see `simulator.construction`."""
+    check_construction(subject.policy)
+
+
 @_check_enough(1)
 def shapes(subject: Subject, data: st.DataObject) -> None:
-    """State keeps its shapes and dtypes and ends in the slot axes; `retain` and `rank` give one value for each slot."""
+    """A step keeps the shapes and dtypes of the cache, and those of the state in it."""
     case, before = subject.draw(data), subject.cache(subject.few)
-    policy, slots = subject.policy, before.position.shape
     arguments = (jnp.asarray(x[:CHUNK]) for x in (case.q, case.k, case.v))
-    after = jax.eval_shape(subject.implementation.step, policy, before, *arguments, jnp.int32(CHUNK))[1]
+    after = jax.eval_shape(subject.implementation.step, subject.policy, before, *arguments, jnp.int32(CHUNK))[1]
     if _avals(before) != _avals(after):
         raise InvariantError("shapes", f"a step turns the cache from {_avals(before)} into {_avals(after)}")
-    for leaf in jax.tree.leaves(before.state):
-        if leaf.shape[-len(slots) :] != slots:
-            raise InvariantError("shapes", f"a state of shape {leaf.shape} does not end in the slots {slots}")
-    fields = [field.name for field in dataclasses.fields(policy)]
-    fixed = [field.name for field in dataclasses.fields(policy) if field.metadata.get("static")]
-    twin = dataclasses.make_dataclass("Twin", fields, frozen=True)
-    leaves = [name for name in fields if name not in fixed]
-    jax.tree_util.register_dataclass(twin, data_fields=leaves, meta_fields=fixed)
-    if jax.tree.structure(policy) == jax.tree.structure(twin(*(getattr(policy, name) for name in fields))):
-        raise InvariantError("shapes", "jax.jit may take another class for this one: make it with corm_jax.policy")
-    view = cache_lib.slots(before)
-    for name in ("retain", "rank"):
-        value = jax.eval_shape(getattr(policy, name), before.state, view)
-        if value.shape != slots or (value.dtype == bool) != (name == "retain"):
-            raise InvariantError("shapes", f"{name} gives {_avals(value)}, not one value for each of the slots {slots}")
+
+
+@_check_enough(1)
+def evicts_something(subject: Subject, data: st.DataObject) -> None:
+    """In some history something is evicted: by `retain` if that can evict at all, and if not, by `rank`."""
+    if reason := untried(subject):
+        raise InvariantError("evicts_something", reason)
+
+
+def untried(subject: Subject) -> str | None:
+    """What the histories of the suite leave untried in a policy, and the way out; None if they do not."""
+    histories = [case for seed in range(6) for case in (typical(seed, chunk=1), typical(seed, chunk=CHUNK))]
+    if any(not subject.read(case).kept[0, :, -1, : case.tokens].all() for case in histories):
+        return None
+    numbers = {
+        jax.tree_util.keystr(path).lstrip("."): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(subject.policy)
+    }
+    large = [f"{name}={leaf}" for name, leaf in numbers.items() if np.max(leaf) >= TOKENS]
+    way_out = f"give numbers below {TOKENS}" + f", the tokens of a history, for {', '.join(large)}" * bool(large)
+    name = type(subject.policy).__name__
+    if can_evict(subject.policy):
+        return f"`retain` of {name} can evict keys, but does in none of {len(histories)} histories: {way_out}"
+    if any(subject.read(case, subject.few).overflow[-1].any() for case in histories):
+        return None
+    return f"{name} evicts no key in any of {len(histories)} histories, with {subject.few} slots or more: {way_out}"
+
+
+def can_evict(policy: Any, capacity: int = 4096) -> bool:
+    """Whether `retain` drops a live key in some state out of many: random ones, late in a long text."""
+    spec, rng = CacheSpec(KV_HEADS, capacity, TOKENS), np.random.default_rng(0)
+    state, seen = jax.eval_shape(lambda: policy.init(spec)), 2**20
+
+    def draw(leaf):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return jnp.asarray(rng.integers(-seen, seen, leaf.shape).astype(leaf.dtype))
+        return jnp.asarray(rng.normal(size=leaf.shape) * 10.0 ** rng.integers(-3, 4), leaf.dtype)
+
+    position = jnp.asarray(np.stack([rng.choice(seen, capacity, replace=False) for _ in range(KV_HEADS)]), jnp.int32)
+    retain = jax.jit(lambda state, prompt: policy.retain(state, Slots(position, jnp.int32(seen), prompt)))
+    prompts = [1, seen // 2, seen, ENDLESS] * 2
+    return any(not retain(jax.tree.map(draw, state), jnp.int32(prompt)).all() for prompt in prompts)
+
+
+@_check_enough(10)
+def ranks(subject: Subject, data: st.DataObject) -> None:
+    """What `rank` says of a live key is a number: NaN has no place in an order."""
+    case = subject.draw(data)
+    for capacity in (None, subject.few):
+        cache = subject.read(case, capacity).cache
+        bad = np.asarray(
+            by_head(cache._replace(position=jnp.where(_unranked(subject.policy, cache), cache.position, EMPTY)))
+        )
+        for head, slot in np.argwhere(bad >= 0):
+            where = {"layer": 0, "head": int(head), "clock": case.tokens, "key": int(bad[head, slot])}
+            raise InvariantError("ranks", "is ranked NaN: `rank` must give a number for every live key", **where)
+
+
+@jax.jit
+def _unranked(policy, cache):
+    """Which live slots are ranked NaN, now or when the next token comes."""
+    view = cache_lib.slots(cache)
+    rank = [policy.rank(cache.state, view._replace(seen=view.seen + more)) for more in (0, 1)]
+    return view.live & (jnp.isnan(rank[0]) | jnp.isnan(rank[1]))
 
 
 @_check

@@ -110,6 +110,16 @@ def cases(draw: st.DrawFn, *, counts: Sequence[int] | None = None) -> Case:
     return Case(logits, pieces, prompt=max(int(pieces.sum()) - draw(st.integers(0, TOKENS)), 1))
 
 
+def typical(seed: int, chunk: int = 1) -> Case:
+    """A case of all `TOKENS`, no simple one: queries that look here and there, read in pieces of one size."""
+    rng = np.random.default_rng(seed)
+    shape = (KV_HEADS, GROUP, TOKENS, TOKENS)
+    logits = rng.integers(1, 6, shape, endpoint=True) * (rng.random(shape) < 0.3) * 1.0
+    logits = np.maximum(logits, 6 * np.eye(TOKENS)) if seed % 2 else logits
+    counts = np.minimum(chunk, np.maximum(TOKENS - chunk * np.arange(TOKENS), 0))
+    return Case(logits.astype(np.float32), counts.astype(np.int32), prompt=int(rng.integers(TOKENS // 2, TOKENS)))
+
+
 @st.composite
 def _counts(draw: st.DrawFn) -> list[int]:
     if draw(st.booleans()):
@@ -146,11 +156,12 @@ def traces(*, kind: str = "qkv", max_layers: int = 2) -> st.SearchStrategy[Trace
     return st.lists(cases(), min_size=1, max_size=max_layers).map(build)
 
 
-def hyperparameters(kind: type, **given: Any) -> st.SearchStrategy[dict[str, Any]]:
+def hyperparameters(kind: type, *, per_head: bool = False, **given: Any) -> st.SearchStrategy[dict[str, Any]]:
     """Values for the fields of a policy's dataclass, small enough that something happens in `TOKENS` tokens.
 
     By the kind of their default, whole numbers run from 1 to 5, others from 0.1 to 0.9, truth values are both, choices
-    those of `corm_jax.policies.options.choice`. What is ``given`` is used instead: a value, or a strategy.
+    those of `corm_jax.policies.options.choice`. What is ``given`` is used instead: a value, or a strategy. With
+    ``per_head`` what is not static is an array with a number for each head, ``[KV_HEADS]``.
 
     Raises:
       ValueError: for a name that is no field, or a field without a default.
@@ -170,12 +181,11 @@ def hyperparameters(kind: type, **given: Any) -> st.SearchStrategy[dict[str, Any
             return value if isinstance(value, st.SearchStrategy) else st.just(value)
         if choices := field.metadata.get("choices"):
             return st.sampled_from(choices)
-        if isinstance(field.default, bool):
-            return st.booleans()
-        if isinstance(field.default, int):
-            return st.integers(1, 5)
-        if isinstance(field.default, float):
-            return st.floats(0.1, 0.9)
-        raise ValueError(f"{kind.__name__}.{field.name} has no default to go by: give {field.name}=...")
+        numbers = {bool: st.booleans(), int: st.integers(1, 5), float: st.floats(0.1, 0.9)}.get(type(field.default))
+        if numbers is None:
+            raise ValueError(f"{kind.__name__}.{field.name} has no default to go by: give {field.name}=...")
+        if per_head and not field.metadata.get("static"):
+            return st.tuples(*[numbers] * KV_HEADS).map(np.array)
+        return numbers
 
     return st.fixed_dictionaries({name: values(field) for name, field in fields.items()})

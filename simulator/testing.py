@@ -18,10 +18,12 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, Phase, find, given, settings
 from hypothesis import strategies as st
+from hypothesis.errors import HypothesisException, NoSuchExample, Unsatisfiable
 
 from corm_jax.policies import Corm
 from corm_jax.types import Policy
-from simulator.checks import CHECKS, CORM, ENOUGH, specification
+from simulator.checks import CHECKS, CORM, ENOUGH, evicts_something, specification, untried
+from simulator.construction import check_construction
 from simulator.invariants import InvariantError
 from simulator.reference import corm_messages
 from simulator.specification import Reference, specified
@@ -58,6 +60,7 @@ def check_policy(
     checks = [check for check in CHECKS if only in (None, check.__name__)]
     if not checks:
         raise ValueError(f"no check is called {only!r}: there are {', '.join(check.__name__ for check in CHECKS)}")
+    check_construction(policy if not isinstance(policy, st.SearchStrategy) else find(policy, lambda _: True))
     for check in checks:
         if _applies(check, policy, reference):
             _run(check, policy, reference, implementation, examples)
@@ -91,6 +94,16 @@ def parametrize_checks(
 
 
 def _run(check, policy, reference, implementation, examples: int) -> None:
+    if check is evicts_something and isinstance(policy, st.SearchStrategy):  # one of them is enough
+
+        def tried(one: Policy) -> bool:
+            return untried(Subject(one, implementation, reference)) is None
+
+        try:
+            policy = find(policy, tried, settings=settings(max_examples=examples, derandomize=True, database=None))
+        except NoSuchExample:
+            policy = find(policy, lambda _: True)
+
     @settings(
         max_examples=min(ENOUGH.get(check, examples), examples),
         phases=[Phase.generate] if ENOUGH.get(check) == 1 else [Phase.explicit, Phase.generate, Phase.shrink],
@@ -103,9 +116,21 @@ def _run(check, policy, reference, implementation, examples: int) -> None:
     )
     @given(policy=policy if isinstance(policy, st.SearchStrategy) else st.just(policy), data=st.data())
     def run(policy, data):
-        check(Subject(policy, implementation, reference), data)
+        try:
+            check(Subject(policy, implementation, reference), data)
+        except (InvariantError, HypothesisException):
+            raise
+        except Exception as error:
+            what = " ".join(str(error).split())
+            raise InvariantError(
+                check.__name__, f"{type(policy).__name__} raises {type(error).__name__}: {what}"
+            ) from error
 
-    run()
+    try:
+        run()
+    except Unsatisfiable:
+        what = "no history could be tried: in all that were drawn a decision hangs on rounding"
+        raise InvariantError(check.__name__, what) from None
 
 
 __all__ = ["CHECKS", "Implementation", "InvariantError", "check_policy", "parametrize_checks"]

@@ -5,9 +5,11 @@ from dataclasses import dataclass, field, replace
 import jax
 import jax.numpy as jnp
 import pytest
+from hypothesis import strategies as st
 
-from corm_jax import AdaKV, AdaptiveCorm, Corm, SnapKV, attention, cache, make_cache, policy
+from corm_jax import H2O, TOVA, AdaKV, AdaptiveCorm, Corm, Full, SnapKV, attention, budget, cache, make_cache, policy
 from corm_jax.policies.corm import NEVER
+from corm_jax.policies.wrapper import Wrapper
 from corm_jax.types import EMPTY, CacheSpec
 from simulator import reference, specification
 from simulator.invariants import InvariantError
@@ -57,7 +59,7 @@ class Impatient(Corm):
 @policy
 class CountsTheLiveAsTheClock(Corm):
     def observe(self, state, observation, slots):
-        live = slots.total(slots.live)[:, None]
+        live = slots.spread(slots.total(slots.live))
         return Corm.observe(
             self, state, observation._replace(seen=jnp.broadcast_to(live, observation.visible.shape)), slots
         )
@@ -102,7 +104,7 @@ class ForgetsWhatWasAskedBefore(Corm):
 @policy
 class NewestBySlot(Corm):
     def retain(self, state, slots):
-        index = jax.lax.broadcasted_iota(jnp.int32, slots.position.shape, 1)
+        index = jnp.arange(slots.position.shape[-1])
         minor = (state <= slots.seen - self.window) & (slots.seen >= self.window)
         return slots.live & (~minor | (index >= slots.seen - self.recent))
 
@@ -138,7 +140,7 @@ class StateTurnsIntoFloats(Corm):
 @policy
 class FirstQueryOfTheChunk(Corm):
     def observe(self, state, observation, slots):
-        first = jnp.arange(len(observation.visible))[:, None, None] == 0
+        first = observation.seen == observation.seen[:1]
         return Corm.observe(self, state, observation._replace(weights=jnp.where(first, observation.weights, 0)), slots)
 
 
@@ -236,7 +238,7 @@ class NeighboursBySlot(SnapKV):
     """Pools over slots that lie side by side, whatever keys they hold."""
 
     def verdict(self, scores, slots):
-        by_slot = jax.lax.broadcasted_iota(jnp.int32, slots.position.shape, 1)
+        by_slot = jnp.broadcast_to(jnp.arange(slots.position.shape[-1]), slots.position.shape)
         return SnapKV.verdict(self, scores, slots._replace(position=jnp.where(slots.live, by_slot, EMPTY)))
 
 
@@ -263,6 +265,31 @@ class CannotWait(SnapKV):
 
     def observe(self, state, observation, slots):
         return SnapKV.observe(self, state, observation, slots._replace(prompt=slots.prompt - 1))
+
+
+@policy
+class NoAgeForTheNewest(H2O):
+    """Divides by the key's age, of which the newest has none: 0 / 0."""
+
+    def rank(self, state, slots):
+        age = (slots.seen - 1 - slots.position).astype(jnp.float32)
+        return jnp.where(age == 0, 0.0, state) / age
+
+
+@policy
+class HardlyEver(Full):
+    """Would evict, but not in any text that anybody reads."""
+
+    def retain(self, state, slots):
+        return slots.live & (slots.position < 2**19)
+
+
+@policy
+class AllAlike(Full):
+    """Ranks all keys alike, which is no mistake: the oldest goes."""
+
+    def rank(self, state, slots):
+        return jnp.zeros_like(slots.position)
 
 
 def step_of(insert=cache.insert, evict=cache.evict, attend=attention.attend, mask=None, evict_first=False):
@@ -311,6 +338,22 @@ def slots_in_turn(policy, one, k, v, count):
         state=one.state.at[:, new].set(fresh[:, : k.shape[0]], mode="drop"),
         seen=one.seen + count,
     )
+
+
+def in_other_order(order):
+    """Equal ranks are told apart by something else than age."""
+
+    @policy
+    class Reordered(Wrapper):
+        def rank(self, state, slots):
+            rank = jnp.clip(self.policy.rank(state, slots), EMPTY, 2**20)
+            return rank * 64 + order(slots.position)
+
+    return lambda one, *arguments: cache.insert(Reordered(policy=one), *arguments)
+
+
+newest_of_equals = in_other_order(lambda position: -position)
+by_slot_of_equals = in_other_order(lambda position: jax.lax.broadcasted_iota(jnp.int32, position.shape, 1))
 
 
 def overflow_is_silent(policy, one, k, v, count):
@@ -386,6 +429,11 @@ def one_head_owns_all(policy, one, q, k, v, count):
     return output, one if one.head is None else one._replace(head=jnp.zeros_like(one.head))
 
 
+def overflow_in_floats(policy, one, q, k, v, count):
+    output, one = attention.step(policy, one, q, k, v, count)
+    return output, one._replace(overflow=one.overflow.astype(jnp.float32))
+
+
 def wider(policy, spec, **batch):
     return make_cache(policy, spec._replace(capacity=spec.capacity + 2), **batch)
 
@@ -404,7 +452,7 @@ SABOTAGES = {  # what is broken: the check that finds it, and the invariant that
     OnceIsEnough(**TWO, multiple=3): ("corm_rule", "minor_goes"),
     EvictsOneStepEarly(**TWO): ("corm_rule", "only_minor_goes"),
     EvictsOneStepLate(**TWO): ("corm_rule", "minor_goes"),
-    Impatient(window=6, recent=1): ("corm_rule", "none_early"),
+    Impatient(window=9, recent=1): ("corm_rule", "none_early"),
     CountsTheLiveAsTheClock(**TWO): ("specification", "specification"),
     OneClockForTheChunk(**TWO): ("specification", "specification"),
     AllForAny(**TWO): ("corm_rule", "only_minor_goes"),
@@ -415,14 +463,19 @@ SABOTAGES = {  # what is broken: the check that finds it, and the invariant that
     RankForgetsTheNewest(window=9, recent=5): ("histories", "newest_live"),
     NewestGoesFirstOfEquals(**TWO): ("specification", "specification"),
     HalfAsWideWhenEven(window=5, recent=1): ("monotone", "monotone"),
-    StateTurnsIntoFloats(**TWO): ("shapes", "shapes"),
+    StateTurnsIntoFloats(**TWO): ("construction", "construction"),
     OwnClock(**TWO): ("padding", "padding"),
     FirstQueryOfTheChunk(**TWO): ("chunks", "chunks"),
-    TakenForAnother(**TWO): ("shapes", "shapes"),
+    TakenForAnother(**TWO): ("construction", "construction"),
+    NoAgeForTheNewest(recent=0): ("ranks", "ranks"),
+    HardlyEver(): ("evicts_something", "evicts_something"),
     SeesMoreThanItSays(**TWO): ("needs", "needs"),
     "position = slot": (cache_of(insert=position_is_the_slot), "keys_in_their_slots", "keys_in_their_slots"),
     "reused slots keep their state": (cache_of(insert=state_is_not_reset), "empty_slots", "empty_slots"),
     "slots are taken in turn": (cache_of(insert=slots_in_turn), "enough_is_enough", "enough_is_enough"),
+    "the newest of equals goes first": (cache_of(insert=newest_of_equals), "specification", "specification"),
+    "equals go by slot": (cache_of(insert=by_slot_of_equals), "slot_order", "slot_order"),
+    "overflow in floats": (Implementation(make_cache, overflow_in_floats), "shapes", "shapes"),
     "overflow is silent": (cache_of(insert=overflow_is_silent), "overflow_is_counted", "overflow_is_counted"),
     "padding is stored": (cache_of(insert=padding_is_stored), "histories", "no_key_before_its_time"),
     "clock moves by the chunk": (cache_of(insert=clock_moves_by_the_chunk), "padding", "padding"),
@@ -479,6 +532,39 @@ def test_sabotage_of_the_returns_is_caught(sabotage, monkeypatch):
 def test_what_is_sound_passes(check):
     """The parts out of which broken caches are made are sound as such."""
     check_policy(Corm(window=4, recent=2), implementation=SOUND, only=check.__name__)
+
+
+@pytest.mark.parametrize(
+    ("sabotage", "message"),
+    [
+        (Corm(window=64, recent=64), "`retain` of Corm can evict keys, but does in none of 12 histories: give "
+         "numbers below 16, the tokens of a history, for window=64, recent=64\n"),
+        (Corm(window=64, recent=2), "for window=64\n"),
+        (budget(TOVA(), 512), "`retain` of Budget can evict keys, .* for tokens=512"),
+        (SnapKV(budget=20, window=2), "for budget=20"),
+        (H2O(recent=32), "H2O evicts no key in any of 12 histories, with 35 slots or more: .* for recent=32"),
+        (st.builds(Corm, window=st.just(40), recent=st.just(30)), "for window=40, recent=30"),
+    ],
+    ids=lambda one: "" if isinstance(one, str) else type(one).__name__,
+)  # fmt: skip
+def test_numbers_too_large_to_be_tried_are_named(sabotage, message):
+    with pytest.raises(InvariantError, match=message) as caught:
+        check_policy(sabotage, examples=3)
+    assert caught.value.invariant == "evicts_something"
+
+
+@pytest.mark.parametrize(
+    "sound", [Full(), TOVA(), budget(TOVA(), 5), st.builds(Corm, window=st.integers(1, 99), recent=st.just(2))]
+)
+def test_what_evicts_something_or_has_no_rule_of_its_own_passes(sound):
+    check_policy(sound, only="evicts_something")
+
+
+@pytest.mark.parametrize(
+    "check", ["construction", "ranks", "histories", "enough_is_enough", "slot_order", "layouts", "replays_alike"]
+)
+def test_equal_ranks_are_no_mistake(check):
+    check_policy(AllAlike(), only=check, examples=5)
 
 
 def test_every_check_catches_something():

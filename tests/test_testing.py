@@ -5,7 +5,7 @@ import pytest
 from hypothesis import find, given, settings
 from hypothesis import strategies as st
 
-from corm_jax import Corm, Full
+from corm_jax import H2O, Corm, Full, Scissorhands, budget, protect
 from simulator import invariants
 from simulator.replay import replay
 from simulator.strategies import cases, hyperparameters, traces
@@ -25,6 +25,19 @@ def corms(**given):
 )
 def test_policies(check):
     check()
+
+
+@parametrize_checks(budget(protect(H2O(recent=np.array([2, 1])), sinks=np.array([0, 2])), 6), examples=5)
+def test_numbers_for_each_head(check):
+    check()
+
+
+def test_hyperparameters_for_each_head():
+    options = find(
+        hyperparameters(Scissorhands, per_head=True, recent=2), lambda options: (options["budget"] > 2).all()
+    )
+    assert (options["budget"].tolist(), options["drop"].shape) == ([3, 3], (2,))
+    assert (type(options["window"]), options["recent"]) == (int, 2)
 
 
 @pytest.mark.parametrize("kind", ["qkv", "attention"])
@@ -48,5 +61,5 @@ def test_cases_shrink_until_they_can_be_read():
 
 
 def test_a_check_must_exist():
-    with pytest.raises(ValueError, match="no check is called 'shape': there are shapes, "):
+    with pytest.raises(ValueError, match="no check is called 'shape': there are construction, shapes, "):
         check_policy(Full(), only="shape")

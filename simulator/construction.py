@@ -1,0 +1,260 @@
+"""Whether an object is built as a policy has to be: the first check of the conformance suite.
+
+The other checks take that for granted, so each mistake is named here, in one line with what was expected.
+
+>>> from corm_jax import Corm
+>>> check_construction(Corm)
+Traceback (most recent call last):
+    ...
+simulator.invariants.InvariantError: construction: Corm is a class: give an object of it, as in Corm(...)
+"""
+
+import copy
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from corm_jax import cache as cache_lib
+from corm_jax.attention import attend
+from corm_jax.policies import Full
+from corm_jax.types import EVERYTHING, FEW, CacheSpec
+from simulator.invariants import InvariantError
+from simulator.strategies import CHUNK, GROUP, KV_HEADS, TOKENS
+
+MEMBERS = {
+    "protected": "a property, how many keys of a head `rank` never gives up (0 for none)",
+    "init": "init(self, spec), the state of empty slots: jax.numpy arrays that end in the axes spec.slots",
+    "observe": "observe(self, state, observation, slots), the next state, of the same shapes and dtypes",
+    "retain": "retain(self, state, slots), a bool for each slot: whether its key stays",
+    "rank": "rank(self, state, slots), a number for each slot: the key with the lowest is evicted first",
+}
+"""What every policy has."""
+
+POLICY = "a policy, such as corm_jax.Corm(window=4, recent=2) or an object of your own class, see corm_jax.types.Policy"
+
+SCENES = (
+    ("in a rectangle", CacheSpec(KV_HEADS, 2 * FEW, TOKENS), CHUNK),
+    ("in a pool", CacheSpec(KV_HEADS, 2 * FEW, TOKENS, pooled=True), CHUNK),
+    ("in the pages of a pool", CacheSpec(KV_HEADS, 2 * FEW, TOKENS, pooled=True), FEW + 1),
+)
+"""Where the functions of a policy are traced: in words, the cache, and how many queries come at once."""
+
+DECORATE = "decorate the class with corm_jax.policy, which makes it a frozen dataclass and a pytree"
+
+_sound: set[Any] = set()
+
+
+def check_construction(policy: Any) -> None:
+    """Checks that a policy, and each that it wraps, is built as `corm_jax.types.Policy` says.
+
+    Raises:
+      InvariantError: named ``construction``, for the first thing that is wrong.
+    """
+    if isinstance(policy, type):
+        _refuse(policy.__name__, f"is a class: give an object of it, as in {policy.__name__}(...)")
+    if isinstance(policy, str):
+        _refuse(repr(policy), f"is text: give the policy itself, as in corm_jax.parse({policy!r})")
+    if isinstance(policy, list | tuple) and not hasattr(policy, "_fields"):
+        _refuse(f"a {type(policy).__name__}", "is no policy: give one at a time")
+    name = type(policy).__name__
+    _check_members(name, policy)
+    _check_dataclass(name, policy)
+    if "policy" in _names(policy):  # a wrapper
+        check_construction(policy.policy)
+    key = _check_pytree(name, policy)
+    _check_traits(name, policy)
+    if key in _sound:
+        return
+    for scene in SCENES:
+        _Scene(name, policy, *scene).check()
+    _sound.add(key)
+
+
+def _refuse(name: str, what: str) -> NoReturn:
+    raise InvariantError("construction", f"{name} {what}")
+
+
+def _check_members(name: str, policy: Any) -> None:
+    # Without calling them: a property that fails is there all the same.
+    if missing := [member for member in MEMBERS if inspect.getattr_static(policy, member, None) is None]:
+        named, expected = ", ".join(f"`{member}`" for member in missing), [MEMBERS[member] for member in missing]
+        _refuse(name, f"has no {named}: expected {'; '.join(expected if len(missing) < 4 else [POLICY])}")
+    for member in [*MEMBERS][1:]:
+        if not callable(_get(name, policy, member)):
+            _refuse(name, f"has a `{member}` that is no function: expected {MEMBERS[member]}")
+
+
+def _check_dataclass(name: str, policy: Any) -> None:
+    if not dataclasses.is_dataclass(policy):
+        _refuse(name, f"is no dataclass: {DECORATE}")
+    if jax.tree.structure(policy) == jax.tree.structure(0):
+        _refuse(name, f"is no pytree: {DECORATE}, and each class that inherits from it too")
+
+
+def _check_pytree(name: str, policy: Any) -> Any:
+    """Checks what JAX makes of it. Returns what tells it from others for which JAX traces other programs."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(policy):
+        field = f"{name}{jax.tree_util.keystr(path)}"
+        if not isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float) or not _numeric(leaf):
+            _refuse(
+                field,
+                f"is {leaf!r}, no number: make it static, as corm_jax.policies.options.choice does, or a field with "
+                'metadata={"static": True}',
+            )
+        if np.shape(leaf) not in ((), (KV_HEADS,)):
+            _refuse(
+                field,
+                f"has the shape {np.shape(leaf)}: give a number, or one for each of the {KV_HEADS} key-value heads of "
+                "the layer on which it is tried",
+            )
+    leaves, structure = jax.tree.flatten(policy)
+    try:
+        again = jax.tree.unflatten(structure, [object() for _ in leaves])  # JAX does that, too
+        same = type(again) is type(policy) and jax.tree.structure(again) == structure
+        hash(structure), structure == jax.tree.structure(copy.deepcopy(policy))  # as jax.jit does, for better or worse
+    except Exception as error:
+        _refuse(name, f"is a pytree that JAX cannot take apart and put together ({_short(error)}): {DECORATE}")
+    if not same:
+        _refuse(name, f"is another once JAX has taken it apart and put it together: {DECORATE}")
+    names = _names(policy)
+    fixed = [one.name for one in dataclasses.fields(policy) if one.metadata.get("static")]
+    twin = dataclasses.make_dataclass("Twin", names, frozen=True)
+    jax.tree_util.register_dataclass(twin, data_fields=[x for x in names if x not in fixed], meta_fields=fixed)
+    if structure == jax.tree.structure(twin(*(getattr(policy, x) for x in names))):
+        _refuse(name, f"may be taken for another class of the same fields by jax.jit: {DECORATE}")
+    return type(policy), structure, tuple((np.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
+
+
+def _check_traits(name: str, policy: Any) -> None:
+    """Checks what it says of itself, apart from its functions."""
+    if inspect.isroutine(_get(name, policy, "protected")):
+        _refuse(name, "has a `protected` that is a method: make it a @property")
+    for trait, least, meaning in (
+        ("protected", 0, "how many keys of a head `rank` never gives up"),
+        ("recent", 0, "a promise that the newest so many keys stay"),
+        ("most", 1, "how many keys of a head stay at most"),
+    ):
+        value = _get(name, policy, trait)
+        if value is None and trait != "protected":
+            continue
+        good = isinstance(value, jax.Array | np.ndarray | np.generic | int) and np.asarray(value).dtype.kind in "iu"
+        if not good or np.shape(value) not in ((), (KV_HEADS,)) or np.min(value) < least:
+            _refuse(
+                name, f"has a `{trait}` of {value!r}: expected {meaning}, a whole number from {least} up or one a head"
+            )
+    needs = _get(name, policy, "needs", EVERYTHING)
+    if not isinstance(needs, tuple | list | set | frozenset) or not set(needs) <= set(EVERYTHING):
+        some = ", ".join(map(repr, EVERYTHING))
+        _refuse(name, f"has a `needs` of {needs!r}: expected a tuple of what it looks at beside positions, of {some}")
+    waits = _get(name, policy, "whole_prompt", False)
+    if not isinstance(waits, bool):
+        _refuse(name, f"has a `whole_prompt` of {waits!r}: expected True or False")
+    positions = _get(name, policy, "positions", "original")
+    if positions == "cache":
+        _refuse(name, "counts positions within the cache, which needs a rotation: try it with positions='original'")
+    if positions != "original":
+        _refuse(name, f"has `positions` of {positions!r}: expected 'original' or 'cache'")
+    if not callable(_get(name, policy, "for_layer", callable)):
+        _refuse(
+            name, "has a `for_layer` that is no function: expected for_layer(self, layer, layers), a layer's policy"
+        )
+
+
+class _Scene:
+    """The functions of a policy in one kind of cache."""
+
+    def __init__(self, name: str, policy: Any, where: str, spec: CacheSpec, tokens: int):
+        self.name, self.policy, self.where, self.spec, self.tokens = name, policy, where, spec, tokens
+
+    def check(self) -> None:
+        slots, observation = jax.eval_shape(self._slots)
+        state, shape = self._state(), slots.position.shape
+        if self.spec.slots != shape:  # gathered into pages
+            lead = len(self.spec.slots)
+            state = jax.tree.map(lambda x: jax.ShapeDtypeStruct((*x.shape[:-lead], *shape), x.dtype), state)
+        after = self._traced("observe", state, observation, slots)
+        if jax.tree.structure(after) != jax.tree.structure(state) or _avals(after) != _avals(state):
+            self._refuse("observe", f"turns a state of {_avals(state)} into {_avals(after)}")
+        for member, kinds in (("retain", (np.bool_,)), ("rank", (np.integer, np.floating))):
+            value = self._traced(member, state, slots)
+            good = isinstance(value, jax.ShapeDtypeStruct) and value.shape == shape
+            if not good or not any(jnp.issubdtype(value.dtype, kind) for kind in kinds):
+                self._refuse(member, f"gives {_avals(value)} for slots {list(shape)}")
+
+    def _slots(self):
+        """The slots that a policy meets, and what it observes there."""
+        cache = cache_lib.make_cache(Full(), self.spec)
+        if self.spec.pooled and self.tokens > FEW:
+            cache, _ = cache_lib.paged(cache)
+        slots = cache_lib.slots(cache)
+        q = jnp.zeros((self.tokens, KV_HEADS, GROUP, self.spec.head_dim))
+        visible = jnp.broadcast_to(slots.live, (self.tokens, *slots.position.shape))
+        return slots, attend(q, cache.k, cache.v, visible, jnp.arange(self.tokens) + 1, slots.owned)[1]
+
+    def _state(self) -> Any:
+        state, slots = self._call("init", lambda: self.policy.init(self.spec)), self.spec.slots
+        for leaf in jax.tree.leaves(state):
+            if not isinstance(leaf, jax.Array):
+                self._refuse("init", f"gives a {type(leaf).__module__}.{type(leaf).__qualname__}")
+            if leaf.shape[max(leaf.ndim - len(slots), 0) :] != slots:
+                self._refuse("init", f"gives {_avals(leaf)} for slots {list(slots)}")
+            if leaf.weak_type:
+                self._refuse("init", f"gives {_avals(leaf)} of a weak type, which other steps change: say its dtype")
+        traced = self._call("init", lambda: jax.eval_shape(lambda policy: policy.init(self.spec), self.policy))
+        if jax.tree.structure(traced) != jax.tree.structure(state) or _avals(traced) != _avals(state):
+            self._refuse("init", f"gives {_avals(state)}, but {_avals(traced)} while JAX traces it")
+        return state
+
+    def _traced(self, member: str, *arguments: Any) -> Any:
+        return self._call(
+            member, lambda: jax.eval_shape(lambda policy, *x: getattr(policy, member)(*x), self.policy, *arguments)
+        )
+
+    def _call(self, member: str, function: Callable[[], Any]) -> Any:
+        try:
+            return function()
+        except Exception as error:
+            hint = ""
+            if isinstance(error, jax.errors.JAXTypeError):
+                hint = (
+                    " (values are unknown while JAX traces: use jax.numpy, jnp.where for if, or make an option static)"
+                )
+            self._refuse(member, f"raises {_short(error)}{hint}")
+
+    def _refuse(self, member: str, what: str) -> NoReturn:
+        _refuse(self.name, f"has a `{member}` that {what}, {self.where}: expected {MEMBERS[member]}")
+
+
+def _names(policy: Any) -> list[str]:
+    return [one.name for one in dataclasses.fields(policy)]
+
+
+def _get(name: str, policy: Any, member: str, default: Any = None) -> Any:
+    try:
+        return getattr(policy, member)
+    except Exception as error:
+        if isinstance(error, AttributeError) and inspect.getattr_static(policy, member, None) is None:
+            return default
+        expected = MEMBERS.get(member, "what can be read at any time")
+        _refuse(name, f"has a `{member}` that raises {_short(error)}: expected {expected}")
+
+
+def _numeric(leaf: Any) -> bool:
+    dtype = np.asarray(leaf).dtype
+    return any(jnp.issubdtype(dtype, kind) for kind in (np.bool_, np.integer, np.floating))
+
+
+def _avals(tree: Any) -> str:
+    """The shapes and dtypes of a pytree, as in ``float32[2, 16]``."""
+    found = [f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(tree)]
+    return found[0] if len(found) == 1 else f"({', '.join(found)})" if found else "nothing"
+
+
+def _short(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:160]}{'...' * (len(text) > 160)}"
