@@ -113,6 +113,10 @@ def test_report(run_main, evaluate, data, text, tmp_path):
     assert "text.txt, nll minus that of full by w" in words
     assert "| all tasks | `full` | 3 |" in words
     code, _, _ = run_main(cli.main, "corm", "report", tmp_path / "bench", "--against", POLICIES[-1], "--out", page)
+    assert code == 2
+    code, _, _ = run_main(
+        cli.main, "corm", "report", tmp_path / "bench", "--against", POLICIES[-1], "--out", page, "--overwrite"
+    )
     assert code == 0
     assert f"score - {POLICIES[-1]} |" in page.read_text()
     assert "`qasper/0`:" in words
@@ -142,14 +146,14 @@ def test_analyse(run_main, model, text, tmp_path):
     ("kind", "arguments", "message"),
     [
         ("perplexity", ["--policy", "nothing"], "unknown policy 'nothing'"),
-        ("perplexity", ["--policy", "full", "--tokens", "1"], "--tokens must be at least 2"),
+        ("perplexity", ["--policy", "full", "--tokens", "1"], "'--tokens': '1' is not a whole number from 2"),
         ("perplexity", ["--policy", "full", "--tokens", "9999"], "--tokens asks for 9,999"),
         ("perplexity", ["--policy", "snapkv:budget=40"], "say how many of the tokens are the prompt"),
         ("agreement", ["--policy", "full", "--prompt", "9999"], "say fewer"),
         ("agreement", ["--policy", "full", "--text", str(Path(__file__).parent / "nowhere.txt")], "cannot read"),
         ("recall", ["--policy", "full", "--task", "nothing"], "unknown task 'nothing'"),
         ("recall", ["--policy", "full", "--budget", "1.5"], "a budget must be"),
-        ("recall", ["--policy", "full", "--limit", "0"], "--limit must be at least 1"),
+        ("recall", ["--policy", "full", "--limit", "0"], "'--limit': '0' is not a whole number from 1"),
     ],
 )
 def test_refuses(evaluate, text, tmp_path, kind, arguments, message):

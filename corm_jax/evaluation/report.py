@@ -1,6 +1,7 @@
 """``corm report``: one Markdown page, with figures, from nothing but stored results."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from corm_jax import plots
 from corm_jax.errors import CormError
 from corm_jax.evaluation.records import RESULTS, read_config, read_rows
 from corm_jax.evaluation.summary import MEASURES, Line, lines
-from corm_jax.files import whole_file
+from corm_jax.files import check_new, deliver, finish
 from corm_jax.policies import Corm, parse
 
 MIB = 2**20
@@ -18,14 +19,15 @@ SAMPLES = 2
 Run = tuple[str, dict[str, Any], list[dict[str, Any]], list[Line]]
 
 
-def report(folders: Sequence[Path], page: Path, against: str = "full") -> None:
+def report(folders: Sequence[Path], page: Path, against: str = "full", overwrite: bool = False) -> None:
     """Writes the page, and ``<page>-<kind>.png`` for each kind of run beside it.
 
     Args:
       against: the policy from which differences are taken, example by example.
+      overwrite: whether files that exist are replaced.
 
     Raises:
-      CormError: for a directory without results.
+      CormError: for a directory without results, or a file that exists.
     """
     runs: list[Run] = []
     for folder in folders:
@@ -33,16 +35,20 @@ def report(folders: Sequence[Path], page: Path, against: str = "full") -> None:
         if not rows:
             raise CormError(f"{folder} has no results yet: run corm eval {config.get('kind', '')} first")
         runs.append((folder.name, config, rows, list(lines(config["kind"], rows, against))))
-    parts = ["# How policies do", ""]
-    for kind in dict.fromkeys(config["kind"] for _, config, _, _ in runs):
+    check_new({"--out": page}, overwrite)
+    kinds = dict.fromkeys(config["kind"] for _, config, _, _ in runs)
+    pictures = {kind: page.with_name(f"{page.stem}-{kind}.png") for kind in kinds}
+    check_new({"--out": page, **{f"the picture of {kind}": picture for kind, picture in pictures.items()}}, overwrite)
+    parts, draw = ["# How policies do", ""], []
+    for kind, picture in pictures.items():
         of_kind = [run for run in runs if run[1]["kind"] == kind]
-        picture = page.with_name(f"{page.stem}-{kind}.png")
-        plots.frontier([line for run in of_kind for line in run[3]], picture, against)
+        every = [line for run in of_kind for line in run[3]]
+        draw.append(partial(deliver, picture, partial(plots.frontier, every, against=against), overwrite))
         parts += [f"## {kind}", "", f"![Quality against live memory]({picture.name})", ""]
         for run in of_kind:
             parts += [*_table(run, against), *_grid(run, against), *_samples(run)]
-    with whole_file(page) as temporary:
-        temporary.write_text("\n".join(parts), encoding="utf-8")
+    words = "\n".join(parts)
+    finish(lambda: deliver(page, lambda path: path.write_text(words, encoding="utf-8"), overwrite), *draw)
 
 
 def _table(run: Run, against: str) -> list[str]:
