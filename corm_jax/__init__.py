@@ -35,6 +35,8 @@ from corm_jax.policies import (
 )
 from corm_jax.types import Caches, CacheSpec, LayerCache, Observation, Policy, Slots, Usage
 
+__version__ = "0.1.0"
+
 __all__ = [
     "H2O",
     "POLICIES",

@@ -1,10 +1,25 @@
-"""What command lines share: tables, progress bars, errors in one line, and the options that choose a model."""
+"""What both command lines share: how they run and end, the types of options, and progress on standard error."""
 
+import functools
+import os
+import reprlib
 import sys
-from collections.abc import Callable
-from typing import NoReturn
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NoReturn
 
+import jax
+
+from corm_jax import compiled
+from corm_jax.cache import prompt_of
 from corm_jax.errors import CormError
+from corm_jax.files import reason
+from corm_jax.policies import keys_of, parse
+from corm_jax.stopping import stoppable
+from corm_jax.types import Policy
 
 try:
     import click
@@ -13,6 +28,7 @@ try:
         BarColumn,
         MofNCompleteColumn,
         Progress,
+        Task,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
@@ -22,6 +38,86 @@ except ModuleNotFoundError as error:
 
 
 DTYPES = ("float32", "bfloat16")
+
+SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+"""Of all commands."""
+
+
+class Command(click.Command):
+    """A command that prints its help if it is given nothing and cannot do without."""
+
+    def __init__(self, *arguments: Any, **options: Any):
+        required = any(parameter.required for parameter in options.get("params") or [])
+        super().__init__(*arguments, no_args_is_help=required, **options)
+
+
+class Group(click.Group):
+    """Commands of that kind."""
+
+    command_class = Command
+
+
+class Whole(click.ParamType):
+    """A whole number from ``least`` up: of tokens, keys, slots, so no more than positions can count."""
+
+    name = "integer"
+
+    def __init__(self, least: int, most: int = 2**31 - 1):
+        self.least, self.most = least, most
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """As for all types of click."""
+        with suppress(ValueError):
+            if self.least <= (number := int(value)) <= self.most:
+                return number
+        self.fail(f"{reprlib.repr(value)} is not a whole number from {self.least} to {self.most}", param, ctx)
+
+
+class Real(click.ParamType):
+    """A number from ``least`` to ``most``, both included."""
+
+    name = "float"
+
+    def __init__(self, least: int | float, most: int | float):
+        self.least, self.most = least, most
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """As for all types of click."""
+        with suppress(ValueError):
+            if self.least <= (number := float(value)) <= self.most:
+                return number
+        self.fail(f"{reprlib.repr(value)} is not a number from {self.least:g} to {self.most:g}", param, ctx)
+
+
+class Spec(click.ParamType):
+    """A policy, as `corm_jax.parse` reads it. The option's value is the text."""
+
+    name = "spec"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """As for all types of click."""
+        try:
+            parse(value)
+        except CormError as error:
+            self.fail(str(error), param, ctx)
+        return value
+
+
+class Budget(click.ParamType):
+    """A number or a share of keys, as `corm_jax.policies.keys_of` reads it. The option's value is the text."""
+
+    name = "keys"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """As for all types of click."""
+        try:
+            keys_of(value, 1)
+        except CormError as error:
+            self.fail(str(error), param, ctx)
+        return value
+
+
+COUNT, SEED = Whole(1), Whole(0)
 
 
 def options(*several: Callable) -> Callable:
@@ -40,34 +136,190 @@ model_options = options(
     click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True),
 )
 
+overwrite_option = click.option("--overwrite", is_flag=True, help="replace files that exist; otherwise they are kept")
 
-def run(command: click.Group, name: str) -> NoReturn:
-    """Runs a command line. What the user can put right ends in one line that starts with ``name``, and exit code 2."""
+
+def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        from corm_jax import __version__
+
+        print(f"corm-jax {__version__}")
+        ctx.exit()
+
+
+version_option = click.option(
+    "--version", is_flag=True, expose_value=False, is_eager=True, callback=_print_version, help="Show it and exit."
+)
+
+
+@contextmanager
+def naming(given: Mapping[str, Any]) -> Iterator[None]:
+    """Errors in the block begin with the options that they are about: by option, its value, or None if it has none.
+
+    >>> with naming({"--policy": "full", "--capacity": 3, "--prompt": None}):
+    ...     raise CormError("capacity 3 cannot hold a chunk (4 keys): raise the capacity")
+    Traceback (most recent call last):
+    corm_jax.errors.CormError: --policy full, --capacity: capacity 3 cannot hold a chunk (4 keys): raise the capacity
+    """
     try:
-        sys.exit(command(standalone_mode=False))
-    except (CormError, click.ClickException) as error:
-        message = error.format_message() if isinstance(error, click.ClickException) else str(error)
-        print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
-        sys.exit(2)
+        yield
+    except CormError as error:
+        about = [
+            option if str(value) in str(error) else f"{option} {value}"
+            for option, value in given.items()
+            if value is not None
+        ]
+        raise type(error)(f"{', '.join(about)}: {error}") from None
+
+
+def check_prompt(spec: str, policy: Policy, prompt: int | None, tokens: int) -> None:
+    """Raises unless ``--prompt`` is as the policy of a SPEC needs it for a text of so many tokens."""
+    try:
+        prompt_of(policy, prompt, tokens)
+    except CormError as error:
+        if prompt is not None:
+            raise CormError(f"--policy {spec}, --prompt {prompt}: {error}") from None
+        raise CormError(
+            f"--policy {spec} waits for the end of the prompt: say how many of the tokens are the prompt with --prompt"
+        ) from None
+
+
+def run(command: click.Group, name: str, program: str | None = None) -> NoReturn:
+    """Runs a command line.
+
+    What the user can put right ends in one line that starts with ``name``, and exit code 2; Ctrl-C in one line, and
+    130. Nobody who reads no further (``| head``) gets an error.
+
+    Args:
+      program: what the user types, if that is not ``name``.
+    """
+    _open_streams()
+    with stoppable(name):
+        compiled.keep()
+        sys.exit(_code(command, name, program or name))
+
+
+def _code(command: click.Group, name: str, program: str) -> int:
+    try:
+        code = command(prog_name=program, standalone_mode=False)
+        sys.stdout.flush()
+        return code or 0
+    except getattr(click.exceptions, "NoArgsIsHelpError", ()) as error:
+        print(error.format_message())
+        return 2
+    except click.ClickException as error:
+        return _complain(name, error.format_message())
+    except CormError as error:
+        return _complain(name, str(error))
     except (click.Abort, KeyboardInterrupt):
         print(f"{name}: interrupted", file=sys.stderr)
-        sys.exit(130)
+        return 130
+    except BrokenPipeError:
+        _silence(sys.stdout)
+        return 141
+    except OSError as error:
+        code = _complain(name, f"{error.filename or 'cannot write what it has to say'}: {reason(error)}")
+        _silence(sys.stdout)  # what it could not take is lost: the interpreter need not try again
+        return code
+    except MemoryError as error:
+        return _complain(name, f"out of memory: {error}")
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return _complain(name, f"out of memory: {error}: ask for fewer tokens, or a smaller --chunk or --capacity")
 
 
-def output() -> Console:
-    """Where tables are printed: wide, unless a terminal says otherwise."""
-    return Console(width=None if sys.stdout.isatty() else 160)
+def _complain(name: str, message: str) -> int:
+    print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _open_streams() -> None:
+    """Streams that are closed swallow what is printed; and none fails for a sign that its encoding lacks."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the number, so that no file of ours does
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
+        if hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="backslashreplace")
+
+
+def _silence(stream: Any) -> None:
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+FIRST, EVERY = 5.0, 10.0
+"""Seconds until the first line of progress where there is no terminal, and between two of them at least."""
 
 
 def progress_bar() -> Progress:
-    """A bar on standard error that goes when it is done; none where nobody watches."""
-    return Progress(
-        TextColumn("{task.description}"),
+    """Progress on standard error: a bar that disappears when it is done; without a terminal, a line now and then."""
+    console = Console(stderr=True)
+    bar = console.is_terminal and not console.is_dumb_terminal
+    _listen()
+    return (Progress if bar else _Lines)(
+        _Description("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=console,
         transient=True,
-        disable=not sys.stderr.isatty(),
+        disable=not bar,
     )
+
+
+class _Description(TextColumn):
+    def render(self, task: Task):
+        """What is done, and whether it is compiled first."""
+        text = super().render(task)
+        return text.append(", compiling") if _compiling() and not task.finished else text
+
+
+class _Lines(Progress):
+    """Lines where there is no terminal: few, and none at all if the work is short."""
+
+    def start(self) -> None:
+        """Starts to print."""
+        self._done = threading.Event()
+        threading.Thread(target=self._print, daemon=True).start()
+
+    def stop(self) -> None:
+        """Prints no more."""
+        self._done.set()
+
+    def _print(self) -> None:
+        begin, wait = time.monotonic(), FIRST
+        while not self._done.wait(wait):
+            seconds = time.monotonic() - begin
+            wait = max(EVERY, seconds / 10)
+            tasks = [task for task in self.tasks if task.visible and not task.finished]
+            for task in sorted(tasks, key=lambda task: task.completed == 0)[:1]:
+                at = f"{task.completed:,.0f} of {task.total or 0:,.0f}"
+                compiling = ", compiling" if _compiling() else ""
+                with suppress(OSError):
+                    print(f"{task.description}: {at}, {seconds:.0f} s{compiling}", file=sys.stderr, flush=True)
+
+
+_begun: list[float] = []
+"""When XLA began to compile, if it does."""
+
+
+def _compiling() -> bool:
+    return any(time.monotonic() - begun > 0.5 for begun in _begun)
+
+
+@functools.cache
+def _listen() -> None:
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
+        if event.endswith("/jaxpr_to_mlir_module_duration"):
+            _begun[:] = [time.monotonic()]
+        elif event.endswith("/backend_compile_duration"):
+            _begun.clear()
+
+    jax.monitoring.register_event_duration_secs_listener(listen)

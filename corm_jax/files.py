@@ -1,39 +1,168 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and results that are not lost.
 
+One rule holds for everything that commands write: **nothing that exists is replaced, unless it is a file and the user
+says --overwrite**. What is written to a device or a pipe goes into it. `check_new` asks before the work. If the place
+has become unusable by the end of it, `deliver` keeps the result elsewhere and says where.
+"""
+
+import errno
 import json
 import os
+import re
 import reprlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import secrets
+import shutil
+import stat
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 from corm_jax.errors import CormError
 
+ROOM = 2**20
+"""Bytes that must be free where a result is to be written, before the work for it begins."""
+
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that replaces it once the block ends without an error."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+def whole_file(path: Path, replace: bool = True) -> Iterator[Path]:
+    """A temporary path whose file becomes ``path`` once the block ends without an error.
+
+    It lies beside ``path``, or beside the file to which a link of that name points. A device or a pipe is written to.
+
+    Args:
+      replace: False to leave alone a file that has appeared at ``path`` meanwhile.
+
+    Raises:
+      OSError: if the file cannot be put there. No part of it is left then.
+    """
+    device, place = _is_device(path), Path(os.path.realpath(path))
+    folder = Path(tempfile.gettempdir()) if device else place.parent
+    temporary = folder / f".corm-{os.getpid()}-{secrets.token_hex(4)}.part"
     try:
         yield temporary
-        temporary.replace(path)
+        if device:
+            _pour(temporary, path)
+            return
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())  # some file systems say only now that they are full
+        if replace:
+            temporary.replace(place)
+        else:
+            _move(temporary, place)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def check_writable(path: Path) -> None:
-    """Raises unless a file can be put at ``path``: asked before long work, not after."""
+    """Raises unless a file can be put at ``path``: asked before long work, not after. A trial file is written.
+
+    Raises:
+      CormError: for a directory, a place where no file can be made, or a disk with less than `ROOM` bytes free.
+    """
     try:
         if path.is_dir():
             raise CormError(f"cannot write {path}: it is a directory")
-        if not path.parent.is_dir():
-            raise CormError(f"cannot write {path}: there is no directory {path.parent}")
+        if _is_device(path):
+            return
+        folder = Path(os.path.realpath(path)).parent if path.is_symlink() else path.parent
+        if not folder.is_dir():
+            raise CormError(f"cannot write {path}: there is no directory {folder}")
+        with tempfile.TemporaryFile(dir=folder, prefix=".corm-") as file:
+            file.write(bytes(ROOM))
+            file.flush()
+            os.fsync(file.fileno())
     except OSError as error:  # such as a name that is too long
-        raise CormError(f"cannot write {path}: {error.strerror}") from None
-    if not os.access(path.parent, os.W_OK):
-        raise CormError(f"cannot write {path}: no permission in {path.parent}")
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        more = f": {ROOM // 2**20} MiB must be free" if full else ""
+        raise CormError(f"cannot write {path}: {reason(error)}{more}") from None
+
+
+def check_new(files: Mapping[str, Path | None], overwrite: bool) -> None:
+    """Raises unless all files can be written under the rule above.
+
+    Args:
+      files: by the option that names them; None where it is not given.
+      overwrite: whether files that exist may be replaced.
+
+    Raises:
+      CormError: names the option and the file.
+    """
+    places: dict[str, str] = {}
+    for option, path in files.items():
+        if path is None:
+            continue
+        try:
+            check_writable(path)
+        except CormError as error:
+            raise CormError(f"{option}: {error}") from None
+        if _is_device(path):
+            continue
+        if os.path.lexists(path) and not overwrite:
+            raise CormError(f"{option} {path} exists already: choose another name, delete it, or add --overwrite")
+        if (place := os.path.realpath(path)) in places:
+            raise CormError(f"{places[place]} and {option} name the same file {path}: give each its own")
+        places[place] = option
+
+
+def deliver(path: Path, write: Callable[[Path], object], overwrite: bool) -> None:
+    """Puts a result at ``path``; or, where that fails, somewhere else, and says so.
+
+    Args:
+      write: writes the result into a file of its own. It may be called twice.
+      overwrite: whether a file that exists may be replaced.
+
+    Raises:
+      CormError: if the result is not at ``path``. The message says where it is.
+    """
+    try:
+        with whole_file(path, replace=overwrite) as temporary:
+            write(temporary)
+        return
+    except OSError as error:
+        failed = f"cannot write {path}: {reason(error)}"
+    for folder in (tempfile.gettempdir, Path.cwd, Path.home):
+        try:
+            kept = Path(tempfile.mkdtemp(prefix="corm-", dir=folder()))
+        except (OSError, RuntimeError):  # the latter where nobody is at home
+            continue
+        try:
+            write(kept / path.name)
+        except OSError:
+            shutil.rmtree(kept, ignore_errors=True)
+            continue
+        raise CormError(f"{failed}: the result is in {kept / path.name}")
+    raise CormError(f"{failed}, nor anywhere else: make room, and run the command again")
+
+
+def finish(*steps: Callable[[], object]) -> None:
+    """Takes every step, whatever becomes of the others, so that no result is lost because another cannot be written.
+
+    Raises:
+      CormError: what the steps raised, in one message. Other errors are raised as they are.
+    """
+    errors: list[Exception] = []
+    for step in steps:
+        try:
+            step()
+        except Exception as error:
+            errors.append(error)
+    known = [error for error in errors if isinstance(error, CormError)]
+    if unknown := [error for error in errors if not isinstance(error, CormError | OSError)]:
+        raise unknown[0]
+    if known:
+        raise CormError("; ".join(map(str, known)))
+    if errors:
+        raise errors[0]
+
+
+def reason(error: OSError) -> str:
+    """What went wrong, in a few words."""
+    return error.strerror or str(error) or type(error).__name__
 
 
 def make_directory(path: Path) -> None:
@@ -45,13 +174,47 @@ def make_directory(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CormError(f"cannot make {path}: {error.strerror}") from None
+        raise CormError(f"cannot make {path}: {reason(error)}") from None
 
 
 def write_json(path: Path, result: Any) -> None:
     """Writes a result for people and programs to read."""
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def _is_device(path: Path) -> bool:
+    """Whether something is there that is written to, not replaced: a device, a pipe, or an open file by its number."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)) or _descriptor(path) is not None
+
+
+def _descriptor(path: Path) -> int | None:
+    found = re.fullmatch(r"/dev/(stdout|stderr)|/(?:dev|proc/self)/fd/(\d+)", str(path))
+    return found and (int(found[2]) if found[2] else ("stdout", "stderr").index(found[1]) + 1)
+
+
+def _pour(source: Path, path: Path) -> None:
+    number = _descriptor(path)
+    if sys.stdout is not None:
+        sys.stdout.flush()  # so that what was printed before comes before
+    with source.open("rb") as file, open(path if number is None else os.dup(number), "wb") as device:  # noqa: PTH123
+        shutil.copyfileobj(file, device)
+
+
+def _move(source: Path, place: Path) -> None:
+    """Moves a file to where nothing is."""
+    try:
+        os.link(source, place)
+    except FileExistsError:
+        raise FileExistsError(None, "a file has appeared there meanwhile") from None
+    except OSError:  # a file system without links
+        if os.path.lexists(place):
+            raise FileExistsError(None, "a file has appeared there meanwhile") from None
+        source.replace(place)
 
 
 Kind = TypeVar("Kind")

@@ -1,4 +1,4 @@
-"""Pictures: quality against memory, and where in the model the keys are kept."""
+"""Pictures: quality against memory, and where in the model the keys are kept. To be written by `files.deliver`."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from corm_jax.errors import CormError
-from corm_jax.files import check_writable, whole_file
 
 MIB = 2**20
 
 
-def check_picture(path: Path) -> None:
-    """Raises unless a picture can be drawn into the file: asked before long work, not after."""
-    check_writable(path)
+def check_matplotlib() -> None:
+    """Raises unless pictures can be drawn: asked before long work, not after."""
     if find_spec("matplotlib") is None:
         raise CormError("matplotlib is not installed: pip install 'corm-jax[plots]'")
 
@@ -41,8 +39,7 @@ def compare(result: dict[str, Any], path: Path) -> None:
     layers.set_title(_plain(f"What each layer keeps: {result['model']}"))
     quality.legend(loc="best", fontsize="small")
     figure.legend(loc="outside lower center", ncols=min(3, len(result["rows"])), fontsize="small", handles=layers.lines)
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+    figure.savefig(path, format="png", dpi=150)
 
 
 def frontier(lines: Sequence[Any], path: Path, against: str = "full") -> None:
@@ -74,8 +71,7 @@ def frontier(lines: Sequence[Any], path: Path, against: str = "full") -> None:
     handles = [figure.axes[0].plot([], [], "o", color=color, label=name)[0] for name, color in colors.items()]
     handles.append(figure.axes[0].plot([], [], "o", color="grey", markerfacecolor="none", label="allocated")[0])
     figure.legend(loc="outside lower center", ncols=min(5, len(handles)), fontsize="small", handles=handles)
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+    figure.savefig(path, format="png", dpi=120)
 
 
 def analysis(found: dict[str, Any], path: Path) -> None:
@@ -105,8 +101,7 @@ def analysis(found: dict[str, Any], path: Path) -> None:
     for panel, axis in ((similarity, "distances"), (coverage, "windows"), (kept, "windows")):
         panel.set_xscale("log", base=2)
         panel.set_xticks(found[axis], labels=map(str, found[axis]))
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+    figure.savefig(path, format="png", dpi=120)
 
 
 def _plain(text: str) -> str:

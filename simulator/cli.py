@@ -1,5 +1,6 @@
 """The simulator's command line, ``python -m simulator``: replay, sweep, bounds, check, plot, plan."""
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,21 +12,23 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 
 from corm_jax import console
-from corm_jax.cache import prompt_of, slots_for
+from corm_jax.cache import slots_for
+from corm_jax.console import COUNT, Real, Spec, Whole, naming
 from corm_jax.errors import CormError
-from corm_jax.files import check_writable, write_json
-from corm_jax.plots import check_picture
+from corm_jax.files import check_new, deliver, finish, write_json
+from corm_jax.limits import check_memory
+from corm_jax.plots import check_matplotlib
 from corm_jax.policies import parse
+from corm_jax.tables import show
 from corm_jax.types import Policy
 from simulator import oracle, planner, plots
 from simulator.replay import FIDELITIES, Replay, replay, sweep
-from simulator.report import print_replays, print_table, summary
+from simulator.report import print_replays, print_rows, summary
 from simulator.trace import Trace
 from simulator.verify import verify
 
 # isort: split
 import click  # after the console, which says how to install it
-from rich.markup import escape
 
 DEFAULT_POLICY = "corm:window=256,recent=256"
 CHECKED = 512
@@ -43,7 +46,8 @@ class Job(NamedTuple):
       layers: the numbers that its layers have in the whole.
       options: ``fidelity``, ``capacity``, ``chunk`` and ``prompt``.
       about: all that in the report.
-      json_file: where the report goes, or None.
+      json_file: where the report is written, or None.
+      overwrite: whether files that exist are replaced.
     """
 
     trace: Trace
@@ -51,6 +55,7 @@ class Job(NamedTuple):
     options: dict[str, Any]
     about: dict[str, Any]
     json_file: Path | None
+    overwrite: bool
 
     @property
     def model(self) -> str:
@@ -67,31 +72,42 @@ class Job(NamedTuple):
     def policies(self, specs: Sequence[str]) -> dict[str, Policy]:
         """The policies that are named, all of which can work."""
         policies = {spec: parse(spec) for spec in specs}
-        for policy in policies.values():
-            slots_for(policy, self.options["capacity"], self.trace.meta.steps, self.options["chunk"])
-            prompt_of(policy, self.options["prompt"], self.trace.meta.steps)
+        steps, options = self.trace.meta.steps, self.options
+        for spec, policy in policies.items():
+            with naming({"--policy": spec, "--capacity": options["capacity"]}):
+                slots_for(policy, options["capacity"], steps, options["chunk"])
+            console.check_prompt(spec, policy, options["prompt"], steps)
         return policies
 
     def replay(self, spec: str, policy: Policy, errors: bool) -> tuple[Replay, dict[str, Any]]:
         """A replay and its row in the report."""
         begin = time.perf_counter()
-        with _bar(spec, len(self.layers)) as progress:
+        with naming({"--policy": spec}), _bar(spec, len(self.layers)) as progress:
             result = replay(self.trace, policy, **self.options, errors=errors, progress=progress)
         seconds = time.perf_counter() - begin
         return result, {"policy": spec, **summary(result), "seconds": seconds}
 
-    def report(self, **results: Any) -> None:
-        """Writes the report, if somebody asked for it."""
-        if self.json_file:
-            write_json(self.json_file, self.about | results)
+    def finish(self, results: dict[str, Any], *steps: Callable[[], object]) -> None:
+        """Writes the report, if there is to be one, and takes the other steps, whatever becomes of it."""
+        if path := self.json_file:
+            steps = (
+                lambda: deliver(path, lambda place: write_json(place, self.about | results), self.overwrite),
+                *steps,
+            )
+        finish(*steps)
+
+    def draw(self, path: Path | None, picture: Callable[..., object], *arguments: Any) -> Callable[[], object]:
+        """The step that draws a picture, if there is to be one; its last argument is the file."""
+        return lambda: path and deliver(path, partial(picture, *arguments), self.overwrite)
 
 
 def main() -> NoReturn:
     """Runs the command line."""
-    console.run(simulator, "simulator")
+    console.run(simulator, "simulator", "python -m simulator")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=console.Group, context_settings=console.SETTINGS)
+@console.version_option
 def simulator():
     """Replay cache policies on a TRACE, a directory that `corm record` made.
 
@@ -104,15 +120,16 @@ def _command(name: str, sample: bool = False):
 
     def decorate(function):
         @wraps(function)
-        def run(path, layers, tokens, capacity, chunk, prompt, json_file, fidelity=FIDELITIES[0], **own):
-            if json_file:
-                check_writable(json_file)
+        def run(path, layers, tokens, capacity, chunk, prompt, json_file, overwrite, fidelity=FIDELITIES[0], **own):
+            check_new({"--json": json_file, "--plot": own.get("plot_file")}, overwrite)
+            if own.get("plot_file"):
+                check_matplotlib()
             trace, chosen = _part(path, layers, tokens, sample)
             meta = trace.meta
             options = {"fidelity": fidelity, "capacity": capacity, "chunk": chunk, "prompt": prompt}
             about = {"trace": str(path), "model": meta.model, "kind": meta.kind, "tokens": meta.steps}
             about |= {"layers": chosen, "q_heads": meta.q_heads, "kv_heads": meta.kv_heads, **options}
-            return function(Job(trace, chosen, options, about, json_file), **own)
+            return function(Job(trace, chosen, options, about, json_file, overwrite), **own)
 
         for option in (_fidelity, *_shared) if not sample else _shared:
             run = option(run)
@@ -127,22 +144,23 @@ def _part(path: Path, layers: str | None, tokens: int | None, sample: bool) -> t
     count, steps = trace.meta.layers, trace.meta.steps
     chosen = sorted({0, count // 2, count - 1}) if sample else list(range(count))
     if layers is not None:
-        if not all(part.strip().isdecimal() for part in layers.split(",")):
+        if not all(part.strip().isdecimal() and len(part) < 10 for part in layers.split(",")):
             raise CormError(f"--layers must be numbers from 0 with commas between them, as in 0,15,29, not {layers!r}")
         chosen = [int(part) for part in layers.split(",")]
     if tokens is None and sample:
         tokens = min(steps, CHECKED)
-    return trace.part(layers=chosen, steps=tokens), chosen
+    with naming({"--layers": layers, "--tokens": tokens}):
+        return trace.part(layers=chosen, steps=tokens), chosen
 
 
-_at_least_1 = click.IntRange(1, 2**31 - 1)
 _file = click.Path(path_type=Path)
 _shared = (
     click.option("--json", "json_file", type=_file, help="write the result here"),
-    click.option("--chunk", type=_at_least_1, default=1, show_default=True, help="tokens between evictions"),
-    click.option("--capacity", type=_at_least_1, help="slots a key-value head  [default: all that could be needed]"),
-    click.option("--prompt", type=_at_least_1, help="how many of them are the prompt  [default: nobody asks]"),
-    click.option("--tokens", type=_at_least_1, help=f"how many, from the start  [default: all; check: {CHECKED}]"),
+    console.overwrite_option,
+    click.option("--chunk", type=COUNT, default=1, show_default=True, help="tokens between evictions"),
+    click.option("--capacity", type=COUNT, help="slots a key-value head  [default: all that could be needed]"),
+    click.option("--prompt", type=COUNT, help="how many of them are the prompt  [default: nobody asks]"),
+    click.option("--tokens", type=COUNT, help=f"how many, from the start  [default: all; check: {CHECKED}]"),
     click.option("--layers", metavar="N,N,...", help="which, from 0  [default: all; check: first, middle and last]"),
     click.argument("path", metavar="TRACE", type=_file),
 )
@@ -153,7 +171,7 @@ _fidelity = click.option(
     show_default=True,
     help="what evictions do to the other keys' attention: it sums to 1 again, or stays",
 )
-_policy = partial(click.option, "--policy", metavar="SPEC", show_default=True)
+_policy = partial(click.option, "--policy", type=Spec(), metavar="SPEC", show_default=True)
 _one_policy = _policy("spec", default=DEFAULT_POLICY, help="name:key=value,...")
 _policies = _policy("specs", default=[DEFAULT_POLICY], multiple=True, help="name:key=value,...; repeat to compare")
 _plot_file = click.option("--plot", "plot_file", type=_file, help="draw it into this PNG file")
@@ -165,8 +183,7 @@ _plot_file = click.option("--plot", "plot_file", type=_file, help="draw it into 
 def _replay(job: Job, specs, no_errors):
     """Replay policies: what each keeps, and what that costs."""
     rows = [job.replay(spec, policy, not no_errors)[1] for spec, policy in job.policies(specs).items()]
-    print_replays(job.title, job.options, rows)
-    job.report(rows=rows)
+    job.finish({"rows": rows}, lambda: print_replays(job.title, job.options, rows))
 
 
 @_command("sweep")
@@ -176,29 +193,31 @@ def _replay(job: Job, specs, no_errors):
 def _sweep(job: Job, spec, items, plot_file):
     """Replay a grid of a policy's options, all points at once."""
     texts = _grid(items)
-    if plot_file:
-        if len(texts) != 2:
-            raise CormError(f"--plot draws grids of two options, not of {len(texts)}")
-        check_picture(plot_file)
+    if plot_file and len(texts) != 2:
+        raise CormError(f"--plot draws grids of two options, not of {len(texts)}")
 
     def policy(**point: str) -> Policy:
         return parse(spec + ("," if ":" in spec else ":") + ",".join(f"{name}={text}" for name, text in point.items()))
 
     grid = {name: [_plain(text) for text in values] for name, values in texts.items()}
-    with _bar(spec, len(job.layers)) as progress:
+    meta, points = job.trace.meta, math.prod(map(len, grid.values()))
+    numbers = points * meta.steps * meta.layers * (2 * meta.kv_heads + meta.q_heads)
+    check_memory(4 * numbers, f"--grid: the results of {points:,} points", "give fewer")
+    with naming({"--policy": spec}), _bar(spec, len(job.layers)) as progress:
         result = sweep(job.trace, policy, texts, **job.options, progress=progress)
     rows = []
     for index in np.ndindex(*map(len, grid.values())):
         one = result._replace(**{field: x[index] for field, x in result._asdict().items() if x is not None})
         point = {name: values[i] for (name, values), i in zip(grid.items(), index, strict=True)}
         rows.append(point | summary(one))
-    print_table(f"{spec} on {job.title}", job.options, [*grid, "kept_final", "mass", "regretted", "overflow"], rows)
-    job.report(policy=spec, grid=grid, rows=rows)
-    if plot_file:
-        shape = tuple(map(len, grid.values()))
-        panels = {"kept at the end": "kept_final", "retained attention mass": "mass"}
-        values = {name: np.array([row[key] for row in rows]).reshape(shape) for name, key in panels.items()}
-        plots.sweep(grid, values, f"{spec} on {job.title}", plot_file)
+    panels, shape = {"kept at the end": "kept_final", "retained attention mass": "mass"}, [*map(len, grid.values())]
+    values = {name: np.array([row[key] for row in rows]).reshape(shape) for name, key in panels.items()}
+    title, columns = f"{spec} on {job.title}", [*grid, "kept_final", "mass", "regretted", "overflow"]
+    job.finish(
+        {"policy": spec, "grid": grid, "rows": rows},
+        job.draw(plot_file, plots.sweep, grid, values, title),
+        lambda: print_rows(title, job.options, columns, rows),
+    )
 
 
 @_command("bounds")
@@ -209,8 +228,6 @@ def _bounds(job: Job, specs, exact, plot_file):
     """Hold policies against the most attention that anybody could have kept with as many keys."""
     if exact and job.trace.meta.steps > oracle.EXACT_STEPS:
         raise CormError(f"--exact takes at most {oracle.EXACT_STEPS} tokens, not {job.trace.meta.steps}: use --tokens")
-    if plot_file:
-        check_picture(plot_file)
     found, rows = {}, []
     for spec, policy in job.policies(specs).items():
         result, row = job.replay(spec, policy, errors=False)
@@ -225,10 +242,11 @@ def _bounds(job: Job, specs, exact, plot_file):
         per_head = {name: values.tolist() for name, values in heads.items()}
         rows.append({"policy": spec, "kept_mean": row["kept_mean"], **means, "per_head": per_head})
     columns = ["policy", "kept_mean", "mass", "greedy", *(["exact"] if exact else []), "most", "regret"]
-    print_table(job.title, job.options, columns, rows)
-    job.report(rows=rows)
-    if plot_file:
-        plots.regret(found, job.layers, job.title, plot_file)
+    job.finish(
+        {"rows": rows},
+        job.draw(plot_file, plots.regret, found, job.layers, job.title),
+        lambda: print_rows(job.title, job.options, columns, rows),
+    )
 
 
 @_command("check", sample=True)
@@ -237,20 +255,22 @@ def _check(job: Job, spec) -> int:
     """Prove a policy on a trace: replay, cache and specification must agree. Exit code 1 if anything does not hold."""
     policy = job.policies([spec])[spec]
     options = {name: job.options[name] for name in ("chunk", "capacity", "prompt")}
-    with _bar(spec, len(job.layers)) as progress:
+    if options["capacity"]:
+        options["capacity"] = min(options["capacity"], job.trace.meta.steps)  # with as many, nothing overflows
+    with naming({"--policy": spec}), _bar(spec, len(job.layers)) as progress:
         findings = verify(job.trace, policy, **options, progress=progress)
     rows = [{"name": finding.name, "held": finding.held, "detail": finding.detail} for finding in findings]
-    print_table(f"{spec} on {job.title}", job.options, ["name", "held", "detail"], rows)
-    job.report(policy=spec, rows=rows)
+    title = f"{spec} on {job.title}"
+    job.finish({"policy": spec, "rows": rows}, lambda: print_rows(title, job.options, ["name", "held", "detail"], rows))
     return 0 if all(row["held"] for row in rows) else 1
 
 
 @_command("plot")
 @_one_policy
 @click.option("--out", required=True, metavar="PLACE", help="a directory, or how the names of the files begin")
-@click.option("--layer", type=int, help="of the survival map  [default: of the head that keeps a median share]")
-@click.option("--head", type=int, help="of the survival map, a key-value head  [default: likewise]")
-@click.option("--from", "start", type=int, help="the survival map's first token  [default: where fates are mixed]")
+@click.option("--layer", type=Whole(0), help="of the survival map  [default: of the head that keeps a median share]")
+@click.option("--head", type=Whole(0), help="of the survival map, a key-value head  [default: likewise]")
+@click.option("--from", "start", type=Whole(0), help="the survival map's first token  [default: where fates are mixed]")
 def _plot(job: Job, spec, out, layer, head, start):
     """Draw what a policy keeps of a trace, for how long, and what that costs."""
     place, meta = Path(out), job.trace.meta
@@ -258,8 +278,8 @@ def _plot(job: Job, spec, out, layer, head, start):
     files = {
         name: place / f"{name}.png" if folder else place.with_name(f"{place.name}-{name}.png") for name in PICTURES
     }
-    for file in files.values():
-        check_picture(file)
+    check_new({f"--out, {name}:": file for name, file in files.items()}, job.overwrite)
+    check_matplotlib()
     heads = [(i, h) for i in range(meta.layers) for h in range(meta.kv_heads)]
     heads = [(i, h) for i, h in heads if layer in (None, job.layers[i]) and head in (None, h)]
     if not heads:
@@ -269,37 +289,48 @@ def _plot(job: Job, spec, out, layer, head, start):
         raise CormError(f"--from must be from 0 to {meta.steps - 1}, not {start}")
     result, row = job.replay(spec, job.policies([spec])[spec], errors=True)
     title = f"{spec} on {job.title}"
-    plots.live(result, job.layers, title, files["live"])
-    plots.kept(result, job.layers, title, files["kept"])
     index, head = sorted(heads, key=lambda where: result.live[(*where, -1)])[len(heads) // 2]
     start = plots.busiest(plots.fates(result, index, head)) if start is None else start
     pieces = meta.pieces or tuple(map(str, meta.positions or ()))
     which = f"{spec} on {job.model}: layer {job.layers[index]}, head {head}"
-    plots.survival(result, index, head, start, pieces, which, files["survival"])
-    plots.cost(result, job.layers, title, files["cost"])
-    print_replays(job.title, job.options, [row])
-    for file in files.values():
-        print(file)
-    job.report(rows=[row], survival={"layer": job.layers[index], "head": head, "from": start})
+    job.finish(
+        {"rows": [row], "survival": {"layer": job.layers[index], "head": head, "from": start}},
+        job.draw(files["live"], plots.live, result, job.layers, title),
+        job.draw(files["kept"], plots.kept, result, job.layers, title),
+        job.draw(files["survival"], plots.survival, result, index, head, start, pieces, which),
+        job.draw(files["cost"], plots.cost, result, job.layers, title),
+        lambda: print_replays(job.title, job.options, [row]),
+        lambda: show("\n".join(map(str, files.values()))),
+    )
 
 
 @simulator.command("plan")
 @click.argument("paths", metavar="TRACE...", nargs=-1, required=True, type=_file)
-@click.option("--policy", "spec", default=DEFAULT_POLICY, show_default=True, metavar="SPEC")
-@click.option("--chunk", type=_at_least_1, default=1, show_default=True, help="tokens between evictions")
-@click.option("--overflow", type=float, default=0.001, show_default=True, help="share of keys that may lack a slot")
-@click.option("--spare", type=float, default=0.05, show_default=True, help="share of slots on top, for other texts")
-@click.option("--tokens", type=_at_least_1, help="how many, from the start  [default: all]")
+@_policy("spec", default=DEFAULT_POLICY, help="name:key=value,...")
+@click.option("--chunk", type=COUNT, default=1, show_default=True, help="tokens between evictions")
+@click.option("--overflow", type=Real(0, 0.999), default=0.001, show_default=True, help="share that may lack a slot")
+@click.option(
+    "--spare", type=Real(0, 100), default=0.05, show_default=True, help="share of slots on top, for other texts"
+)
+@click.option("--tokens", type=COUNT, help="how many, from the start  [default: all]")
 @click.option("--out", type=_file, required=True, help="the file to write: a --capacity for --layout pooled")
-def _plan(paths, spec, chunk, overflow, spare, tokens, out):
-    """Size the pools of --layout pooled, so that few keys of any TRACE go for want of a slot."""
-    check_writable(out)
-    traces = [Trace.open(path).part(steps=tokens) for path in paths]
-    with _bar(spec, sum(trace.meta.layers for trace in traces)) as progress:
+@console.overwrite_option
+def _plan(paths, spec, chunk, overflow, spare, tokens, out, overwrite):
+    """Size the pools of --layout pooled, so that few keys of any TRACE are lost for want of a slot."""
+    check_new({"--out": out}, overwrite)
+    traces = []
+    for path in paths:
+        trace = Trace.open(path)
+        with naming({"--tokens": tokens}):
+            traces.append(trace.part(steps=tokens))
+    shortest = min(trace.meta.steps for trace in traces)
+    if chunk > shortest:
+        raise CormError(f"--chunk {chunk} is more than the {shortest} tokens that are read: choose at most as many")
+    with naming({"--policy": spec}), _bar(spec, sum(trace.meta.layers for trace in traces)) as progress:
         made = planner.plan(traces, spec, chunk=chunk, overflow=overflow, spare=spare, progress=progress)
-    made.save(out)
+    deliver(out, made.save, overwrite)
     slots, most = np.array(made.capacity), int(np.argmax(made.capacity))
-    print(
+    show(
         f"{out}: {slots.mean():.1f} slots a head for {made.tokens:,} tokens, {slots.mean() / made.tokens:.3f} of the "
         f"full cache; from {slots.min():,} in layer {int(slots.argmin())} to {slots[most]:,} in layer {most}"
     )
@@ -342,5 +373,5 @@ def _exact(trace: Trace, result: Replay, progress: Callable[[int], None]) -> np.
 @contextmanager
 def _bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
     with console.progress_bar() as progress:
-        task = progress.add_task(escape(name), total=total)
+        task = progress.add_task(name, total=total)
         yield lambda done: progress.update(task, completed=done)

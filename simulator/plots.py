@@ -1,6 +1,6 @@
 """The simulator's pictures: what a policy keeps, for how long, and what that costs.
 
-``layers`` are always the numbers that the layers have in the trace.
+``layers`` are always the numbers that the layers have in the trace. Files are written by `corm_jax.files.deliver`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from corm_jax.files import whole_file
 from simulator.oracle import Bounds
 from simulator.replay import FOREVER, Replay
 
@@ -195,8 +194,7 @@ def _picture(path: Path, width: float, height: float) -> Iterator[Any]:
 
     figure = Figure(figsize=(width, height), layout="constrained")
     yield figure
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+    figure.savefig(path, format="png", dpi=150)
 
 
 def _title(figure, title: str) -> None:

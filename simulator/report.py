@@ -5,13 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from corm_jax import console
+from corm_jax.tables import Column, print_table
 from simulator.recurrence import FOREVER
 from simulator.replay import Replay
-
-# isort: split
-from rich.markup import escape  # after the console, which says how to install it
-from rich.table import Table
 
 COLUMNS = {
     "kept_final": ("kept", ".3f", "live / seen at the end"),
@@ -20,9 +16,9 @@ COLUMNS = {
     "kept_max": ("most\nhead", ".3f", ""),
     "mass": ("mass", ".4f", "share of the full cache's attention that fell on keys still there"),
     "error": ("output\nerror", ".4f", "|o - o_full| / |o_full|"),
-    "regretted": ("regretted", ".4f", "share of the evicted keys that a later query would have found important"),
-    "lifetime": ("lifetime", ",.1f", "queries that could attend to a key"),
-    "overflow": ("overflow", ",d", "keys that went for want of a slot, in all"),
+    "regretted": ("re-\ngretted", ".4f", "share of the evicted keys that a later query would have found important"),
+    "lifetime": ("life-\ntime", ",.1f", "queries that could attend to a key"),
+    "overflow": ("over-\nflow", ",d", "keys that went for want of a slot, in all"),
     "seconds": ("s", ".1f", "with compiling"),
     "greedy": ("greedy", ".4f", "mass that a clairvoyant keeps who takes no key back and does not plan"),
     "exact": ("optimum", ".4f", "the most that is possible without taking keys back"),
@@ -35,30 +31,25 @@ COLUMNS = {
 def print_replays(title: str, options: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """A row for each replay, with all that was measured."""
     shown = [name for name in COLUMNS if any(row.get(name) is not None for row in rows)]
-    print_table(title, options, ["policy", *shown], rows)
+    print_rows(title, options, ["policy", *shown], rows)
 
 
-def print_table(title: str, options: dict[str, Any], columns: Sequence[str], rows: list[dict[str, Any]]) -> None:
+def print_rows(title: str, options: dict[str, Any], columns: Sequence[str], rows: list[dict[str, Any]]) -> None:
     """A table, with what its columns mean below.
 
     Args:
       options: ``fidelity`` and ``chunk``, which hold for all rows.
       columns: of `COLUMNS`, or other names that rows have.
     """
-    table, meanings = Table(), []
-    for column in columns:
-        heading, _, meaning = COLUMNS.get(column, (column, "", ""))
-        table.add_column(heading, justify="right" if column in COLUMNS else "left")
+    shown, meanings = [], []
+    for name in columns:
+        heading, _, meaning = COLUMNS.get(name, (name, "", ""))
+        shown.append(Column(heading, number=name in COLUMNS))
         if meaning:
-            meanings.append(f"{' '.join(heading.split())}: {meaning}")
-    for row in rows:
-        table.add_row(*(_cell(column, row[column]) for column in columns))
-    out = console.output()
-    out.print(escape(title), style="italic")  # as the table's own title it would be wrapped to the table's width
-    out.print(table)
-    if meanings:
-        how = f"{options['fidelity']}, chunks of {options['chunk']}; means over layers and heads"
-        out.print(f"{how}. {'; '.join(meanings)}.")
+            meanings.append(f"{shown[-1].name}: {meaning}")
+    how = f"{options['fidelity']}, chunks of {options['chunk']}; means over layers and heads"
+    notes = [f"{how}. {'; '.join(meanings)}."] if meanings else []
+    print_table(shown, [[_cell(name, row[name]) for name in columns] for row in rows], title=title, notes=notes)
 
 
 def _cell(column: str, value: Any) -> str:
@@ -66,7 +57,7 @@ def _cell(column: str, value: Any) -> str:
         return "-"
     if column == "held":
         return "yes" if value else "NO"
-    return format(value, COLUMNS[column][1]) if column in COLUMNS else escape(str(value))
+    return format(value, COLUMNS[column][1]) if column in COLUMNS else str(value)
 
 
 def summary(result: Replay) -> dict[str, Any]:

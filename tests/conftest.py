@@ -1,10 +1,14 @@
 import json
 import os
 import shutil
+import signal
+import sys
 
 import hypothesis
 import jax
 import pytest
+
+from corm_jax import stopping
 
 # Nearly all of the time goes into compiling programs that run for a moment: LLVM need not polish them.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
@@ -32,11 +36,16 @@ def _forget():
 @pytest.fixture
 def run_main(monkeypatch, capsys):
     """Runs a command line in this process: exit code, output, errors."""
+    monkeypatch.setattr("corm_jax.compiled.keep", lambda: None)
+    monkeypatch.setattr("os._exit", sys.exit)
 
     def run(main, *arguments):
         monkeypatch.setattr("sys.argv", [*map(str, arguments)])
+        handlers = {number: signal.getsignal(number) for number in stopping.SIGNALS}
         with pytest.raises(SystemExit) as stopped:
             main()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         out, err = capsys.readouterr()
         return stopped.value.code or 0, out, err
 

@@ -90,11 +90,18 @@ def test_only_what_follows_the_prompt_is_scored(corm, model, text, tmp_path):
     _, snap = json.loads(report.read_text())["rows"]
     assert snap["kept_final"] == pytest.approx((12 + 40) / 100)
     assert 0 < abs(snap["delta_nll"]) < 1
-    for prompt, message in ((0, "prompt must be"), (100, "a prompt of 100 tokens does not end within a text of 99")):
+    for prompt, message in (
+        (0, "'--prompt': '0' is not a whole number from 1"),
+        (100, "--policy snapkv, --prompt 100: a prompt of 100 tokens does not end within a text of 99"),
+    ):
         code, _, err = corm(*common, "--prompt", prompt, "--policy", "snapkv")
-        assert (code, message in err) == (2, True)
-    code, _, err = corm(*common, "--policy", "corm:oneshot=true")
-    assert (code, "say how many of the tokens are the prompt" in err) == (2, True)
+        assert (code, message in err) == (2, True), err
+    code, _, err = corm(*common, "--policy", "full", "--policy", "corm:oneshot=true")
+    assert code == 2
+    assert (
+        "--policy corm:oneshot=true waits for the end of the prompt: say how many of the tokens are the prompt" in err
+    )
+    assert "with --prompt" in err
 
 
 def test_compare_reads_python_s_own_reference_by_default(corm, model):
@@ -209,25 +216,25 @@ def test_policies_are_listed(corm):
         (["compare", "--text", "{none}"], "cannot read"),
         (["compare", "--text", "{binary}"], "is not UTF-8 text"),
         (["compare", "--text", "{text}", "--tokens", "99999"], "tokens, 99999 were asked for"),
-        (["compare", "--text", "{text}", "--tokens", "1"], "--tokens must be at least 2, not 1"),
+        (["compare", "--text", "{text}", "--tokens", "1"], "'--tokens': '1' is not a whole number from 2"),
         (
             ["compare", "--tokens", "50", "--capacity", "20"],
             "cannot hold the keys that the policy never gives up, such as its recent ones (256 keys)",
         ),
-        (["compare", "--text", "{text}", "--tokens", "-5"], "--tokens must be at least 2, not -5"),
-        (["compare", "--tokens", "50", "--chunk", "0"], "chunk must be at least 1, not 0"),
-        (["compare", "--tokens", "50", "--capacity", "0"], "capacity 0 cannot hold"),
+        (["compare", "--text", "{text}", "--tokens", "-5"], "'--tokens': '-5' is not a whole number from 2"),
+        (["compare", "--tokens", "50", "--chunk", "0"], "'--chunk': '0' is not a whole number from 1"),
+        (["compare", "--tokens", "50", "--capacity", "0"], "'--capacity': '0' is not a whole number from 1"),
         (["compare", "--json", "{none}/report.json"], "there is no directory"),
         (["compare", "--plot", "{directory}"], "it is a directory"),
         (["compare", "--dtype", "float16"], "'float16' is not one of 'float32', 'bfloat16'"),
         (["compare", "--depth", "3"], "No such option"),
-        (["generate"], "give a prompt"),
+        (["generate", "--chat"], "give a prompt"),
         (["generate", "--prompt", "a", "--prompt-file", "b"], "give a prompt"),
         (["generate", "--prompt", ""], "the prompt is empty"),
-        (["generate", "--prompt", "a", "--temperature", "-1"], "temperature must be >= 0"),
+        (["generate", "--prompt", "a", "--temperature", "-1"], "'--temperature': '-1' is not a number from 0"),
         (["generate", "--prompt", "a", "--model", "nothing"], "unknown model 'nothing'"),
-        (["record"], "Missing option '--out'"),
-        (["record", "--out", "{none}", "--tokens", "0"], "--tokens must be at least 1, not 0"),
+        (["record", "--tokens", "9"], "Missing option '--out'"),
+        (["record", "--out", "{none}", "--tokens", "0"], "'--tokens': '0' is not a whole number from 1"),
         (["record", "--out", "{none}", "--text", "{text}", "--tokens", "99999"], "tokens, 99999 were asked for"),
         (["record", "--out", "{none}", "--text", "{empty}"], "is empty"),
         (["record", "--out", "{none}", "--store", "int8"], "'int8' is not one of 'float32', 'float16', 'bfloat16'"),
@@ -255,22 +262,6 @@ def test_mistakes_end_in_one_line(corm, model, text, tmp_path, arguments, messag
     assert "Traceback" not in err
 
 
-def test_an_output_is_replaced_only_by_a_whole_one(corm, model, text, tmp_path, monkeypatch):
-    report = tmp_path / "report.json"
-    report.write_text("before")
-    arguments = ("compare", "--model", model, "--text", text, "--tokens", 50, "--policy", "full", "--json", report)
-    monkeypatch.setattr(cli, "_print_table", lambda result: (_ for _ in ()).throw(KeyboardInterrupt))
-    code, _, err = corm(*arguments)
-    assert (code, "interrupted" in err) == (130, True)
-    assert report.read_text() == "before"
-    monkeypatch.undo()
-    monkeypatch.setattr("sys.argv", ["corm", *map(str, arguments)])
-    with pytest.raises(SystemExit):
-        cli.main()
-    assert json.loads(report.read_text())["tokens"] == 50
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["report.json", "text.txt"]
-
-
 def test_a_plan_from_a_trace_to_its_use(corm, run_main, model, text, tmp_path):
     """Record, plan, compare: the pools hold the policy of the plan, and another gets all that it wants."""
     from simulator.cli import main as simulator
@@ -285,7 +276,7 @@ def test_a_plan_from_a_trace_to_its_use(corm, run_main, model, text, tmp_path):
     compare = ("compare", *common, "--chunk", 4, "--policy", "full", "--policy", spec)
     assert corm(*compare, *pooled, "--json", report)[0] == 0
     full, small = json.loads(report.read_text())["rows"]
-    assert corm(*compare, "--json", report)[0] == 0
+    assert corm(*compare, "--json", report, "--overwrite")[0] == 0
     _, large = json.loads(report.read_text())["rows"]
     assert small["kv_bytes_allocated"] < large["kv_bytes_allocated"] < 1.1 * full["kv_bytes_allocated"]
     assert small["overflow"] < 0.02 * 96 * 2 * 3  # a replay leaves out what evictions change in later layers' queries
@@ -302,8 +293,11 @@ def test_a_plan_from_a_trace_to_its_use(corm, run_main, model, text, tmp_path):
             f"is for --policy {spec}, which is not among",
         ),
         (("compare", *common, "--policy", spec, *pooled), "is for --chunk 4, not 1"),
-        ((*compare, "--layout", "pooled", "--capacity", tmp_path / "none"), "cannot read the plan"),
-        ((*compare, "--layout", "pooled", "--capacity", 3), "capacity 3 cannot hold a chunk (4 keys)"),
+        (
+            (*compare, "--layout", "pooled", "--capacity", tmp_path / "none"),
+            "neither a number of slots nor the file of a",
+        ),
+        ((*compare, "--layout", "pooled", "--capacity", 3), "--policy full, --capacity: capacity 3 cannot hold"),
     ]:
         code, _, err = corm(*arguments)
         assert (code, message in err) == (2, True), err

@@ -12,10 +12,10 @@ from typing import Any
 import click
 import numpy as np
 from rich.markup import escape
-from rich.table import Table
 
 from corm_jax import console, inputs, plots
-from corm_jax.cache import prompt_of, slots_for
+from corm_jax.cache import slots_for
+from corm_jax.console import COUNT, SEED, Budget, Real, Spec, Whole
 from corm_jax.errors import CormError
 from corm_jax.evaluation import agreement as agreements
 from corm_jax.evaluation import analysis
@@ -29,11 +29,12 @@ from corm_jax.evaluation.rows import FORMAT, Kind, Run
 from corm_jax.evaluation.suite import Suite, checksum, memory, surroundings
 from corm_jax.evaluation.summary import MEASURES, lines
 from corm_jax.evaluation.texts import read_texts, stretches
-from corm_jax.files import check_writable, write_json
+from corm_jax.files import check_new, deliver, finish, write_json
 from corm_jax.model import Llama
 from corm_jax.perplexity import read
-from corm_jax.policies import keys_of, parse
+from corm_jax.policies import parse
 from corm_jax.prompts import scored_from
+from corm_jax.tables import Column, print_table, show
 from corm_jax.tokenizer import Tokenizer
 from corm_jax.types import Policy
 
@@ -56,16 +57,6 @@ class Job:
     limit: int | None
     seed: int
     out: Path
-
-    def check(self) -> None:
-        """Raises for what cannot be, before anything is loaded."""
-        for spec in self.specs:
-            parse(spec)
-        if self.budget is not None:
-            keys_of(self.budget, 1)
-        if self.chunk < 1 or (self.limit is not None and self.limit < 1):
-            raise CormError(f"--chunk and --limit must be at least 1, not {self.chunk} and {self.limit}")
-        check_free(self.out)
 
     def run(
         self,
@@ -114,18 +105,25 @@ class Job:
         _table(self.kind, records.rows)
 
 
-@click.group("eval")
+@click.group("eval", cls=console.Group)
 def evaluate():
     """Score policies on tasks, example by example, into a directory that survives being killed."""
 
 
 _options = console.options(
     console.model_options,
-    click.option("--policy", "specs", multiple=True, metavar="SPEC", help="name:key=value,...; repeat to compare"),
-    click.option("--budget", metavar="KEYS", help="hold all but full to so many keys a head, or a share of the prompt"),
-    click.option("--chunk", type=int, default=16, show_default=True, help="tokens between evictions; 1 is exact"),
-    click.option("--limit", type=int, help="so many examples of each task at most"),
-    click.option("--seed", type=int, default=0, show_default=True),
+    click.option(
+        "--policy", "specs", type=Spec(), multiple=True, metavar="SPEC", help="name:key=value,...; repeat to compare"
+    ),
+    click.option(
+        "--budget",
+        type=Budget(),
+        metavar="KEYS",
+        help="hold all but full to so many keys a head, or a share of the prompt",
+    ),
+    click.option("--chunk", type=COUNT, default=16, show_default=True, help="tokens between evictions; 1 is exact"),
+    click.option("--limit", type=COUNT, help="so many examples of each task at most"),
+    click.option("--seed", type=SEED, default=0, show_default=True),
     click.option("--out", type=click.Path(path_type=Path), required=True, help="the directory of the results"),
 )
 _blind = click.option("--blind", is_flag=True, help="ask without the text that holds the answer: what is guessed")
@@ -149,7 +147,7 @@ def _command(kind: Kind):
         def run(model, dtype, specs, budget, chunk, limit, seed, out, **own):
             specs = list(dict.fromkeys(specs or POLICIES))
             job = Job(kind, model, dtype, specs, budget, chunk, limit, seed, out)
-            job.check()
+            check_free(out)
             return function(job, **own)
 
         return evaluate.command(kind)(_options(run))
@@ -160,27 +158,31 @@ def _command(kind: Kind):
 def _table(kind: str, rows: list[dict[str, Any]]) -> None:
     found = list(lines(kind, rows))
     measures = [measure for measure in MEASURES if any(measure in line.measures for line in found)]
-    table = Table(title=f"{kind}: means over examples [95%]", title_justify="left")
-    for column in ("task", "policy", "examples", "kept", *measures, f"{measures[0]} - full"):
-        table.add_column(column)
-    for line in found:
-        cells = [str(line.measures.get(measure, "")) for measure in measures]
-        cells = [line.task, line.policy, str(line.examples), f"{line.kept:.3f}", *cells, str(line.against or "")]
-        table.add_row(*map(escape, cells))
-    console.output().print(table)
+    columns = [Column("task"), Column("policy"), Column("examples", number=True), Column("kept", number=True)]
+    columns += [Column(name, number=True) for name in (*measures, f"{measures[0]} - full")]
+    cells = [
+        (
+            line.task,
+            line.policy,
+            str(line.examples),
+            f"{line.kept:.3f}",
+            *(str(line.measures.get(measure, "")) for measure in measures),
+            str(line.against or ""),
+        )
+        for line in found
+    ]
+    print_table(columns, cells, title=f"{kind}: means over examples [95%]")
 
 
 @_command("perplexity")
 @_texts
-@click.option("--tokens", type=int, default=2048, show_default=True, help="of each stretch of a text")
-@click.option("--prompt", type=int, help="how many of them are the prompt; not scored")
-@click.option("--bucket", type=int, default=512, show_default=True, help="positions that are averaged together")
+@click.option("--tokens", type=Whole(2), default=2048, show_default=True, help="of each stretch of a text")
+@click.option("--prompt", type=COUNT, help="how many of them are the prompt; not scored")
+@click.option("--bucket", type=COUNT, default=512, show_default=True, help="positions that are averaged together")
 def perplexity(job: Job, paths, datasets, tokens, prompt, bucket):
     """How well texts are predicted: NLL, and by position."""
-    if bucket < 1:
-        raise CormError(f"--bucket must be at least 1, not {bucket}")
     for spec in job.specs:
-        prompt_of(parse(spec), prompt, tokens - 1)
+        console.check_prompt(spec, parse(spec), prompt, tokens - 1)
     data = read_texts(paths, datasets)
 
     def score(model, tokenizer, documents):
@@ -201,13 +203,13 @@ def perplexity(job: Job, paths, datasets, tokens, prompt, bucket):
 
 @_command("agreement")
 @_texts
-@click.option("--tokens", type=int, default=2048, show_default=True, help="of each stretch of a text")
-@click.option("--prompt", type=int, help="how many of them are the prompt; not scored  [default: half]")
+@click.option("--tokens", type=Whole(2), default=2048, show_default=True, help="of each stretch of a text")
+@click.option("--prompt", type=COUNT, help="how many of them are the prompt; not scored  [default: half]")
 def agreement(job: Job, paths, datasets, tokens, prompt):
     """How close predictions stay to those of the full cache: KL, and how often the likeliest token is the same."""
     prompt = tokens // 2 if prompt is None else prompt
     for spec in job.specs:
-        prompt_of(parse(spec), prompt, tokens - 1)
+        console.check_prompt(spec, parse(spec), prompt, tokens - 1)
     data = read_texts(paths, datasets)
 
     def score(model, tokenizer, documents):
@@ -228,8 +230,8 @@ def agreement(job: Job, paths, datasets, tokens, prompt):
 @_command("recall")
 @_texts
 @click.option("--task", "names", multiple=True, default=tuple(recalls.TASKS), show_default=True)
-@click.option("--length", "lengths", type=int, multiple=True, default=(1024,), show_default=True, help="of a prompt")
-@click.option("--depth", "depths", type=float, multiple=True, default=(0.1, 0.5, 0.9), show_default=True)
+@click.option("--length", "lengths", type=COUNT, multiple=True, default=(1024,), show_default=True, help="of a prompt")
+@click.option("--depth", "depths", type=Real(0, 1), multiple=True, default=(0.1, 0.5, 0.9), show_default=True)
 @_blind
 def recall(job: Job, paths, datasets, names, lengths, depths, blind):
     """Whether what was read long ago is still known: pass keys, needles, pairs, a passage seen again.
@@ -276,7 +278,7 @@ def recall(job: Job, paths, datasets, names, lengths, depths, blind):
 @_command("longbench")
 @click.option("--data", "folder", type=click.Path(path_type=Path), required=True, help="a directory: <task>.jsonl")
 @click.option("--task", "names", multiple=True, help="repeat for more  [default: all that are there]")
-@click.option("--length", type=int, default=3500, show_default=True, help="longer prompts lose their middle")
+@click.option("--length", type=COUNT, default=3500, show_default=True, help="longer prompts lose their middle")
 @click.option("--chat", is_flag=True, help="wrap questions as a user's turn, as LongBench does for chat models")
 @_blind
 def longbench(job: Job, folder, names, length, chat, blind):
@@ -305,36 +307,42 @@ def longbench(job: Job, folder, names, length, chat, blind):
     job.run({"tasks": names, "length": length, "chat": chat, "blind": blind}, data, examples, score)
 
 
-@click.command("report")
+@click.command("report", cls=console.Command)
 @click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), default="report.md", show_default=True)
+@console.overwrite_option
 @click.option(
-    "--against", metavar="SPEC", default="full", show_default=True, help="the policy to take differences from"
+    "--against",
+    type=Spec(),
+    metavar="SPEC",
+    default="full",
+    show_default=True,
+    help="the policy to take differences from",
 )
-def report(folders, out, against):
+def report(folders, out, overwrite, against):
     """Put the results of several runs of corm eval on one Markdown page, with figures."""
-    check_writable(out)
-    plots.check_picture(out.with_suffix(".png"))
-    write_report(folders, out, against)
-    print(out)
+    plots.check_matplotlib()
+    write_report(folders, out, against, overwrite)
+    show(str(out))
 
 
 @click.command("analyse")
 @console.model_options
 @_texts
-@click.option("--tokens", type=int, default=2048, show_default=True, help="how many to read of each")
+@click.option(
+    "--tokens", type=Whole(analysis.SHORTEST), default=2048, show_default=True, help="how many to read of each"
+)
 @click.option("--out", type=click.Path(path_type=Path), default="analysis.json", show_default=True)
-def analyse(model, dtype, paths, datasets, tokens, out):
+@console.overwrite_option
+def analyse(model, dtype, paths, datasets, tokens, out, overwrite):
     """Check what CORM rests on: sparse attention, queries alike, and recent ones that tell which keys matter.
 
     Intervals are over texts, so there are none for one text.
     """
-    check_writable(out)
-    plots.check_picture(out.with_suffix(".png"))
-    if out.suffix == ".png":
-        raise CormError(f"--out {out} is where the picture goes: give the report another name, as in analysis.json")
-    if tokens < analysis.SHORTEST:
-        raise CormError(f"--tokens must be at least {analysis.SHORTEST}, not {tokens}: fewer say too little")
+    check_new({"--out": out}, overwrite)
+    picture = out.with_suffix(".png")
+    check_new({"--out": out, "the picture of --out": picture}, overwrite)
+    plots.check_matplotlib()
     texts = read_texts(paths, datasets)
     network, tokenizer = inputs.load(model, dtype)
     ids = {name: inputs.encode(network, tokenizer, words, name, tokens) for name, words in texts.items()}
@@ -345,17 +353,13 @@ def analyse(model, dtype, paths, datasets, tokens, out):
             every.append(
                 analysis.analyse(network, read_ids, lambda done, task=task: progress.update(task, completed=done))
             )
-    plots.analysis(analysis.mean(every), out.with_suffix(".png"))
-    write_json(out, {"model": model, "tokens": tokens, "texts": dict(zip(ids, every, strict=True))})
-    table = Table(title=escape(f"{model} reads {tokens:,} tokens of {', '.join(ids)}"), title_justify="left")
-    for column in ("what", "mean over layers and texts [95%]", "least of a layer", "most of a layer"):
-        table.add_column(column)
+    result, rows = {"model": model, "tokens": tokens, "texts": dict(zip(ids, every, strict=True))}, []
 
     def row(what, name, *place):
         values = np.array([found[name] for found in every])  # [texts, layers, ...]
         values = values[(slice(None), slice(None), *place)].reshape(*values.shape[:2], -1).mean(-1)
         by_layer = values.mean(0)
-        table.add_row(what, str(bootstrap(values.mean(1))), f"{by_layer.min():.3f}", f"{by_layer.max():.3f}")
+        rows.append((what, str(bootstrap(values.mean(1))), f"{by_layer.min():.3f}", f"{by_layer.max():.3f}"))
 
     axes = every[0]
     row("keys below 1/t", "sparsity")
@@ -367,5 +371,14 @@ def analyse(model, dtype, paths, datasets, tokens, out):
         row(f"kept with w = {window}, r = {axes['recents'][-1]}", "kept", index, -1)
     for index, bits in enumerate(axes["bits"]):
         row(f"error of the cosine from {bits} signs", "lsh_error", index)
-    console.output().print(table)
-    print(f"{out}, {out.with_suffix('.png')}")
+    headings = "mean over layers\nand texts [95%]", "least of\na layer", "most of\na layer"
+    finish(
+        lambda: deliver(out, lambda path: write_json(path, result), overwrite),
+        lambda: deliver(picture, partial(plots.analysis, analysis.mean(every)), overwrite),
+        lambda: print_table(
+            [Column("what"), *(Column(heading, number=True) for heading in headings)],
+            rows,
+            title=f"{model} reads {tokens:,} tokens of {', '.join(ids)}",
+            notes=[f"{out}, {picture}"],
+        ),
+    )

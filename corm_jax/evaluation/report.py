@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from corm_jax.errors import CormError
 from corm_jax.evaluation.records import read_rows, read_run
 from corm_jax.evaluation.rows import Run
 from corm_jax.evaluation.summary import MEASURES, Line, lines
-from corm_jax.files import whole_file
+from corm_jax.files import check_new, deliver, finish
 from corm_jax.policies import Corm, parse
 
 MIB = 2**20
@@ -27,14 +28,15 @@ class Found(NamedTuple):
     lines: list[Line]
 
 
-def report(folders: Sequence[Path], page: Path, against: str = "full") -> None:
+def report(folders: Sequence[Path], page: Path, against: str = "full", overwrite: bool = False) -> None:
     """Writes the page, and ``<page>-<kind>.png`` for each kind of run beside it.
 
     Args:
       against: the policy from which differences are taken, example by example.
+      overwrite: whether files that exist are replaced.
 
     Raises:
-      CormError: for a directory without results, or another policy than those that ran.
+      CormError: for a directory without results, another policy than those that ran, or a file that exists.
     """
     every: list[Found] = []
     for folder in folders:
@@ -46,16 +48,21 @@ def report(folders: Sequence[Path], page: Path, against: str = "full") -> None:
     ran = dict.fromkeys(policy for found in every for policy in found.run.policies)
     if against not in (*ran, "full"):
         raise CormError(f"--against {against!r} is none of the policies that ran: choose from {', '.join(ran)}")
-    parts = ["# How policies do", ""]
-    for kind in dict.fromkeys(found.run.kind for found in every):
+    check_new({"--out": page}, overwrite)
+    pictures = {
+        kind: page.with_name(f"{page.stem}-{kind}.png") for kind in dict.fromkeys(one.run.kind for one in every)
+    }
+    check_new({"--out": page, **{f"the picture of {kind}": picture for kind, picture in pictures.items()}}, overwrite)
+    parts, draw = ["# How policies do", ""], []
+    for kind, picture in pictures.items():
         of_kind = [found for found in every if found.run.kind == kind]
-        picture = page.with_name(f"{page.stem}-{kind}.png")
-        plots.frontier([line for found in of_kind for line in found.lines], picture, against)
+        points = [line for found in of_kind for line in found.lines]
+        draw.append(partial(deliver, picture, partial(plots.frontier, points, against=against), overwrite))
         parts += [f"## {kind}", "", f"![Quality against live memory]({picture.name})", ""]
         for found in of_kind:
             parts += [*_table(found, against), *_grid(found, against), *_samples(found)]
-    with whole_file(page) as temporary:
-        temporary.write_text("\n".join(parts), encoding="utf-8")
+    words = "\n".join(parts)
+    finish(lambda: deliver(page, lambda path: path.write_text(words, encoding="utf-8"), overwrite), *draw)
 
 
 def _plain(words: str) -> str:
