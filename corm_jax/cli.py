@@ -125,6 +125,8 @@ def compare(model, dtype, capacity, layout, chunk, overflow, text, tokens, specs
         "budget": keys,
         "rows": [],
     }
+    if keys is None and capacity is None:
+        console.note_budgets(specs)
     options = {"pooled": sizes.pooled, "chunk": chunk, "prompt": prompt, "overflow": overflow}
     for spec in dict.fromkeys(specs):
         held = "none"
@@ -186,6 +188,8 @@ def generate(
     inputs.check_profiles([spec], model, network)
     ids = tokenizer.encode(tokenizer.chat(words) if chat else words)
     inputs.note_context(network, len(ids) + max_new_tokens)
+    if capacity is None:
+        console.note_budgets([spec])
     pieces = tokenizer.stream()
     for new in stream(
         network,

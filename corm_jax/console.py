@@ -1,10 +1,11 @@
 """What command lines share: tables, progress bars, errors in one line, and the options that choose a model."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from corm_jax.errors import CormError
+from corm_jax.policies import keeps_everything
 
 try:
     import click
@@ -52,6 +53,17 @@ def run(command: click.Group, name: str) -> NoReturn:
     except (click.Abort, KeyboardInterrupt):
         print(f"{name}: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def note_budgets(specs: Sequence[str], program: str = "corm") -> None:
+    """Says so on standard error if some of the policies only rank keys and have no budget: nothing is evicted."""
+    if found := [spec for spec in dict.fromkeys(specs) if keeps_everything(spec)]:
+        have, example = "has" if len(found) == 1 else "have", found[0] + (":" if ":" not in found[0] else ",")
+        print(
+            f"{program}: note: {', '.join(found)} {have} no budget, so that every key stays: add one, as in "
+            f"{example}budget=512 or {example}budget=0.25",
+            file=sys.stderr,
+        )
 
 
 def output() -> Console:

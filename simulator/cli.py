@@ -67,6 +67,8 @@ class Job(NamedTuple):
     def policies(self, specs: Sequence[str]) -> dict[str, Policy]:
         """The policies that are named, all of which can work."""
         policies = {spec: parse(spec) for spec in specs}
+        if self.options["capacity"] is None:
+            console.note_budgets(specs, "simulator")
         for policy in policies.values():
             slots_for(policy, self.options["capacity"], self.trace.meta.steps, self.options["chunk"])
             prompt_of(policy, self.options["prompt"], self.trace.meta.steps)

@@ -75,6 +75,8 @@ def _go(kind, common, settings: dict[str, Any], data, make_examples, make_score)
     config |= {"budget": budget, "chunk": chunk, "limit": limit, "seed": seed} | settings | surroundings(model, data)
     longest = max(len(example.prompt) for example in examples)
     inputs.note_context(model, longest)
+    if budget is None:
+        console.note_budgets(specs)
     suite = Suite(model, specs, budget, chunk)
     with Records(out, config) as records, console.progress_bar() as progress:
         if records.rows:
