@@ -5,7 +5,7 @@
 """
 
 from corm_jax.attention import attend, step
-from corm_jax.cache import make_cache, usage
+from corm_jax.cache import begin_prompt, make_cache, usage
 from corm_jax.checkpoint import load
 from corm_jax.errors import CacheOverflowError, CheckpointError, CheckpointWarning, CormError
 from corm_jax.generation import Generation, decode, generate, prefill, stream
@@ -69,6 +69,7 @@ __all__ = [
     "StreamingLLM",
     "Usage",
     "attend",
+    "begin_prompt",
     "budget",
     "decode",
     "generate",

@@ -6,6 +6,7 @@ of one) passes over the weights once a block, not once a token.
 """
 
 from functools import partial, reduce
+from typing import SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from corm_jax import cache as cache_lib
+from corm_jax.arguments import check_step
 from corm_jax.errors import CormError
+from corm_jax.policies.options import integer
 from corm_jax.positions import rotate
 from corm_jax.types import (
     EMPTY,
@@ -193,16 +196,18 @@ def step(
     q: Float[Array, "tokens kv_heads group head_dim"],
     k: Float[Array, "tokens kv_heads head_dim"],
     v: Float[Array, "tokens kv_heads head_dim"],
-    count: Int[Array, ""],
+    count: Int[Array, ""] | SupportsIndex,
     frequencies: Float[Array | np.ndarray, " pairs"] | None = None,
 ) -> tuple[Float[Array, "tokens kv_heads group head_dim"], LayerCache]:
     """One chunk through one layer of one sequence: insert, attend, observe, evict.
 
     Args:
-      policy, cache: the rule, and what it has kept so far.
+      policy, cache: the rule, and what it has kept so far, as `corm_jax.make_cache` returns it. If the policy waits for
+        the end of the prompt, `corm_jax.begin_prompt` has to say how many tokens that has.
       q, k, v: the chunk's queries, keys and values, rotated at positions ``cache.seen + (0, 1, ...)``. Each query sees
         the live keys and, causally, the chunk.
-      count: how many of them are real; the rest pads a ragged batch, and changes nothing.
+      count: how many of them are real, from 0 to all; the rest pads a ragged batch, and changes nothing. A traced count
+        that is not in that range counts as its nearest end.
       frequencies: for a policy that counts ``positions`` within the cache: radians a token for each pair of a head.
         Queries and keys then come unrotated.
 
@@ -210,17 +215,19 @@ def step(
       The outputs, in the dtype of ``q``, and the cache.
 
     Raises:
-      CormError: for more tokens than the cache has slots, or without ``frequencies`` that the policy needs.
+      CormError: for arguments whose shapes do not fit together, a cache of another policy, more tokens than the cache
+        has slots, and without ``frequencies`` or an end of the prompt that the policy needs.
 
     >>> from corm_jax import CacheSpec, Corm, make_cache
     >>> policy = Corm(window=4, recent=2)
     >>> cache = make_cache(policy, CacheSpec(kv_heads=1, capacity=4, head_dim=8))
     >>> q, k = jnp.ones((3, 1, 2, 8)), jnp.ones((3, 1, 8))
-    >>> output, cache = step(policy, cache, q, k, k, count=jnp.int32(3))
+    >>> output, cache = step(policy, cache, q, k, k, count=3)
     >>> cache.position.tolist(), cache.state.tolist()      # all equal, so all important at t = 3
     ([[0, 1, 2, -1]], [[3, 3, 3, -2147483648]])
     """
-    policy, count = narrow(policy), jnp.minimum(jnp.asarray(count, jnp.int32), ENDLESS - cache.seen)
+    policy, count = narrow(policy), check_step(policy, cache, q, k, v, count, frequencies)
+    count = jnp.minimum(count, ENDLESS - cache.seen)
     cache = cache._replace(state=jax.lax.stop_gradient(cache.state))  # decisions have no gradient
     index = iota(q.shape[0])
     position, real = cache.seen + index, index < count
@@ -260,18 +267,19 @@ def read(
     q: Float[Array, "tokens kv_heads group head_dim"],
     k: Float[Array, "tokens kv_heads head_dim"],
     v: Float[Array, "tokens kv_heads head_dim"],
-    count: Int[Array, ""],
+    count: Int[Array, ""] | SupportsIndex,
     frequencies: Float[Array | np.ndarray, " pairs"] | None = None,
     *,
-    chunk: int,
+    chunk: SupportsIndex,
 ) -> tuple[Float[Array, "tokens kv_heads group head_dim"], LayerCache, Int[Array, "chunks kv_heads"]]:
     """A block of tokens through one layer, ``chunk`` at a time: `step` under `jax.lax.scan`.
 
     Arguments as for `step`; ``chunk`` divides the number of tokens. Returns the outputs, the cache, and the number of
     live keys after each chunk.
     """
-    tokens = q.shape[0]
-    if chunk < 1 or tokens % chunk:
+    count = check_step(policy, cache, q, k, v, count, frequencies)
+    tokens, chunk = q.shape[0], integer("chunk", chunk)
+    if tokens % chunk:
         raise CormError(f"chunk {chunk} does not divide a block of {tokens} tokens: pad the block, and say so in count")
     count, starts = jnp.asarray(count, jnp.int32), chunk * iota(tokens // chunk)
 

@@ -6,7 +6,8 @@ compiled step serves a sequence of any length.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from corm_jax.errors import CormError
-from corm_jax.policies.options import concrete, whole
+from corm_jax.policies.options import concrete, integer, numbers_of, shown, truth
+from corm_jax.policies.wrapper import Wrapper, name_of
 from corm_jax.types import (
     EMPTY,
     ENDLESS,
@@ -22,11 +24,14 @@ from corm_jax.types import (
     CacheSpec,
     Capacity,
     LayerCache,
+    Made,
     Policy,
     Slots,
     State,
     Usage,
+    check_policy,
     iota,
+    traits,
 )
 
 PAGE = 128
@@ -35,9 +40,17 @@ PAGE = 128
 RUN = 32
 """Slots that are searched together for free ones. Does not change results."""
 
+PROTECTED = "the keys that the policy never gives up, such as its recent ones"
 
-def make_cache(policy: Policy, spec: CacheSpec, batch: int | None = None) -> LayerCache:
+
+def make_cache(policy: Policy, spec: CacheSpec, batch: SupportsIndex | None = None) -> LayerCache:
     """An empty cache for one layer: of one sequence, or of a batch, each leaf then with a leading ``batch`` axis.
+
+    A policy that waits for the end of the prompt has to be told where that is, with `begin_prompt`.
+
+    Raises:
+      CormError: for a shape or dtype that cannot be, hyperparameters for another number of heads, or fewer slots than
+        the policy never gives up.
 
     >>> from corm_jax.policies import Full
     >>> make_cache(Full(), CacheSpec(kv_heads=2, capacity=8, head_dim=4), batch=3).k.shape
@@ -45,14 +58,9 @@ def make_cache(policy: Policy, spec: CacheSpec, batch: int | None = None) -> Lay
     >>> make_cache(Full(), CacheSpec(kv_heads=2, capacity=8, head_dim=4, pooled=True)).k.shape
     (16, 4)
     """
-    if spec.capacity < 1 or (batch is not None and batch < 1):
-        raise CormError(f"capacity and batch must be at least 1, not {spec.capacity} and {batch}")
-    for shape in map(np.shape, jax.tree.leaves(policy)):
-        if shape not in ((), (spec.kv_heads,)):
-            raise CormError(
-                f"the policy has hyperparameters of shape {shape} for a layer of {spec.kv_heads} key-value heads: "
-                "give one number, or one for each head"
-            )
+    check_policy(policy)
+    spec = _checked(spec)
+    check_fits(policy, spec)
     cache = LayerCache(
         k=jnp.zeros((*spec.slots, spec.head_dim), spec.dtype),
         v=jnp.zeros((*spec.slots, spec.head_dim), spec.dtype),
@@ -62,8 +70,48 @@ def make_cache(policy: Policy, spec: CacheSpec, batch: int | None = None) -> Lay
         prompt=jnp.full((), ENDLESS, jnp.int32),
         overflow=jnp.zeros(spec.kv_heads, jnp.int32),
         head=jnp.zeros(spec.slots, jnp.int32) if spec.pooled else None,
+        made=Made(remembers(policy)),
     )
-    return cache if batch is None else jax.tree.map(lambda x: jnp.tile(x, (batch, *(1,) * x.ndim)), cache)
+    if batch is None:
+        return cache
+    rows = integer("batch", batch)
+    return jax.tree.map(lambda x: jnp.tile(x, (rows, *(1,) * x.ndim)), cache)
+
+
+def _checked(spec: CacheSpec) -> CacheSpec:
+    if not isinstance(spec, CacheSpec):
+        raise CormError(f"the shape of a cache must be a CacheSpec, not {shown(spec)}")
+    sizes = {name: integer(name, getattr(spec, name)) for name in ("kv_heads", "capacity", "head_dim")}
+    try:
+        floating = spec.dtype is not None and jnp.issubdtype(jnp.dtype(spec.dtype), jnp.floating)
+    except TypeError:
+        floating = False
+    if not floating:
+        raise CormError(f"a cache holds floating-point numbers such as float32 or bfloat16, not {shown(spec.dtype)}")
+    return spec._replace(pooled=truth("pooled", spec.pooled), **sizes)
+
+
+def check_fits(policy: Policy, spec: CacheSpec) -> None:
+    """Raises unless a policy can work in a cache of this shape, as far as its numbers are not traced."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(policy):
+        if np.shape(leaf) not in ((), (spec.kv_heads,)):
+            name = jax.tree_util.keystr(path).lstrip(".")
+            raise CormError(
+                f"the policy has {name} of shape {np.shape(leaf)} for a layer of {spec.kv_heads} key-value heads: "
+                "give one number, or one for each head"
+            )
+    protected = traits(policy).protected
+    if concrete(protected):
+        each = np.broadcast_to(np.asarray(protected, np.int64), spec.kv_heads)
+        need = -(-int(each.sum()) // spec.kv_heads) if spec.pooled else int(each.max())
+        check_slots(spec.capacity, need, PROTECTED)
+
+
+def remembers(policy: Any) -> str:
+    """The name of the policy whose state a cache holds: of the one inside those that only pass its state on."""
+    while isinstance(policy, Wrapper) and type(policy).init is Wrapper.init:
+        policy = policy.policy
+    return type(policy).__name__
 
 
 def slots(cache: LayerCache) -> Slots:
@@ -133,7 +181,7 @@ def insert(
     when = newcomers(jnp.broadcast_to(cache.seen + iota(tokens)[:, None], (tokens, kv_heads)))
     loses = lost[store, slot] & arrives  # who is lost has a newcomer in its slot
     loser = jnp.where(loses, by_store(view.head)[store, slot], kv_heads)
-    return LayerCache(
+    return cache._replace(
         k=write_rows(cache.k, k),
         v=write_rows(cache.v, v),
         position=write(cache.position, when),
@@ -177,7 +225,7 @@ def paged(cache: LayerCache) -> tuple[LayerCache, Int[Array, "pages size"]]:
     table = jnp.full(pages * size, pool, jnp.int32).at[target].set(iota(pool), mode="drop").reshape(pages, size)
     source = jnp.minimum(table, pool - 1)
     head = (iota(pages)[:, None] >= until).sum(-1, dtype=jnp.int32)
-    view = LayerCache(
+    view = cache._replace(
         k=cache.k[source],
         v=cache.v[source],
         position=jnp.where(table < pool, cache.position[source], EMPTY),
@@ -197,9 +245,41 @@ def learn(cache: LayerCache, state: State, table: Int[Array, "pages size"] | Non
     return cache._replace(state=state)
 
 
+def begin_prompt(cache: LayerCache, tokens: Any) -> LayerCache:
+    """The cache, told that the next ``tokens`` tokens are a prompt. A policy that waits for its end evicts there.
+
+    That is for a model of your own, which calls `corm_jax.step`: `corm_jax.prefill` does it for the models of this
+    package. The prompt may be read in any number of steps; keys are evicted after the step in which it ends.
+
+    Args:
+      cache: of one layer; of one sequence, or of a batch.
+      tokens: how many, a whole number from 1 up; for a batch also ``[batch]``. May be traced.
+
+    Raises:
+      CormError: for another number, or other numbers of them than rows.
+
+    >>> from corm_jax.policies import SnapKV
+    >>> cache = make_cache(SnapKV(budget=4, window=2), CacheSpec(kv_heads=1, capacity=16, head_dim=8))
+    >>> int(begin_prompt(cache, 12).prompt)
+    12
+    """
+    if not isinstance(cache, LayerCache):
+        raise CormError(f"begin_prompt takes the LayerCache of one layer, not {type(cache).__name__}: do it for each")
+    found = numbers_of(tokens)
+    if found is None or not jnp.issubdtype(found.dtype, jnp.integer) or (concrete(found) and np.any(found < 1)):
+        raise CormError(f"a prompt must have a whole number of tokens from 1 up, not {shown(tokens)}")
+    if concrete(found) and np.any(found > ENDLESS):
+        raise CormError(f"a prompt can have up to {ENDLESS} tokens, not {shown(tokens)}")
+    if found.shape not in ((), cache.seen.shape):
+        rows = f"{cache.seen.size} rows" if cache.seen.ndim else "one sequence"
+        raise CormError(f"tokens has the shape {found.shape} for a cache of {rows}: give one number, or one a row")
+    prompt = cache.seen + jnp.minimum(jnp.asarray(found, jnp.int32), ENDLESS - cache.seen)
+    return cache._replace(prompt=prompt, made=cache.made and replace(cache.made, prompt=True))
+
+
 def expect(caches: Caches, tokens: Int[np.ndarray, " batch"]) -> Caches:
-    """Says how many tokens the prompt has that is read next, row by row."""
-    return tuple(cache._replace(prompt=cache.seen + tokens) for cache in caches)
+    """`begin_prompt` for every layer of a model."""
+    return tuple(begin_prompt(cache, tokens) for cache in caches)
 
 
 def evict(policy: Policy, cache: LayerCache, allowed: Bool[Array, ""]) -> LayerCache:
@@ -238,10 +318,13 @@ def per_layer(policy: Policy | Sequence[Policy], layers: int) -> tuple[Policy, .
     Raises:
       CormError: for another number of policies, or of rows of hyperparameters, than there are layers.
     """
-    if not isinstance(policy, Policy):
+    if isinstance(policy, list | tuple) and not isinstance(policy, Policy):
         if len(policy) != layers:
             raise CormError(f"{len(policy)} policies for {layers} layers: give one for all, or one for each")
+        for one in policy:
+            check_policy(one)
         return tuple(policy)
+    check_policy(policy)
 
     def varies(part: Any) -> bool:
         return hasattr(part, "for_layer")
@@ -262,50 +345,71 @@ def per_layer(policy: Policy | Sequence[Policy], layers: int) -> tuple[Policy, .
 
 def per_layer_capacity(capacity: Capacity, layers: int) -> tuple[int, ...]:
     """One capacity a layer: those given, or the one given."""
-    if isinstance(capacity, int):
-        return (capacity,) * layers
-    if len(capacity) != layers:
-        raise CormError(f"{len(capacity)} capacities for {layers} layers: give one for all, or one for each")
-    return tuple(capacity)
+    sizes = _sizes(capacity)
+    if isinstance(sizes, int):
+        return (sizes,) * layers
+    if len(sizes) != layers:
+        raise CormError(f"{len(sizes)} capacities for {layers} layers: give one for all, or one for each")
+    return sizes
+
+
+def _sizes(capacity: Capacity) -> int | tuple[int, ...]:
+    """A capacity as an int, or as one int for each layer."""
+    if isinstance(capacity, list | tuple) or np.ndim(capacity) == 1:  # pyright: ignore
+        return tuple(integer(f"capacity[{layer}]", one) for layer, one in enumerate(capacity))  # pyright: ignore
+    return integer("capacity", capacity)
 
 
 def whole_prompt(policy: Policy | Sequence[Policy]) -> bool:
     """Whether it keeps, in some layer, every key until the prompt has been read."""
-    policies = [policy] if isinstance(policy, Policy) else policy
-    return any(getattr(one, "whole_prompt", False) for one in policies)
+    return any(traits(one).whole_prompt for one in _several(policy))
 
 
-def slots_for(policy: Policy | Sequence[Policy], capacity: Capacity | None, tokens: int, chunk: int) -> Capacity:
+def _several(policy: Policy | Sequence[Policy]) -> Sequence[Policy]:
+    one = isinstance(policy, Policy) or not isinstance(policy, list | tuple)
+    return [policy] if one else policy  # pyright: ignore
+
+
+def slots_for(
+    policy: Policy | Sequence[Policy], capacity: Capacity | None, tokens: SupportsIndex, chunk: SupportsIndex
+) -> int | tuple[int, ...]:
     """The capacity to allocate: the one asked for, if it can work, or as much as can be needed.
 
     That is one slot for every token, or, for policies that say how many keys stay at ``most``, so many and a chunk.
     """
-    policies = [policy] if isinstance(policy, Policy) else policy
+    tokens, chunk, policies = integer("tokens", tokens), integer("chunk", chunk), _several(policy)
+    for one in policies:
+        check_policy(one)
     if capacity is None:
-        most: list[Any] = [getattr(one, "most", None) for one in policies]
+        most: list[Any] = [traits(one).most for one in policies]
         if not all(concrete(one) for one in most):
             return max(tokens, chunk)
         return max(min(tokens, max(int(np.max(one)) for one in most) + chunk), chunk)
-    check_slots(capacity, chunk, "a chunk")
-    if not isinstance(capacity, int):
-        policies = per_layer(policy, len(capacity))
-    needs = [int(np.max(one.protected)) if concrete(one.protected) else 0 for one in policies]
-    what = "the keys that the policy never gives up, such as its recent ones"
-    check_slots(capacity, max(needs) if isinstance(capacity, int) else needs, what)
-    return capacity
+    sizes = _sizes(capacity)
+    check_slots(sizes, chunk, "a chunk")
+    if not isinstance(sizes, int):
+        policies = per_layer(policy, len(sizes))
+    protected = [traits(one).protected for one in policies]
+    needs = [int(np.max(one)) if concrete(one) else 0 for one in protected]
+    check_slots(sizes, max(needs) if isinstance(sizes, int) else needs, PROTECTED)
+    return sizes
 
 
-def prompt_of(policy: Policy | Sequence[Policy], prompt: int | None, tokens: int) -> int:
-    """How many of a text's tokens are the prompt: as said, or `ENDLESS` where nobody asks.
+def prompt_of(policy: Policy | Sequence[Policy], prompt: SupportsIndex | None, tokens: int) -> int:
+    """How many of a text's tokens are the prompt: as said, or `ENDLESS` if unknown and of no use to the policy.
 
     Raises:
       CormError: for a prompt that is longer than the text, or none for a policy that waits for its end.
     """
     if prompt is None:
-        if whole_prompt(policy):
-            raise CormError("the policy waits for the end of the prompt: say how many of the tokens are the prompt")
+        for one in _several(policy):
+            if traits(one).whole_prompt:
+                raise CormError(
+                    f"{name_of(one)} waits for the end of the prompt: say how many of the tokens are the prompt, "
+                    "with prompt=... or --prompt"
+                )
         return ENDLESS
-    whole(1, prompt=prompt)
+    prompt = integer("prompt", prompt)
     if prompt > tokens:
         raise CormError(f"a prompt of {prompt} tokens does not end within a text of {tokens}: say fewer")
     return prompt
@@ -319,7 +423,8 @@ def check_prompt(policy: Policy | Sequence[Policy], capacity: Capacity, tokens: 
 
 def check_slots(capacity: Capacity, need: int | Sequence[int], what: str) -> None:
     """Raises unless there are slots for ``need`` keys of a head, in every layer, or for the need of each."""
-    sizes = [capacity] if isinstance(capacity, int) else list(capacity)
+    given = _sizes(capacity)
+    sizes = [given] if isinstance(given, int) else list(given)
     needs = [need] * len(sizes) if isinstance(need, int) else list(need)
     layer = max(range(len(sizes)), key=lambda layer: needs[layer] - sizes[layer])
     if sizes[layer] < needs[layer]:

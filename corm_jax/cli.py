@@ -178,6 +178,8 @@ def compare(
         "budget": keys,
         "rows": [],
     }
+    if keys is None and capacity is None:
+        console.note_budgets(specs)
     options = {"pooled": sizes.pooled, "chunk": chunk, "prompt": prompt, "overflow": overflow}
     for spec in specs:
         held = "none"
@@ -248,6 +250,8 @@ def generate(
     chunk = min(chunk, max(len(ids), 1))  # more would be the same, and take more memory
     sizes.check_memory(network, spec, policy, len(ids) + max_new_tokens, chunk, "--max-new-tokens")
     inputs.note_context(network, len(ids) + max_new_tokens)
+    if capacity is None:
+        console.note_budgets([spec])
     pieces, final = tokenizer.stream(), None
     with naming(about):
         for new in stream(

@@ -6,7 +6,7 @@ import reprlib
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,7 +17,7 @@ from corm_jax import compiled
 from corm_jax.cache import prompt_of
 from corm_jax.errors import CormError
 from corm_jax.files import reason
-from corm_jax.policies import keys_of, parse
+from corm_jax.policies import keeps_everything, keys_of, parse
 from corm_jax.stopping import stoppable
 from corm_jax.types import Policy
 
@@ -227,6 +227,17 @@ def _code(command: click.Group, name: str, program: str) -> int:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return _complain(name, f"out of memory: {error}: ask for fewer tokens, or a smaller --chunk or --capacity")
+
+
+def note_budgets(specs: Sequence[str], program: str = "corm") -> None:
+    """Says so on standard error if some of the policies only rank keys and have no budget: nothing is evicted."""
+    if found := [spec for spec in dict.fromkeys(specs) if keeps_everything(spec)]:
+        have, example = "has" if len(found) == 1 else "have", found[0] + (":" if ":" not in found[0] else ",")
+        print(
+            f"{program}: note: {', '.join(found)} {have} no budget, so that every key stays: add one, as in "
+            f"{example}budget=512 or {example}budget=0.25",
+            file=sys.stderr,
+        )
 
 
 def _complain(name: str, message: str) -> int:

@@ -2,19 +2,21 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import SupportsIndex
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from corm_jax.arguments import Tokens, token_ids
 from corm_jax.errors import CormError
 from corm_jax.generation import prefill
 from corm_jax.model import Llama
 from corm_jax.perplexity import read
 from corm_jax.policies import SELF_SIZED, Corm, lacks_window, on_budget, parse, policy
-from corm_jax.policies.wrapper import Wrapper
-from corm_jax.types import CacheSpec, Observation, Policy, Slots, State
+from corm_jax.policies.options import integer
+from corm_jax.policies.wrapper import Wrapper, name_of
+from corm_jax.types import CacheSpec, Observation, Policy, Slots, State, Traits
 
 TOLERANCE = 0.02
 """How near to the goal is near enough."""
@@ -29,6 +31,10 @@ class WidestGap(Wrapper):
 
     The state is what CORM remembers, and the longest gap: with w = r, a key goes when t - max(last, position + 1) >= w.
     """
+
+    @property
+    def traits(self) -> Traits:
+        return super().traits._replace(most=None)
 
     def init(self, spec: CacheSpec) -> State:
         return self.policy.init(spec), jnp.zeros(spec.slots, jnp.int32)
@@ -47,11 +53,11 @@ class WidestGap(Wrapper):
 
 def fit_window(
     model: Llama,
-    tokens: Sequence[int],
-    keys: int,
+    tokens: Tokens,
+    keys: SupportsIndex,
     corm: Policy,
     *,
-    chunk: int = 1,
+    chunk: SupportsIndex = 1,
     progress: Callable[[int], None] = lambda done: None,
 ) -> int:
     """The w = r with which CORM ends a text with a mean of ``keys`` live keys a head, or as near as it comes.
@@ -69,6 +75,9 @@ def fit_window(
     Raises:
       CormError: for a goal outside 1 to the number of tokens, and as `corm_jax.perplexity.read`.
     """
+    if not isinstance(corm, Corm):
+        raise CormError(f"a window can be searched for Corm, not for {name_of(corm)}")
+    tokens, chunk, keys = token_ids(tokens, model.config.vocab), integer("chunk", chunk), integer("keys", keys)
     n = len(tokens)
     if not 1 <= keys <= n:
         raise CormError(f"a text of {n} tokens cannot end with {keys} live keys a head: choose from 1 to {n}")
@@ -82,7 +91,7 @@ def fit_window(
         window = int(np.clip(gaps[min(int(goal * heads), gaps.size - 1)], 1, n))
         if window in found:
             break
-        trial = dataclasses.replace(cast(Corm, corm), window=window, recent=window)
+        trial = dataclasses.replace(corm, window=window, recent=window)
         live = float(read(model, trial, tokens, chunk=chunk).usage.live.mean())
         found[window] = abs(live / keys - 1)
         if found[window] <= TOLERANCE:

@@ -4,9 +4,9 @@ Prompts are read in blocks of fixed size, the last one padded; inside a block `j
 between which the policy evicts. Decoding is a `jax.lax.scan` over tokens. Caches are donated: updated in place.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from corm_jax import cache
-from corm_jax.errors import CacheOverflowError, CormError
+from corm_jax.arguments import Prompts, check_batch, check_caches, prompts_of
+from corm_jax.errors import CacheOverflowError
 from corm_jax.model import Llama
+from corm_jax.policies.options import integer, one_of, real
 from corm_jax.types import Caches, Capacity, Policy
 
 BLOCK = 256
@@ -24,7 +26,8 @@ BLOCK = 256
 STRETCH = 16
 """Tokens decoded between two returns to the host."""
 
-Overflow = str  # "evict" or "error"
+Overflow = str
+OVERFLOW = ("evict", "error")
 Policies = Policy | Sequence[Policy]
 
 
@@ -35,30 +38,22 @@ class Blocks(NamedTuple):
     count: np.ndarray
 
     @classmethod
-    def cut(cls, prompts: Sequence[Sequence[int]], vocab: int, chunk: int) -> "Blocks":
+    def cut(cls, prompts: Prompts, vocab: int, chunk: SupportsIndex) -> "Blocks":
         """Pads prompts on the right and cuts them.
 
         Raises:
-          CormError: for no prompt, an empty prompt, an id outside the vocabulary, or a chunk below 1.
+          CormError: for no prompt, an empty prompt, what is no id of the vocabulary, or a chunk below 1.
         """
-        if chunk < 1:
-            raise CormError(f"chunk must be at least 1, not {chunk}")
-        if not prompts or not all(len(prompt) for prompt in prompts):
-            raise CormError("a prompt is empty: give each at least one token")
-        for prompt in prompts:
-            if min(prompt) < 0 or max(prompt) >= vocab:
-                outside = next(token for token in prompt if not 0 <= token < vocab)
-                raise CormError(
-                    f"token id {outside} is outside the vocabulary of {vocab}: is this the right tokenizer?"
-                )
+        chunk = integer("chunk", chunk)
+        rows = prompts_of(prompts, vocab)
         size = -(-BLOCK // chunk) * chunk
-        lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+        lengths = np.array([len(row) for row in rows], np.int32)
         blocks = -(-int(lengths.max()) // size)
-        tokens = np.zeros((len(prompts), blocks * size), np.int32)
-        for row, prompt in zip(tokens, prompts, strict=True):
-            row[: len(prompt)] = prompt
+        tokens = np.zeros((len(rows), blocks * size), np.int32)
+        for padded, row in zip(tokens, rows, strict=True):
+            padded[: len(row)] = row
         count = np.clip(lengths[None] - size * np.arange(blocks)[:, None], 0, size).astype(np.int32)
-        return cls(tokens.reshape(len(prompts), blocks, size), count)
+        return cls(tokens.reshape(len(rows), blocks, size), count)
 
 
 class Generation(NamedTuple):
@@ -72,34 +67,41 @@ def prefill(
     model: Llama,
     policy: Policies,
     caches: Caches,
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts,
     *,
-    chunk: int = 1,
+    chunk: SupportsIndex = 1,
     overflow: Overflow = "evict",
 ) -> tuple[Float[Array, "batch vocab"], Caches]:
     """Reads prompts of any lengths, each row with its own clock.
 
     Args:
       caches: as `Llama.make_caches` returns them, or after an earlier call; donated.
-      prompts: token ids, one list a row; the whole prompt, for policies that wait for its end.
+      prompts: token ids, one list or array a row, or one array ``[batch, tokens]``; the whole prompt, for policies that
+        wait for its end.
       chunk: tokens between evictions. 1 is the exact recurrence; more is faster and remembers a little longer.
-      overflow: what happens when no slot is free: the policy's lowest rank goes, counted; or `CacheOverflowError`.
+      overflow: what happens when no slot is free: the key that the policy ranks lowest is evicted and counted; or, with
+        ``"error"``, `CacheOverflowError`. What overflowed before the call does not matter.
 
     Returns:
       Logits of each row's next token, and the caches.
 
     Raises:
-      CormError: for bad token ids, or a capacity that cannot hold a chunk, or the prompt if the policy keeps all of it.
+      CormError: for bad token ids, caches of another model, policy or batch, or a capacity that cannot hold a chunk, or
+        the prompt if the policy keeps all of it.
     """
+    chunk = integer("chunk", chunk)
+    one_of("overflow", overflow, OVERFLOW)
     blocks = Blocks.cut(prompts, model.config.vocab, chunk)
-    lengths = blocks.count.sum(0, dtype=np.int32)
-    cache.check_prompt(policy, cache.capacities(caches), int(lengths.max()))
-    check_overflow(caches, overflow)
+    lengths, config = blocks.count.sum(0, dtype=np.int32), model.config
+    policies = cache.per_layer(policy, config.layers)
+    check_caches(policies, caches, config.kv_heads, config.head_dim, batch=len(lengths))
+    cache.check_prompt(policies, cache.capacities(caches), int(lengths.max()))
+    check = watch(caches, overflow)
     caches = cache.expect(caches, lengths)
-    logits = jnp.zeros((len(prompts), model.config.vocab), jnp.float32)
+    logits = jnp.zeros((len(lengths), config.vocab), jnp.float32)
     for index, count in enumerate(blocks.count):
         logits, caches = _prefill_block(model, policy, caches, logits, blocks.tokens[:, index], count, chunk=chunk)
-        check_overflow(caches, overflow)
+        check(caches)
     return logits, caches
 
 
@@ -132,7 +134,12 @@ def decode(
 
     Returns:
       Tokens, the logits of the next one, which rows met an end, and the caches.
+
+    Raises:
+      CormError: for caches of another model, policy or batch.
     """
+    check_batch("logits", logits, logits.shape[0], model.config.vocab)
+    check_batch("done", done, logits.shape[0])
 
     def step(carry, xs):
         logits, done, caches = carry
@@ -168,59 +175,65 @@ def sample(
 def stream(
     model: Llama,
     policy: Policies,
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts,
     *,
-    max_new_tokens: int,
+    max_new_tokens: SupportsIndex,
     capacity: Capacity | None = None,
     pooled: bool = False,
-    chunk: int = 1,
+    chunk: SupportsIndex = 1,
     overflow: Overflow = "evict",
-    end: Sequence[int] = (),
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
+    end: Any = (),
+    temperature: Any = 0.0,
+    top_p: Any = 1.0,
+    seed: SupportsIndex = 0,
 ) -> Iterator[Generation]:
     """`generate`, a stretch of tokens at a time: each item holds the tokens that are new since the last.
 
     The caches of an item are given up for the next: read what you need from them before going on.
     """
-    if max_new_tokens < 1:
-        raise CormError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-    if not temperature >= 0 or not 0 < top_p <= 1:
-        raise CormError(f"temperature must be >= 0 and top_p in (0, 1], not {temperature} and {top_p}")
-    Blocks.cut(prompts, model.config.vocab, chunk)  # complain before anything is allocated
-    length = max(len(prompt) for prompt in prompts) + max_new_tokens
-    capacity = cache.slots_for(policy, capacity, length, chunk)
-    caches = model.make_caches(policy, batch=len(prompts), capacity=capacity, pooled=pooled)
-    logits, caches = prefill(model, policy, caches, prompts, chunk=chunk, overflow=overflow)
-    done = jnp.zeros(len(prompts), bool)
-    for start in range(0, max_new_tokens, STRETCH):
-        tokens, logits, done, caches = decode(
-            model,
-            policy,
-            caches,
-            logits,
-            jax.random.fold_in(jax.random.key(seed), start),
-            done,
-            np.int32(max_new_tokens - start),
-            np.asarray(end, np.int32),
-            np.float32(temperature),
-            np.float32(top_p),
-            steps=STRETCH,
-        )
-        check_overflow(caches, overflow)
-        new = [[int(token) for token in row if token >= 0 and token not in end] for row in np.asarray(tokens)]
-        yield Generation(new, caches)
-        if bool(done.all()):
-            return
+    new, chunk = integer("max_new_tokens", max_new_tokens), integer("chunk", chunk)
+    temperature = real("temperature", temperature, ">= 0", least=0)
+    top_p = real("top_p", top_p, "in (0, 1]", above=0, most=1)
+    seed = integer("seed", seed, -(2**63), 2**63 - 1)
+    end = tuple(integer("an id in end", one, 0) for one in (np.ravel(end) if np.ndim(end) == 0 else end))
+    one_of("overflow", overflow, OVERFLOW)
+    rows = prompts_of(prompts, model.config.vocab)
+    capacity = cache.slots_for(policy, capacity, max(map(len, rows)) + new, chunk)
+    caches = model.make_caches(policy, batch=len(rows), capacity=capacity, pooled=pooled)
+    cache.check_prompt(policy, cache.capacities(caches), max(map(len, rows)))
+
+    def stretches() -> Iterator[Generation]:
+        logits, held = prefill(model, policy, caches, rows, chunk=chunk, overflow=overflow)
+        done, check = jnp.zeros(len(rows), bool), watch(held, overflow)
+        for start in range(0, new, STRETCH):
+            tokens, logits, done, held = decode(
+                model,
+                policy,
+                held,
+                logits,
+                jax.random.fold_in(jax.random.key(seed), start),
+                done,
+                np.int32(new - start),
+                np.asarray(end, np.int32),
+                np.float32(temperature),
+                np.float32(top_p),
+                steps=STRETCH,
+            )
+            check(held)
+            drawn = [[int(token) for token in row if token >= 0 and token not in end] for row in np.asarray(tokens)]
+            yield Generation(drawn, held)
+            if bool(done.all()):
+                return
+
+    return stretches()
 
 
-def generate(model: Llama, policy: Policies, prompts: Sequence[Sequence[int]], **options) -> Generation:
+def generate(model: Llama, policy: Policies, prompts: Prompts, **options) -> Generation:
     """Continues prompts.
 
     Args:
       model, policy: what reads, and the rule by which its caches forget.
-      prompts: token ids, one list a row; lengths may differ.
+      prompts: token ids, one list or array a row, of any lengths; or one array ``[batch, tokens]``.
       max_new_tokens: the most to draw for each.
       capacity: slots a key-value head, of all layers or of each; by default as many as could ever be needed.
       pooled: whether the heads of a layer share their slots, so that each takes what it needs.
@@ -232,19 +245,23 @@ def generate(model: Llama, policy: Policies, prompts: Sequence[Sequence[int]], *
       CormError: for options out of range, empty prompts or token ids outside the vocabulary.
     """
     pieces = list(stream(model, policy, prompts, **options))
-    tokens = [[token for piece in pieces for token in piece.tokens[row]] for row in range(len(prompts))]
+    tokens = [[token for piece in pieces for token in piece.tokens[row]] for row in range(len(pieces[0].tokens))]
     return Generation(tokens, pieces[-1].caches)
 
 
-def check_overflow(caches: Caches, overflow: Overflow) -> None:
-    """Raises if keys went for want of a slot and the caller wants to know."""
-    if overflow not in ("evict", "error"):
-        raise CormError(f"overflow must be 'evict' or 'error', not {overflow!r}")
-    if overflow == "error":
-        lost = [int(one.overflow.sum()) for one in caches]
-        if sum(lost):
-            layer = next(layer for layer, number in enumerate(lost) if number)
-            capacity = cache.capacities(caches)[layer]
-            raise CacheOverflowError(
-                f"layer {layer} ran out of its {capacity} slots a head: raise capacity, or let it evict"
-            )
+def watch(caches: Caches, overflow: Overflow) -> Callable[[Caches], None]:
+    """A check of later caches: it raises if keys were evicted since for want of a slot and ``overflow`` is an error."""
+    one_of("overflow", overflow, OVERFLOW)
+    if overflow == "evict":
+        return lambda caches: None
+    before = [int(one.overflow.sum()) for one in caches]
+
+    def check(caches: Caches) -> None:
+        for layer, (one, earlier) in enumerate(zip(caches, before, strict=True)):
+            if int(one.overflow.sum()) > earlier:
+                raise CacheOverflowError(
+                    f"layer {layer} ran out of its {cache.capacities(caches)[layer]} slots a head: raise capacity, or "
+                    "let it evict"
+                )
+
+    return check

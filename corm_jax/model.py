@@ -7,7 +7,7 @@ RMSNorm, rotary positions, grouped-query attention over slots, SwiGLU. The modul
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from corm_jax import attention, cache, positions
+from corm_jax.arguments import check_caches, check_count
+from corm_jax.errors import CormError
 from corm_jax.types import Caches, CacheSpec, Capacity, LayerCache, Policy
 
 
@@ -142,7 +144,7 @@ class Llama(nnx.Module):
         return jnp.dtype(self.embed.param_dtype)
 
     def make_caches(
-        self, policy: Policy | Sequence[Policy], *, batch: int, capacity: Capacity, pooled: bool = False
+        self, policy: Policy | Sequence[Policy], *, batch: SupportsIndex, capacity: Capacity, pooled: bool = False
     ) -> Caches:
         """Empty caches, one a layer.
 
@@ -172,15 +174,24 @@ class Llama(nnx.Module):
           policy: one for all layers, or a sequence with one for each.
           caches: what `make_caches` or an earlier call returned.
           tokens: int32 ``[batch, tokens]``; positions go on from each row's clock.
-          count: how many tokens of each row are real; the rest is padding, and changes nothing.
+          count: how many tokens of each row are real, from 0 to all; the rest is padding, and changes nothing. Traced
+            counts that are not in that range count as its nearest end.
           chunk: tokens between evictions; it divides the number of tokens. 1 is the exact recurrence.
 
         Returns:
           Hidden states for `logits`, the caches, and the number of live keys after each chunk.
+
+        Raises:
+          CormError: for caches of another model, policy or batch.
         """
+        policies, config = cache.per_layer(policy, self.config.layers), self.config
+        if np.ndim(tokens) != 2:
+            raise CormError(f"tokens must be [batch, tokens], got the shape {np.shape(tokens)}")
+        check_caches(policies, caches, config.kv_heads, config.head_dim, batch=len(tokens))
+        count = check_count(count, *tokens.shape)
         x = self.embed(tokens)
         updated, live = [], []
-        for layer, cache_in, one in zip(self.layers, caches, cache.per_layer(policy, self.config.layers), strict=True):
+        for layer, cache_in, one in zip(self.layers, caches, policies, strict=True):
             x, cache_out, live_in_layer = layer(x, cache_in, one, count, chunk)
             updated.append(cache_out)
             live.append(live_in_layer)

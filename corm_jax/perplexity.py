@@ -1,9 +1,9 @@
 """Teacher-forced reading: how well a text is predicted through a policy's cache, and what the cache costs."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,11 @@ import numpy as np
 from jaxtyping import Int
 
 from corm_jax import cache
+from corm_jax.arguments import Tokens, token_ids
 from corm_jax.errors import CormError
-from corm_jax.generation import Blocks, Overflow, Policies, check_overflow
+from corm_jax.generation import OVERFLOW, Blocks, Overflow, Policies, watch
 from corm_jax.model import Llama
+from corm_jax.policies.options import integer, one_of
 from corm_jax.types import Capacity, Usage
 
 
@@ -48,19 +50,19 @@ class Reading(NamedTuple):
 def read(
     model: Llama,
     policy: Policies,
-    tokens: Sequence[int],
+    tokens: Tokens,
     *,
     capacity: Capacity | None = None,
     pooled: bool = False,
-    chunk: int = 1,
-    prompt: int | None = None,
+    chunk: SupportsIndex = 1,
+    prompt: SupportsIndex | None = None,
     overflow: Overflow = "evict",
     progress: Callable[[int], None] = lambda done: None,
 ) -> Reading:
     """Reads a text token by token through the caches and scores every prediction.
 
     Args:
-      tokens: ids, at least two.
+      tokens: the ids of one text, a list or an array, at least two.
       capacity, pooled: as in `corm_jax.generate`; by default there is a slot for every token, and nothing overflows.
       chunk: tokens between evictions; 1 is the exact recurrence.
       prompt: how many of the tokens are the prompt, for policies that wait for its end; it ends a chunk.
@@ -71,14 +73,17 @@ def read(
       CormError: for too few tokens, ids outside the vocabulary, a capacity that cannot hold a chunk, no
         ``prompt`` or a wrong one, or a model whose predictions are not numbers.
     """
+    tokens = token_ids(tokens, model.config.vocab)
     if len(tokens) < 2:
         raise CormError(f"a text of {len(tokens)} tokens leaves nothing to predict: it takes at least 2")
+    chunk = integer("chunk", chunk)
+    one_of("overflow", overflow, OVERFLOW)
     capacity = cache.slots_for(policy, capacity, len(tokens), chunk)
     cache.check_prompt(policy, capacity, prompt := cache.prompt_of(policy, prompt, len(tokens)))
     blocks, targets, counts = cut(tokens, prompt, model.config.vocab, chunk)
     caches = model.make_caches(policy, batch=1, capacity=capacity, pooled=pooled)
     caches = cache.expect(caches, np.array([prompt], np.int32))
-    check_overflow(caches, overflow)
+    check = watch(caches, overflow)
     # A block without tokens changes nothing, but it compiles: the clock starts after it.
     _, _, caches = _score(model, policy, caches, blocks[:1], targets[:1], np.zeros(1, np.int32), chunk=chunk)
     jax.block_until_ready(caches)
@@ -89,7 +94,7 @@ def read(
         read_ = int(count[0])
         scores.append(np.asarray(nll[0, :read_]))
         live.append(np.asarray(live_in_block[:, 0, : -(-read_ // chunk)]))
-        check_overflow(caches, overflow)
+        check(caches)
         seen += [seen[-1] + min(done, read_) for done in range(chunk, read_ + chunk, chunk)]
         progress(seen[-1])
     seconds = time.perf_counter() - started
@@ -103,7 +108,7 @@ def read(
 
 
 def cut(
-    tokens: Sequence[int], prompt: int, vocab: int, chunk: int
+    tokens: Tokens, prompt: int, vocab: int, chunk: int
 ) -> tuple[Int[np.ndarray, "blocks block"], Int[np.ndarray, "blocks block"], Int[np.ndarray, "blocks 1"]]:
     """A text in blocks, what each token is followed by, and how many are real. The prompt ends a chunk.
 

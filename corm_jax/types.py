@@ -8,13 +8,16 @@ one included. Numbers have 32 bits, also where JAX is told to use 64 (``JAX_ENAB
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import wraps
-from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
+from typing import Any, NamedTuple, Protocol, SupportsIndex, TypeAlias, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num, PyTree, Shaped
+
+from corm_jax.errors import CormError
 
 EMPTY = -1
 """The position of a slot that holds no key. Nothing else marks a slot as free."""
@@ -39,7 +42,7 @@ PerHead: TypeAlias = Any
 """
 
 
-Capacity: TypeAlias = int | Sequence[int]
+Capacity: TypeAlias = SupportsIndex | Sequence[SupportsIndex] | np.ndarray
 """Slots a key-value head (in a pool, on average): of all layers, or of each."""
 
 
@@ -273,16 +276,8 @@ class Policy(Protocol):
     chunk of newest tokens: `rank` while there are fewer free slots than new keys, `observe` after attention, then
     `retain`.
 
-    The rest is voluntary:
-
-    - ``most``: how many keys of a head stay at most, after which caches are sized.
-    - ``recent``: a promise that the newest so many stay, to which `simulator.testing` holds the policy.
-    - ``needs``: what it looks at beside positions, of `EVERYTHING`. `simulator.testing` holds it to that. What is not
-      needed costs nothing: it is not computed under `jax.jit`.
-    - ``whole_prompt``: true if it keeps every key until the prompt has been read. It has to be told where that is.
-    - ``for_layer(layer, layers)``: the policy of one layer of so many, where they differ.
-    - ``positions``: ``"cache"`` if keys are to be rotated by their place among those of their head that are live,
-      not by their place in the text.
+    The rest is voluntary: an attribute for any of the `Traits`, and a method ``for_layer(layer, layers)``, which
+    returns the policy of one layer, counted from 0, where they differ.
     """
 
     @property
@@ -307,6 +302,69 @@ class Policy(Protocol):
         ...
 
 
+class Traits(NamedTuple):
+    """What a policy says of itself, before it has seen anything. `simulator.testing` holds it to that.
+
+    Attributes:
+      protected: how many keys of a head `Policy.rank` never gives up: the least capacity that makes sense.
+      recent: the newest so many keys of a head are never evicted.
+      most: so many keys of a head are live at most after an eviction, which determines the capacity of caches; None if
+        that depends on the text.
+      needs: what it looks at beside positions, of `EVERYTHING`. What is not needed costs nothing: it is not computed
+        under `jax.jit`.
+      positions: ``"cache"`` if keys are to be rotated by their place among those of their head that are live, not by
+        their place in the text, ``"original"``.
+      whole_prompt: whether it keeps every key until the prompt has been read, and has to be told where the prompt ends.
+    """
+
+    protected: PerHead = 0
+    recent: PerHead = 0
+    most: PerHead | None = None
+    needs: tuple[str, ...] = EVERYTHING
+    positions: str = "original"
+    whole_prompt: bool = False
+
+
+def traits(policy: Any) -> Traits:
+    """What a policy says of itself: its attributes of these names, and the defaults for those that it lacks.
+
+    A policy around another has an attribute ``traits`` instead, see `corm_jax.policies.wrapper`.
+
+    Raises:
+      CormError: for a need that is not in `EVERYTHING`, or other positions than ``"original"`` and ``"cache"``.
+    """
+    found = getattr(policy, "traits", None)
+    if not isinstance(found, Traits):
+        found = Traits(**{name: getattr(policy, name, default) for name, default in Traits._field_defaults.items()})
+    name = type(policy).__name__
+    if isinstance(found.needs, str) or not set(found.needs) <= set(EVERYTHING):
+        raise CormError(f"{name} needs {found.needs!r}: needs must be a tuple of some of {EVERYTHING}")
+    if found.positions not in ("original", "cache"):
+        raise CormError(f"{name} has positions={found.positions!r}: it must be 'original' or 'cache'")
+    return found
+
+
+def check_policy(policy: Any) -> None:
+    """Raises unless this is a policy, and one policy."""
+    if isinstance(policy, type) or not isinstance(policy, Policy):
+        what = f"{len(policy)} of them" if isinstance(policy, list | tuple) else " ".join(repr(policy).split())[:80]
+        raise CormError(f"a policy must be an object such as Corm(window=64), or corm_jax.parse(SPEC), not {what}")
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Made:
+    """What is known of a cache without its arrays. It is static, so that a mistake shows while a program is traced.
+
+    Attributes:
+      policy: the name of the policy whose state the cache holds.
+      prompt: whether anybody said where the prompt ends.
+    """
+
+    policy: str
+    prompt: bool = False
+
+
 class LayerCache(NamedTuple):
     """One layer's keys and values in a fixed number of slots, with the policy's state beside them.
 
@@ -322,6 +380,7 @@ class LayerCache(NamedTuple):
       prompt: int32 scalar, how many there are when the prompt has been read; `ENDLESS` if nobody said.
       overflow: int32 ``[kv_heads]``, keys that went because no slot was free.
       head: int32 ``[pool]``, in a pool: whose key each slot holds. None in a rectangle. See `corm_jax.cache.paged` too.
+      made: what is known of it without its arrays. None if that is nothing.
     """
 
     k: Float[Array, "*slots head_dim"]
@@ -332,6 +391,7 @@ class LayerCache(NamedTuple):
     prompt: Int[Array, ""]
     overflow: Int[Array, " kv_heads"]
     head: Int[Array, " pages"] | None = None
+    made: Made | None = None
 
 
 Caches: TypeAlias = tuple[LayerCache, ...]
@@ -375,18 +435,6 @@ def _ordered(rank: Array) -> Array:
 def iota(size: int) -> Int[Array, " {size}"]:
     """0, 1, ... in 32 bits."""
     return jnp.arange(size, dtype=jnp.int32)
-
-
-def add(one: PerHead, other: PerHead) -> PerHead:
-    """The sum of two numbers from 0 up, or what the clock ends at (`ENDLESS`) if that is less.
-
-    >>> add(4, 32), add(ENDLESS, 32) == ENDLESS
-    (36, True)
-    """
-    if isinstance(one, int) and isinstance(other, int):
-        return min(one + other, ENDLESS)
-    module = jnp if isinstance(one, jax.Array) or isinstance(other, jax.Array) else np
-    return module.minimum(one, ENDLESS - other) + other
 
 
 def narrow(tree: PyTree[Any]) -> PyTree[Any]:

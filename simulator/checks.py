@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from corm_jax import cache as cache_lib
 from corm_jax.policies import policy
 from corm_jax.policies.wrapper import Wrapper
-from corm_jax.types import EMPTY, ENDLESS, CacheSpec, LayerCache, Slots
+from corm_jax.types import EMPTY, ENDLESS, CacheSpec, LayerCache, Slots, traits
 from simulator import invariants
 from simulator.construction import check_construction
 from simulator.invariants import InvariantError
@@ -161,14 +161,16 @@ def keys_in_their_slots(subject: Subject, data: st.DataObject) -> None:
 def histories(subject: Subject, data: st.DataObject) -> None:
     """No key before its time, none returns, never more than there are slots.
 
-    A policy that has an attribute ``recent`` promises that the newest so many keys stay, which is checked as well.
+    What the policy says of itself (`corm_jax.types.Traits`) is checked as well: the newest ``recent`` keys stay, and at
+    ``most`` so many.
     """
-    case = subject.draw(data)
+    case, says = subject.draw(data), traits(subject.policy)
     for capacity in (None, subject.few):
         kept = subject.read(case, capacity).kept
         invariants.no_key_before_its_time(kept, case.clock)
         invariants.none_returns(kept, case.clock)
-        invariants.newest_live(kept, getattr(subject.policy, "recent", 0), case.clock)
+        invariants.newest_live(kept, says.recent, case.clock)
+        invariants.at_most(kept, says.most, case.clock)
         if subject.implementation.pooled:
             invariants.within_pool(kept, KV_HEADS * (capacity or TOKENS + CHUNK), case.clock)
         else:

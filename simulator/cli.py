@@ -73,6 +73,8 @@ class Job(NamedTuple):
         """The policies that are named, all of which can work."""
         policies = {spec: parse(spec) for spec in specs}
         steps, options = self.trace.meta.steps, self.options
+        if options["capacity"] is None:
+            console.note_budgets(specs, "simulator")
         for spec, policy in policies.items():
             with naming({"--policy": spec, "--capacity": options["capacity"]}):
                 slots_for(policy, options["capacity"], steps, options["chunk"])

@@ -75,6 +75,19 @@ def within_capacity(kept: np.ndarray, capacity: int, clock: np.ndarray | None = 
         )  # fmt: skip
 
 
+def at_most(kept: np.ndarray, most, clock: np.ndarray | None = None) -> None:
+    """No head holds more than ``most`` keys: a number, ``[kv_heads]``, ``[layers, kv_heads]``, or None for no bound."""
+    if most is None:
+        return
+    _, clock = _axes(kept, clock)
+    live = kept.sum(-1)
+    over = live > np.asarray(most)[..., None]
+    if over.any():
+        layer, head, step = _first(over)
+        what = f"{live[layer, head, step]} keys are live, but the policy says at most {most}"
+        raise InvariantError("at_most", what, layer=layer, head=head, clock=int(clock[step, 0]))
+
+
 def within_pool(kept: np.ndarray, slots: int, clock: np.ndarray | None = None) -> None:
     """The heads of a layer never hold more than ``slots`` keys together."""
     _, clock = _axes(kept, clock)

@@ -25,7 +25,7 @@ import numpy as np
 from corm_jax.attention import counts_in_cache
 from corm_jax.cache import per_layer, prompt_of, slots_for
 from corm_jax.errors import CormError
-from corm_jax.policies.options import whole
+from corm_jax.policies.options import is_share, whole
 from corm_jax.types import Policy
 from simulator.recurrence import FOREVER, read
 from simulator.trace import QKV, Rows, Trace
@@ -204,6 +204,8 @@ def sweep(
         raise CormError(
             f"the grid over {', '.join(grid)} varies a choice that is static in the policy: sweep each value by itself"
         )
+    if any(len({is_share(one) for one in leaves}) > 1 for leaves in zip(*map(jax.tree.leaves, points), strict=True)):
+        raise CormError(f"the grid over {', '.join(grid)} mixes whole numbers and shares: sweep each kind by itself")
     chunk, prompt = _checked(trace, points, fidelity, capacity, chunk, prompt)
     policies = [
         jax.tree.map(lambda *leaves: jnp.stack(jnp.broadcast_arrays(*leaves)), *layer)

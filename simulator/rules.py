@@ -20,10 +20,12 @@ class Rule:
     Attributes:
       prompt: the clock at which the prompt ends; infinity if nobody said.
       margin: see `Reading`; also the smallest relative difference between two keys, one of which had to go.
+      waits: whether all keys stay until the prompt has been read.
     """
 
     prompt = math.inf
     margin = math.inf
+    waits = False
 
     def begins(self, prompt: float) -> None:
         """A prompt is about to be read, which ends at this clock. Several may follow each other."""
@@ -139,8 +141,7 @@ class Scissorhands(Rule):
     """Scissorhands (arXiv 2305.17118), algorithm 2: above B keys, drop m of those most often unimportant of late."""
 
     def __init__(self, *, budget, window, recent, drop):
-        self.budget, self.window, self.recent = budget, window, recent
-        self.share = math.floor(drop * budget + 1e-3)
+        self.budget, self.window, self.recent, self.drop = budget, window, recent, drop
         self.unimportant: list[set[int]] = []  # one set a query
 
     def attended(self, t, head, rows):
@@ -150,10 +151,12 @@ class Scissorhands(Rule):
         self.unimportant.append(set(row) - important)
 
     def keeps(self, live, t):
-        if len(live) <= self.budget:
+        budget = max(allowance(self.budget, t), self.recent, 1)
+        if len(live) <= budget:
             return live
         candidates = sum(not self.exempt(i, t) for i in live)
-        return self.without(live, t, min(max(self.share, len(live) - self.budget), candidates))
+        share = math.floor(self.drop * budget + 1e-3)
+        return self.without(live, t, min(max(share, len(live) - budget), candidates))
 
     def order(self, i, t):
         return -sum(i in query for query in self.unimportant[-self.window :])
@@ -222,6 +225,8 @@ class SnapKV(Rule):
     forgotten. A prompt shorter than the window has fewer judges, and the window reaches back beyond its beginning.
     """
 
+    waits = True
+
     def __init__(self, *, budget, window, kernel, pool):
         self.budget, self.window, self.kernel, self.pool = budget, window, kernel, pool
 
@@ -232,12 +237,12 @@ class SnapKV(Rule):
 
     def attended(self, t, head, rows):
         self.head, self.scores = head, self.scores or [{} for _ in rows]
-        for scores, group in zip(self.scores, rows, strict=True):
+        for h, (scores, group) in enumerate(zip(self.scores, rows, strict=True)):
             for i in group[0]:
-                if self.prompt - self.window < t <= self.prompt:
+                if self.prompt - self.window_of(h) < t <= self.prompt:
                     scores[i] = scores.get(i, 0.0) + sum(row[i] for row in group) / len(group)
         if t == self.prompt:
-            self.scores = [self._pooled(scores, group[0]) for scores, group in zip(self.scores, rows, strict=True)]
+            self.scores = [self._pooled(h, group[0]) for h, group in enumerate(rows)]
 
     def keeps(self, live, t):
         if t < self.prompt:
@@ -249,7 +254,11 @@ class SnapKV(Rule):
 
     def allowed(self):
         """How many keys stay of those before the window."""
-        return self.budget - self.window
+        return self.beside()
+
+    def beside(self):
+        """What the budget leaves beside the window: B - w."""
+        return max(allowance(self.budget, self.prompt) - self.window, 0)
 
     def order(self, i, t):
         return -1.0 if self.out and i in self.out else self.scores[self.head].get(i, 0.0) if self.scores else 0.0
@@ -257,9 +266,13 @@ class SnapKV(Rule):
     def exempt(self, i, t):
         return i >= self.prompt - self.window
 
-    def _pooled(self, scores, live):
-        early = [i for i in live if i < self.prompt - self.window]
-        pooled = {}
+    def window_of(self, head):
+        """The window by which the keys of a head are judged."""
+        return self.window
+
+    def _pooled(self, head, live):
+        early = [i for i in live if i < self.prompt - self.window_of(head)]
+        scores, pooled = self.scores[head], {}
         for i in early:
             around = [scores[j] for j in early if abs(i - j) <= self.kernel // 2]
             pooled[i] = max(around) if self.pool == "max" else math.fsum(around) / self.kernel
@@ -269,28 +282,39 @@ class SnapKV(Rule):
 class PyramidKV(SnapKV):
     """PyramidKV (arXiv 2406.02069), section 4.2: SnapKV, with an arithmetic sequence of budgets over the layers."""
 
-    def __init__(self, *, budget, layer, layers, **options):
-        super().__init__(budget=budget, **options)
-        b = budget - self.window
+    def __init__(self, *, layer, layers, **options):
+        super().__init__(**options)
+        self.layer, self.layers = layer, layers
+
+    def beside(self):
+        b, layer, layers = super().beside(), self.layer, self.layers
         low = b // 20
         high = 2 * b - low
         each = [Fraction(high) - Fraction((high - low) * i, max(layers - 1, 1)) for i in range(layers)]
         if layers == 1:
             each = [Fraction(b)]
-        self.budget = math.floor(sum(each[: layer + 1])) - math.floor(sum(each[:layer])) + self.window
+        return math.floor(sum(each[: layer + 1])) - math.floor(sum(each[:layer]))
 
 
 class AdaKV(SnapKV):
-    """Ada-KV (arXiv 2407.11550), algorithm 1: the heads of a layer compete for one budget, above a common floor."""
+    """Ada-KV (arXiv 2407.11550), algorithm 1: the heads of a layer compete for one budget, above a common floor.
 
-    def __init__(self, *, floor, **options):
+    The budget of the layer is the sum of what its heads bring along. ``shares`` are the budget and the window of each
+    head of the layer, where they differ; each head judges by its own window.
+    """
+
+    def __init__(self, *, floor, shares=None, **options):
         super().__init__(**options)
-        self.floor = floor
+        self.floor, self.shares = floor, shares
+
+    def window_of(self, head):
+        return self.shares[head][1] if self.shares else self.window
 
     def allowed(self):
-        even = self.budget - self.window
+        even = self.beside()
         every = sorted((score, i, head) for head, scores in enumerate(self.scores) for i, score in scores.items())
-        cut = max(len(every) - len(self.scores) * even, 0)
+        shares = self.shares or [(self.budget, self.window)] * len(self.scores)
+        cut = max(len(every) - sum(max(allowance(b, self.prompt) - w, 0) for b, w in shares), 0)
         for (low, *_), (high, *_) in zip(every[:cut][-1:], every[cut:], strict=False):
             if low != high:
                 self.margin = min(self.margin, (high - low) / high)
@@ -301,6 +325,8 @@ class AdaKV(SnapKV):
 
 class Oneshot(Rule):
     """Another rule, which is not asked before the prompt has been read."""
+
+    waits = True
 
     def __init__(self, rule: Rule):
         self.rule = rule
@@ -320,7 +346,7 @@ class Protect(Rule):
     """Another rule, which neither drops nor gives up the first ``sinks`` and the newest ``recent`` keys."""
 
     def __init__(self, rule: Rule, *, sinks, recent):
-        self.rule, self.sinks, self.recent = rule, sinks, recent
+        self.rule, self.sinks, self.recent, self.waits = rule, sinks, recent, rule.waits
         self.begins, self.arrives, self.attended, self.order = rule.begins, rule.arrives, rule.attended, rule.order
 
     def keeps(self, live, t):
@@ -336,18 +362,32 @@ class Protect(Rule):
 
 
 class Budget(Rule):
-    """Another rule, and after it who is to go first, until at most so many keys are left."""
+    """Another rule, and after it who is to go first, until at most so many keys are left.
+
+    If the other rule keeps all keys until the prompt has been read, the budget holds from then on.
+    """
 
     def __init__(self, rule: Rule, *, tokens, per_mille, least):
         self.rule, self.tokens, self.per_mille, self.least = rule, tokens, per_mille, max(least, 1)
-        self.begins, self.arrives, self.attended = rule.begins, rule.arrives, rule.attended
+        self.arrives, self.attended, self.waits = rule.arrives, rule.attended, rule.waits
         self.order, self.exempt = rule.order, rule.exempt
+
+    def begins(self, prompt):
+        super().begins(prompt)
+        self.rule.begins(prompt)
 
     def keeps(self, live, t):
         live = self.rule.keeps(live, t)
         self.margin = min(self.margin, self.rule.margin)
+        if self.waits and t < self.prompt:
+            return live
         limit = max(self.tokens + t * self.per_mille // 1000, self.least)
         return self.without(live, t, max(len(live) - limit, 0))
+
+
+def allowance(size: int | float, tokens: float) -> int:
+    """How many keys a budget is: a whole number of them, or a share of so many tokens, to the thousandth."""
+    return math.floor(Fraction(round(1000 * size), 1000) * int(tokens)) if isinstance(size, float) else size
 
 
 def rotated(x: np.ndarray, position: int, frequencies: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from corm_jax import policies
@@ -97,7 +98,11 @@ def rule_of(policy: Policy, head: int, layer: int = 0, layers: int = 1) -> rules
         return (rules.Protect if isinstance(policy, policies.Protect) else rules.Oneshot)(inner, **fields)
     if type(policy) not in RULES:
         raise CormError(f"{type(policy).__name__} has no specification in simulator.rules")
-    where = {"layer": layer, "layers": layers} if hasattr(policy, "for_layer") else {}
+    where: dict[str, Any] = {"layer": layer, "layers": layers} if hasattr(policy, "for_layer") else {}
+    if issubclass(RULES[type(policy)], rules.AdaKV):
+        heads = max(np.size(x) if np.ndim(x) < 2 else np.shape(x)[1] for x in (policy.budget, policy.window))
+        every = (fields_of(policy, h, layer) for h in range(heads))
+        where |= {"shares": [(one["budget"], one["window"]) for one in every]} if heads > 1 else {}
     return RULES[type(policy)](**fields, **where)
 
 
@@ -108,7 +113,8 @@ def fields_of(policy: Any, head: int, layer: int = 0) -> dict[str, Any]:
 
 
 def _own(value: Any, head: int, layer: int) -> Any:
-    """A head's own of ``[kv_heads]`` or ``[layers, kv_heads]``; what is not an array is everybody's."""
-    if not isinstance(value, np.ndarray):
+    """A head's own of ``[kv_heads]`` or ``[layers, kv_heads]``, of NumPy or JAX; other values are everybody's."""
+    if not isinstance(value, np.ndarray | np.generic | jax.Array):
         return value
-    return value[layer, head] if value.ndim == 2 else value[head]
+    own = np.asarray(value)
+    return (own[layer, head] if own.ndim == 2 else own[head] if own.ndim else own).item()

@@ -11,7 +11,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from corm_jax.attention import step
-from corm_jax.cache import make_cache, slots
+from corm_jax.cache import begin_prompt, make_cache, slots
 from corm_jax.policies import oneshot
 from corm_jax.types import EMPTY, ENDLESS, CacheSpec, LayerCache
 from simulator.specification import Reference
@@ -72,8 +72,7 @@ class Subject(NamedTuple):
     def cache(self, capacity: int | None = None, prompt: int | np.ndarray = ENDLESS, **batch: int) -> LayerCache:
         """An empty cache; without a capacity, one in which nothing overflows."""
         shape = CacheSpec(KV_HEADS, capacity or TOKENS + CHUNK, TOKENS, pooled=self.implementation.pooled)
-        cache = self.implementation.make_cache(self.policy, shape, **batch)
-        return cache._replace(prompt=jnp.asarray(prompt, jnp.int32))
+        return begin_prompt(self.implementation.make_cache(self.policy, shape, **batch), prompt)
 
     def read(self, case: Case, capacity: int | None = None) -> History:
         """Reads a case from its beginning to its end."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from corm_jax.attention import step
-from corm_jax.cache import make_cache, per_layer
+from corm_jax.cache import begin_prompt, make_cache, per_layer
 from corm_jax.errors import CormError
 from corm_jax.policies import Corm
 from corm_jax.types import ENDLESS, CacheSpec, Policy
@@ -142,7 +142,7 @@ def drive(policy, q, k, v, count, prompt=ENDLESS, *, capacity, chunk):
       Outputs, as ``q``; positions ``[chunks, kv_heads, capacity]`` after each chunk; the final cache.
     """
     cache = make_cache(policy, CacheSpec(k.shape[1], capacity, k.shape[2]))
-    cache = cache._replace(prompt=jnp.int32(prompt))
+    cache = begin_prompt(cache, prompt)
 
     def body(cache, xs):
         q, k, v, start = xs

@@ -198,7 +198,7 @@ def test_bfloat16_models_have_bfloat16_caches():
         ({"prompts": [[1], [-1]]}, "token id -1 is outside the vocabulary"),
         ({"prompts": [[1], []]}, "a prompt is empty"),
         ({"prompts": []}, "a prompt is empty"),
-        ({"chunk": 0}, "chunk must be at least 1, not 0"),
+        ({"chunk": 0}, "chunk must be a whole number from 1 to 2147483647, not 0"),
         (
             {"capacity": 4},
             r"capacity 4 cannot hold the keys that the policy never gives up, such as its recent ones \(5 keys\)",
@@ -208,10 +208,10 @@ def test_bfloat16_models_have_bfloat16_caches():
             {"policy": oneshot(Corm(window=9, recent=5)), "capacity": 8},
             r"capacity 8 cannot hold the whole prompt, which the policy keeps until it has been read \(9 keys\)",
         ),
-        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, not 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be a whole number from 1 to 2147483647, not 0"),
         ({"temperature": -1.0}, "temperature must be >= 0"),
-        ({"top_p": 0.0}, r"top_p in \(0, 1\]"),
-        ({"overflow": "ignore"}, "overflow must be 'evict' or 'error', not 'ignore'"),
+        ({"top_p": 0.0}, r"top_p must be in \(0, 1\], not 0.0"),
+        ({"overflow": "ignore"}, "overflow must be evict or error, not 'ignore'"),
     ],
 )
 def test_bad_input(options, message):
@@ -226,7 +226,7 @@ def test_a_block_is_whole_chunks():
         MODEL(Full(), caches, jnp.array([[1, 2, 3]]), jnp.array([3]), chunk=2)
     with pytest.raises(CormError, match="5 new keys do not fit into 4 slots"):
         MODEL(Full(), MODEL.make_caches(Full(), batch=1, capacity=4), jnp.zeros((1, 5), int), jnp.array([5]), chunk=5)
-    with pytest.raises(CormError, match="capacity and batch must be at least 1, not 0 and 1"):
+    with pytest.raises(CormError, match="capacity must be a whole number from 1 to 2147483647, not 0"):
         MODEL.make_caches(Full(), batch=1, capacity=0)
 
 

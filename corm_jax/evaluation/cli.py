@@ -80,6 +80,8 @@ class Job:
         if self.chunk > max(longest, SMALL_CHUNK):  # it would only be padding, and take memory
             raise CormError(f"--chunk {self.chunk:,} is more than the longest prompt, {longest:,} tokens: lower it")
         inputs.note_context(model, longest)
+        if self.budget is None:
+            console.note_budgets(self.specs)
         run = Run(
             format=FORMAT,
             kind=self.kind,

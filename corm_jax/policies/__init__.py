@@ -12,7 +12,7 @@ from corm_jax.policies.full import Full
 from corm_jax.policies.h2o import H2O
 from corm_jax.policies.l2norm import L2Norm
 from corm_jax.policies.oneshot import Oneshot, oneshot
-from corm_jax.policies.options import policy
+from corm_jax.policies.options import choice, number, policy, size, static
 from corm_jax.policies.protect import Protect, protect
 from corm_jax.policies.pyramidkv import PyramidKV
 from corm_jax.policies.random import Random
@@ -40,6 +40,9 @@ POLICIES: dict[str, type[Any]] = {
 
 SELF_SIZED = ("corm", "adaptive_corm")
 """Those that decide by themselves how many keys stay."""
+
+RANKING = ("streaming_llm", "h2o", "tova", "l2norm", "random")
+"""Those that only rank keys: without a budget they evict nothing before the slots run out."""
 
 COMBINATORS = {
     "budget": "keys of a head that stay at most, as in 512, or a share of those seen, as in 0.25",
@@ -122,6 +125,16 @@ def lacks_window(spec: str) -> bool:
     return name == "corm" and not {"window", "recent", "profile", *COMBINATORS} & _names(rest)
 
 
+def keeps_everything(spec: str) -> bool:
+    """Whether a SPEC only ranks keys and has no budget, so that nothing is evicted before the slots run out.
+
+    >>> keeps_everything("tova:sinks=4"), keeps_everything("tova:budget=64"), keeps_everything("corm")
+    (True, False, False)
+    """
+    name, _, rest = spec.strip().partition(":")
+    return name in RANKING and "budget" not in _names(rest)
+
+
 def profile_of(spec: str) -> Profile | None:
     """The profile that a SPEC names, if it names one."""
     name, _, rest = spec.strip().partition(":")
@@ -161,6 +174,8 @@ def _value(field: dataclasses.Field, text: str) -> Any:
         if text in choices:
             return text
         raise CormError(f"{field.name} must be {' or '.join(choices)}, not {text!r}")
+    if field.metadata.get("size"):
+        return _size(text)
     if isinstance(field.default, bool):
         return _truth(field.name, text)
     return _whole(field.name, text) if isinstance(field.default, int) else _number(field.name, text)
@@ -194,6 +209,7 @@ __all__ = [
     "COMBINATORS",
     "H2O",
     "POLICIES",
+    "RANKING",
     "SELF_SIZED",
     "TOVA",
     "AdaKV",
@@ -210,12 +226,17 @@ __all__ = [
     "SnapKV",
     "StreamingLLM",
     "budget",
+    "choice",
+    "keeps_everything",
     "keys_of",
     "lacks_window",
+    "number",
     "on_budget",
     "oneshot",
     "parse",
     "policy",
     "profile_of",
     "protect",
+    "size",
+    "static",
 ]

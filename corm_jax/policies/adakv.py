@@ -13,8 +13,7 @@ half a key a head.
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from corm_jax.errors import CormError
-from corm_jax.policies.options import concrete, number, policy
+from corm_jax.policies.options import number, policy
 from corm_jax.policies.snapkv import SnapKV
 from corm_jax.types import PerHead, Slots
 
@@ -26,15 +25,11 @@ class AdaKV(SnapKV):
     Options as for SnapKV; ``budget`` is the mean over the heads of a layer.
 
     Args:
-      floor: the share of the budget that all heads have in common, in thousandths at the finest.
+      floor: the share of the budget that all heads have in common, in thousandths at the finest. A number, or one for
+        each head.
     """
 
-    floor: PerHead = number(0.2, "share of the budget that is dealt out evenly")
-
-    def __post_init__(self):
-        super().__post_init__()
-        if concrete(self.floor) and not 0 <= self.floor <= 1:
-            raise CormError(f"floor must be in [0, 1], not {self.floor}")
+    floor: PerHead = number(0.2, "share of the budget that is dealt out evenly", least=0, most=1)
 
     def allowed(self, pooled: Float[Array, "*slots"], early: Slots) -> Int[Array, "..."]:
         live = early.total(early.live)

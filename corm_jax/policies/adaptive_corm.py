@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from corm_jax.policies.corm import NEVER, Corm
-from corm_jax.policies.options import number, policy, whole
+from corm_jax.policies.options import number, policy
 from corm_jax.types import CacheSpec, Observation, PerHead, Slots
 
 
@@ -51,17 +51,13 @@ class AdaptiveCorm:
     [256, 128, 16, 5, 768]
     """
 
-    window: PerHead = number(256, "w: queries whose verdict counts")
-    recent: PerHead = number(128, "r: newest keys that never go")
-    multiple: PerHead = number(16, "m: how many times 1/t of the attention makes a key important")
-    patience: PerHead = number(5, "p: queries that a head may take for each return to a dormant key")
-    trial: PerHead = number(768, "tokens before a head has to come back to any")
+    window: PerHead = number(256, "w: queries whose verdict counts", least=1)
+    recent: PerHead = number(128, "r: newest keys that never go", least=1)
+    multiple: PerHead = number(16, "m: how many times 1/t of the attention makes a key important", least=1)
+    patience: PerHead = number(5, "p: queries that a head may take for each return to a dormant key", least=1)
+    trial: PerHead = number(768, "tokens before a head has to come back to any", least=0)
 
     needs = ("attention",)
-
-    def __post_init__(self):
-        whole(1, window=self.window, recent=self.recent, multiple=self.multiple, patience=self.patience)
-        whole(0, trial=self.trial)
 
     @property
     def protected(self) -> PerHead:

@@ -1,18 +1,32 @@
 """A budget: any policy, made to keep at most so many keys of a head.
 
-After the policy itself has decided what stays, the keys that it ranks lowest go until the budget holds. That makes a
-fixed-size policy of one that only ranks (H2O, TOVA, StreamingLLM), and puts a bound on one that decides (CORM). A query
-attends to the budget and to the tokens of its own chunk; a cache needs room for both.
+After the policy itself has decided which keys stay, those that it ranks lowest are evicted until the budget holds. That
+makes a fixed-size policy of one that only ranks (H2O, TOVA, StreamingLLM), and puts a bound on one that decides (CORM).
+A query attends to the budget and to the tokens of its own chunk; a cache needs room for both. Under a policy that keeps
+the whole prompt until it has been read, the budget holds from then on.
 """
+
+import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from corm_jax.errors import CormError
-from corm_jax.policies.options import concrete, policy
-from corm_jax.policies.wrapper import Wrapper
-from corm_jax.types import ENDLESS, PerHead, Policy, Slots, State
+from corm_jax.policies.options import (
+    INT32,
+    combined,
+    concrete,
+    first_below,
+    is_share,
+    number,
+    policy,
+    settled_size,
+    thousandths,
+)
+from corm_jax.policies.wrapper import Wrapper, innermost
+from corm_jax.types import ENDLESS, PerHead, Policy, Slots, State, Traits, check_policy
 
 
 @policy
@@ -22,53 +36,90 @@ class Budget(Wrapper):
     Attributes:
       policy: the policy.
       tokens: keys of a head that may stay. A number, or one for each head.
-      per_mille: thousandths of the tokens seen that may stay, added to ``tokens``. Rounded down, but never below
-        what the policy protects, and never below one.
+      per_mille: thousandths of the tokens seen that may stay, added to ``tokens``. Likewise. Rounded down, but never
+        below what the policy protects, and never below one.
     """
 
-    tokens: PerHead = 0
-    per_mille: PerHead = 0
+    tokens: PerHead = number(0, "keys of a head that may stay", least=0)
+    per_mille: PerHead = number(0, "thousandths of the tokens seen that may stay", least=0, most=1000)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if has_own_budget(self.policy):
+            name = type(innermost(self.policy)).__name__
+            raise CormError(
+                f"{name} has a budget of its own: set that, or call corm_jax.budget(policy, size), which does"
+            )
+        if not concrete(self.tokens) or not concrete(self.per_mille):
+            return
+        tokens, per_mille = np.broadcast_arrays(self.tokens, self.per_mille)
+        if np.any(tokens + per_mille == 0):
+            raise CormError("a budget must be a whole number of keys from 1 up, or a share such as 0.25, not 0")
+        if low := first_below(np.where(per_mille > 0, INT32.max, tokens), self.policy.protected):
+            raise CormError(f"a budget of {low[0]} keys is below the {low[1]} that the policy never gives up: raise it")
 
     @property
-    def most(self) -> PerHead | None:
-        """How many keys of a head stay at most; None if that depends on the text."""
-        return None if not concrete(self.per_mille) or np.any(self.per_mille) else self.tokens
+    def traits(self) -> Traits:
+        inner = super().traits
+        known = concrete(self.tokens) and concrete(self.per_mille) and concrete(inner.protected)
+        if inner.whole_prompt or not known or np.any(self.per_mille):
+            return inner._replace(most=None if inner.whole_prompt else inner.most)
+        most = combined("maximum", self.tokens, inner.protected)
+        return inner._replace(most=most if inner.most is None else combined("minimum", most, inner.most))
 
     def retain(self, state: State, slots: Slots) -> Bool[Array, "*slots"]:
         keep = slots.live & self.policy.retain(state, slots)
         rest = slots.only(keep)
         over = rest.total(rest.live) - self.limit(slots.seen)
+        if self.traits.whole_prompt:
+            over = jnp.where(slots.seen < slots.prompt, 0, over)
         return keep & ~rest.lowest(self.policy.rank(state, rest), over)
 
     def limit(self, seen: Int[Array, ""]) -> Int[Array, "..."]:
         """How many keys of a head may stay after ``seen`` tokens."""
-        per_mille, tokens = jnp.asarray(self.per_mille, jnp.int32), jnp.asarray(self.tokens, jnp.int32)
-        share = seen // 1000 * per_mille + seen % 1000 * per_mille // 1000  # seen * per_mille would exceed int32
+        tokens, share = jnp.asarray(self.tokens, jnp.int32), thousandths(self.per_mille, seen)
         least = jnp.maximum(jnp.asarray(self.policy.protected, jnp.int32), 1)
-        return jnp.maximum(jnp.minimum(tokens, ENDLESS - share) + share, least)
+        return jnp.maximum(jnp.minimum(tokens, ENDLESS - share) + share, least)  # the sum would exceed int32
 
 
-def budget(policy: Policy, size: int | float) -> Budget:
+def budget(policy: Policy, size: PerHead) -> Policy:
     """A policy on a budget.
 
+    A policy that has a ``budget`` of its own (SnapKV, PyramidKV, Ada-KV, Scissorhands) gets this one in its place, also
+    inside `protect` and `oneshot`; any other is wrapped in `Budget`. That is what ``budget=`` means in a SPEC.
+
     Args:
-      policy: who ranks.
+      policy: the policy that ranks the keys.
       size: keys of a head, a whole number from 1 up; or a share of the tokens seen, a fraction in (0, 1], to the
-        thousandth.
+        thousandth. A number, or one for each head.
 
     Raises:
       CormError: for another size, or fewer keys than the policy never gives up.
 
-    >>> from corm_jax.policies import H2O
+    >>> from corm_jax.policies import H2O, SnapKV
     >>> budget(H2O(recent=128), 256).tokens, budget(H2O(recent=128), 0.25).per_mille
     (256, 250)
+    >>> budget(SnapKV(window=4), 0.25)
+    SnapKV(budget=0.25, window=4, kernel=7, pool='max')
     """
-    if isinstance(size, float):
-        if not 0.0005 <= size <= 1:
-            raise CormError(f"a budget that is a share must be in (0, 1], by the thousandth, not {size}")
-        return Budget(policy=policy, per_mille=round(1000 * size))
-    if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= np.iinfo(np.int32).max:
-        raise CormError(f"a budget must be a whole number of keys from 1 up, or a share such as 0.25, not {size!r}")
-    if concrete(policy.protected) and size < (least := int(np.max(policy.protected))):
-        raise CormError(f"a budget of {size} keys is below the {least} that the policy never gives up: raise it")
-    return Budget(policy=policy, tokens=size)
+    check_policy(policy)
+    size = settled_size("budget", size)
+    if _field(policy):
+        return dataclasses.replace(policy, budget=size)  # pyright: ignore
+    if has_own_budget(policy):
+        return dataclasses.replace(policy, policy=budget(policy.policy, size))  # pyright: ignore
+    if not is_share(size):
+        return Budget(policy=policy, tokens=size, per_mille=0)
+    per_mille = (
+        jnp.round(1000 * size).astype(jnp.int32) if not concrete(size) else np.rint(1000 * np.asarray(size)).astype(int)
+    )
+    return Budget(policy=policy, tokens=0, per_mille=per_mille)
+
+
+def has_own_budget(policy: Any) -> bool:
+    """Whether the policy, inside its wrappers, has a field ``budget``."""
+    return _field(innermost(policy))
+
+
+def _field(policy: Any) -> bool:
+    return "budget" in getattr(policy, "__dataclass_fields__", ())

@@ -16,7 +16,7 @@ With a ``multiple`` m above the paper's 1 fewer keys are important, which makes 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from corm_jax.policies.options import choice, number, policy, whole
+from corm_jax.policies.options import choice, number, policy
 from corm_jax.types import CacheSpec, Observation, PerHead, Slots
 
 NEVER = jnp.iinfo(jnp.int32).min
@@ -34,7 +34,8 @@ class Corm:
       threshold: ``"position"`` compares alpha with m/t, t tokens seen; ``"live"`` with m/n, n keys attended.
       group: under grouped-query attention a key is important to its group if it is to ``"any"`` query head, or
         in the ``"mean"`` of their probabilities.
-      eager: judge on the queries there are when fewer than w were seen, instead of evicting nothing.
+      eager: judge on the queries there are when fewer than w were seen, instead of evicting nothing. A truth value, or
+        one for each head.
 
     >>> import jax
     >>> corm = Corm(window=64, recent=32)
@@ -42,17 +43,14 @@ class Corm:
     ([64, 32, 1, False], 'any')
     """
 
-    window: PerHead = number(256, "w: queries whose verdict counts")
-    recent: PerHead = number(256, "r: newest keys that never go")
-    multiple: PerHead = number(1, "m: how many times 1/n of the attention makes a key important")
+    window: PerHead = number(256, "w: queries whose verdict counts", least=1)
+    recent: PerHead = number(256, "r: newest keys that never go", least=1)
+    multiple: PerHead = number(1, "m: how many times 1/n of the attention makes a key important", least=1)
     threshold: str = choice("position", "live", help="a key is important at alpha >= m / (tokens seen | keys live)")
     group: str = choice("any", "mean", help="important to any query head of the group | in their mean")
     eager: PerHead = number(False, "evict before w queries were seen")
 
     needs = ("attention",)
-
-    def __post_init__(self):
-        whole(1, window=self.window, recent=self.recent, multiple=self.multiple)
 
     @property
     def protected(self) -> PerHead:
@@ -75,7 +73,8 @@ class Corm:
 
     def retain(self, state: Int[Array, "*slots"], slots: Slots) -> Bool[Array, "*slots"]:
         window = slots.spread(self.window)
-        minor = (state <= slots.seen - window) & ((slots.seen >= window) | self.eager)
+        eager = slots.spread(jnp.asarray(self.eager, jnp.int32)) > 0
+        minor = (state <= slots.seen - window) & ((slots.seen >= window) | eager)
         return slots.live & (~minor | slots.newest(self.recent))
 
     def rank(self, state: Int[Array, "*slots"], slots: Slots) -> Int[Array, "*slots"]:

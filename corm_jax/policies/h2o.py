@@ -13,7 +13,7 @@ follows the paper.
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from corm_jax.policies.options import choice, number, policy, whole
+from corm_jax.policies.options import choice, number, policy
 from corm_jax.types import CacheSpec, Observation, PerHead, Slots, largest
 
 
@@ -26,13 +26,10 @@ class H2O:
       score: ``"raw"``, the sum of the attention; ``"mean"``, the sum over the key's age in queries.
     """
 
-    recent: PerHead = number(256, "newest keys that never go; the paper: half of the budget")
+    recent: PerHead = number(256, "newest keys that never go; the paper: half of the budget", least=0)
     score: str = choice("raw", "mean", help="attention summed | divided by the key's age")
 
     needs = ("attention",)
-
-    def __post_init__(self):
-        whole(0, recent=self.recent)
 
     @property
     def protected(self) -> PerHead:

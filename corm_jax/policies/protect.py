@@ -1,26 +1,35 @@
 """Protection: any policy, made to keep the first tokens, the newest, or both."""
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Num
 
-from corm_jax.policies.options import number, policy, whole
+from corm_jax.errors import CormError
+from corm_jax.policies.options import INT32, combined, concrete, number, policy
 from corm_jax.policies.wrapper import Wrapper
-from corm_jax.types import PerHead, Policy, Slots, State, add, largest
+from corm_jax.types import PerHead, Policy, Slots, State, Traits, largest
 
 
 @policy
 class Protect(Wrapper):
     """A policy that neither drops nor gives up the first ``sinks`` and the newest ``recent`` keys: see `protect`."""
 
-    sinks: PerHead = number(0, "first tokens that never go")
-    recent: PerHead = number(0, "newest tokens that never go")
+    sinks: PerHead = number(0, "first tokens that are never evicted", least=0)
+    recent: PerHead = number(0, "newest tokens that are never evicted", least=0)
 
     def __post_init__(self):
-        whole(0, sinks=self.sinks, recent=self.recent)
+        super().__post_init__()
+        if concrete(most := self.protected) and np.max(most) > INT32.max:
+            raise CormError(f"the policy would protect {np.max(most)} keys of a head: at most {INT32.max} can be")
 
     @property
-    def protected(self) -> PerHead:
-        return add(self.policy.protected, add(self.sinks, self.recent))
+    def traits(self) -> Traits:
+        inner = super().traits
+        return inner._replace(
+            protected=combined("add", inner.protected, self.sinks, self.recent),
+            recent=combined("maximum", inner.recent, self.recent),
+            most=None if inner.most is None else combined("add", inner.most, self.sinks, self.recent),
+        )
 
     def retain(self, state: State, slots: Slots) -> Bool[Array, "*slots"]:
         return slots.live & (self.policy.retain(state, slots) | self._safe(slots))
@@ -37,6 +46,7 @@ def protect(policy: Policy, *, sinks: PerHead = 0, recent: PerHead = 0) -> Prote
     """A policy with attention sinks and a recent window that it never evicts.
 
     Args:
+      policy: the policy that decides about the other keys.
       sinks, recent: how many tokens, from 0 up. Numbers, or one for each head. Texts shorter than that stay whole.
 
     Raises:

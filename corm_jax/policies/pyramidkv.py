@@ -9,10 +9,12 @@ The b_l sum to L b. The released code floors each and loses some keys; here the 
 that exactly L b are left. A layer that gets more than the prompt has keeps all of it, and no other gets the rest.
 """
 
-from typing import Any
+import jax.numpy as jnp
+from jaxtyping import Array, Int
 
-from corm_jax.policies.options import policy
+from corm_jax.policies.options import number, policy
 from corm_jax.policies.snapkv import SnapKV
+from corm_jax.types import PerHead
 
 
 @policy
@@ -21,20 +23,35 @@ class PyramidKV(SnapKV):
 
     Options as for SnapKV; ``budget`` is the mean over the layers.
 
-    >>> [PyramidKV(budget=52).for_layer(layer, 4).budget for layer in range(4)]
+    >>> [int(PyramidKV(budget=52).for_layer(layer, 4).beside(100)) + 32 for layer in range(4)]
     [71, 58, 46, 33]
     """
 
     def for_layer(self, layer: int, layers: int) -> SnapKV:
         """The policy of one layer, counted from 0."""
         fields = {"window": self.window, "kernel": self.kernel, "pool": self.pool}
-        return SnapKV(budget=self.window + self._up_to(layer + 1, layers) - self._up_to(layer, layers), **fields)
+        return PyramidLayer(budget=self.budget, layer=layer, layers=layers, **fields)
 
-    def _up_to(self, layer: int, layers: int) -> Any:
-        """What the first so many layers get together."""
-        b = self.budget - self.window
+
+@policy
+class PyramidLayer(SnapKV):
+    """PyramidKV in one layer.
+
+    Args:
+      layer: l, from 0.
+      layers: L.
+    """
+
+    layer: PerHead = number(0, "l: which layer, from 0", least=0)
+    layers: PerHead = number(1, "L: how many there are", least=1)
+
+    def beside(self, prompt: Int[Array, ""] | int) -> Int[Array, "..."]:
+        b = super().beside(prompt)
+        layer, last = jnp.asarray(self.layer, jnp.int32), jnp.asarray(self.layers, jnp.int32) - 1
         low = b // 20
         high = 2 * b - low
-        if layers == 1:
-            return layer * b
-        return (2 * (layers - 1) * layer * high - layer * (layer - 1) * (high - low)) // (2 * (layers - 1))
+        # b_l as a difference of floored sums: sum to l = l high - ceil((high - low) l (l - 1) / 2 / (L - 1)). What
+        # divides evenly is taken out of the products, which then stay far below 2^31.
+        each, rest = jnp.divmod(high - low, jnp.maximum(last, 1))
+        below, up_to = (-(-rest * (at * (at - 1) // 2) // jnp.maximum(last, 1)) for at in (layer, layer + 1))
+        return jnp.where(last > 0, high - each * layer - (up_to - below), b)

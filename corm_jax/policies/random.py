@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, UInt
 
-from corm_jax.policies.options import number, policy, whole
+from corm_jax.policies.options import number, policy
 from corm_jax.types import CacheSpec, Observation, PerHead, Slots
 
 
@@ -21,13 +21,10 @@ class Random:
       recent: newest keys that never go.
     """
 
-    seed: PerHead = number(0, "another seed, another draw")
-    recent: PerHead = number(1, "newest keys that never go")
+    seed: PerHead = number(0, "another seed, another draw", least=0)
+    recent: PerHead = number(1, "newest keys that never go", least=0)
 
     needs = ("keys",)
-
-    def __post_init__(self):
-        whole(0, seed=self.seed, recent=self.recent)
 
     @property
     def protected(self) -> PerHead:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, UInt
 
 from corm_jax.errors import CormError
-from corm_jax.policies.options import concrete, number, policy, static, whole
+from corm_jax.policies.options import first_below, held, is_share, number, policy, size, static
 from corm_jax.types import CacheSpec, Observation, PerHead, Slots
 
 
@@ -26,33 +26,32 @@ class Scissorhands:
     """Above a budget, drop a share of it at once: the keys that most of the last queries found unimportant.
 
     Args:
-      budget: B, the most keys that stay. A number, or one for each head.
+      budget: B, the most keys that stay; or a share of the tokens seen, never below ``recent``. A number, or one for
+        each head.
       window: w, in queries; static, since the state has a bit for each.
-      recent: r, newest keys that never go.
-      drop: m / B, the share of the budget that is dropped at once.
+      recent: r, newest keys that never go. Likewise.
+      drop: m / B, the share of the budget that is dropped at once. Likewise.
     """
 
-    budget: PerHead = number(512, "B: keys that stay at most")
-    window: int = static(400, "w: queries whose verdict counts")
-    recent: PerHead = number(10, "r: newest keys that never go")
-    drop: PerHead = number(0.5, "share of the budget that goes at once")
+    budget: PerHead = size(512, "B: keys that stay at most, or a share of those seen")
+    window: int = static(400, "w: queries whose verdict counts", least=1, most=2**20)
+    recent: PerHead = number(10, "r: newest keys that never go", least=0)
+    drop: PerHead = number(0.5, "share of the budget that goes at once", above=0, most=1)
 
     needs = ("attention",)
 
     def __post_init__(self):
-        whole(1, budget=self.budget, window=self.window)
-        whole(0, recent=self.recent)
-        if concrete(self.drop) and not 0 < self.drop <= 1:
-            raise CormError(f"drop must be above 0 and at most 1, not {self.drop}")
+        if low := first_below(self.budget, self.recent):
+            raise CormError(f"a budget of {low[0]} keys is below the newest {low[1]}, which stay: raise it")
 
     @property
     def protected(self) -> PerHead:
         return self.recent
 
     @property
-    def most(self) -> PerHead:
-        """How many keys of a head stay at most."""
-        return self.budget
+    def most(self) -> PerHead | None:
+        """How many keys of a head stay at most; None if that depends on the text."""
+        return None if is_share(self.budget) else self.budget
 
     def init(self, spec: CacheSpec) -> UInt[Array, "words *slots"]:
         return jnp.zeros((math.ceil(self.window / 32), *spec.slots), jnp.uint32)
@@ -74,7 +73,8 @@ class Scissorhands:
         return jax.lax.scan(record, state, (unimportant, observation.seen))[0]
 
     def retain(self, state: UInt[Array, "words *slots"], slots: Slots) -> Bool[Array, "*slots"]:
-        live, budget = slots.total(slots.live), jnp.asarray(self.budget, jnp.int32)
+        least = jnp.maximum(jnp.asarray(self.recent, jnp.int32), 1)
+        live, budget = slots.total(slots.live), jnp.maximum(held(self.budget, slots.seen), least)
         share = (jnp.asarray(self.drop, jnp.float32) * budget.astype(jnp.float32)).astype(jnp.int32)
         some = jnp.minimum(jnp.maximum(share, live - budget), live - jnp.asarray(self.recent))
         return slots.live & ~slots.lowest(self.rank(state, slots), jnp.where(live > budget, some, 0))

@@ -22,11 +22,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from corm_jax.errors import CormError
-from corm_jax.policies.options import choice, concrete, number, policy, static, whole
+from corm_jax.policies.options import choice, first_below, held, number, policy, size, static
 from corm_jax.types import CacheSpec, Observation, PerHead, Slots, largest
 
 GONE = -1.0
@@ -44,26 +43,26 @@ class SnapKV:
     """When the prompt ends, keep what its last queries attend to.
 
     Args:
-      budget: B, keys of the prompt that stay. A number, or one for each head.
+      budget: B, keys of the prompt that stay; or a share of the tokens seen when the prompt ends, never below
+        ``window``. A number, or one for each head.
       window: w, the prompt's last queries, whose keys stay. Likewise.
       kernel: positions over which scores are pooled; odd, and static.
       pool: ``"max"`` or ``"mean"``.
     """
 
-    budget: PerHead = number(512, "B: keys of the prompt that stay")
-    window: PerHead = number(32, "w: last queries of the prompt, which judge and stay")
-    kernel: int = static(7, "positions that are pooled, an odd number")
+    budget: PerHead = size(512, "B: keys of the prompt that stay, or a share of them")
+    window: PerHead = number(32, "w: last queries of the prompt, which judge and stay", least=1)
+    kernel: int = static(7, "positions that are pooled, an odd number", least=1, most=2**10)
     pool: str = choice("max", "mean", help="how scores of neighbours are pooled")
 
     needs = ("attention",)
     whole_prompt = True
 
     def __post_init__(self):
-        whole(1, budget=self.budget, window=self.window, kernel=self.kernel)
         if self.kernel % 2 == 0:
             raise CormError(f"kernel must be odd, not {self.kernel}")
-        if concrete(self.budget) and concrete(self.window) and np.any(np.asarray(self.budget) < self.window):
-            raise CormError(f"a budget of {self.budget} keys is below the window of {self.window}: raise it")
+        if low := first_below(self.budget, self.window):
+            raise CormError(f"a budget of {low[0]} keys is below the window of {low[1]}: raise it")
 
     @property
     def protected(self) -> int:
@@ -95,7 +94,11 @@ class SnapKV:
 
     def allowed(self, pooled: Float[Array, "*slots"], early: Slots) -> Int[Array, "..."]:
         """How many of a head's early keys stay."""
-        return jnp.asarray(self.budget, jnp.int32) - jnp.asarray(self.window, jnp.int32)
+        return self.beside(early.prompt)
+
+    def beside(self, prompt: Int[Array, ""] | int) -> Int[Array, "..."]:
+        """How many keys stay beside the window, B - w, of a prompt that ends at this clock."""
+        return jnp.maximum(held(self.budget, prompt) - jnp.asarray(self.window, jnp.int32), 0)
 
     def retain(self, state: Scores, slots: Slots) -> Bool[Array, "*slots"]:
         return slots.live & (self._current(state, slots) >= 0)

@@ -12,7 +12,7 @@ since a recorded trace holds keys that are rotated already.
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from corm_jax.policies.options import choice, number, policy, whole
+from corm_jax.policies.options import choice, number, policy
 from corm_jax.types import CacheSpec, Observation, PerHead, Slots
 
 
@@ -25,14 +25,10 @@ class StreamingLLM:
       positions: rotate by position in the text (``"original"``) or in the cache (``"cache"``).
     """
 
-    sinks: PerHead = number(4, "first tokens that never go")
-
+    sinks: PerHead = number(4, "first tokens that never go", least=0)
     positions: str = choice("original", "cache", help="rotate keys by position in the text | in the cache")
 
     needs = ()
-
-    def __post_init__(self):
-        whole(0, sinks=self.sinks)
 
     @property
     def protected(self) -> PerHead:
