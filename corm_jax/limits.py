@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import jax
 
+from corm_jax.cache import per_layer_capacity
 from corm_jax.errors import CormError
 from corm_jax.types import Capacity, Policy
 
@@ -50,7 +51,7 @@ def check_reading(
     """
     config = model.config
     caches = jax.eval_shape(lambda: model.make_caches(policy, batch=1, capacity=capacity, pooled=pooled))
-    slots = max([capacity] if isinstance(capacity, int) else capacity)
+    slots = max(per_layer_capacity(capacity, config.layers))
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in (*jax.tree.leaves(caches), *jax.tree.leaves(model)))
     check_memory(size, f"the model and caches of {slots:,} slots a head", fewer)
     need = 4 * chunk * (config.vocab + config.heads * slots)

@@ -65,7 +65,7 @@ def check_construction(policy: Any) -> None:
     _check_members(name, policy)
     _check_dataclass(name, policy)
     if "policy" in _names(policy):  # a wrapper
-        check_construction(policy.policy)
+        check_construction(getattr(policy, "policy"))  # noqa: B009
     key = _check_pytree(name, policy)
     _check_traits(name, policy)
     if key in _sound:
@@ -142,8 +142,9 @@ def _check_traits(name: str, policy: Any) -> None:
         value = _get(name, policy, trait)
         if value is None and trait != "protected":
             continue
-        good = isinstance(value, jax.Array | np.ndarray | np.generic | int) and np.asarray(value).dtype.kind in "iu"
-        if not good or np.shape(value) not in ((), (KV_HEADS,)) or np.min(value) < least:
+        known = isinstance(value, jax.Array | np.ndarray | np.generic | int)
+        numbers = np.asarray(value if known else None)
+        if numbers.dtype.kind not in "iu" or numbers.shape not in ((), (KV_HEADS,)) or numbers.min() < least:
             _refuse(
                 name, f"has a `{trait}` of {value!r}: expected {meaning}, a whole number from {least} up or one a head"
             )

@@ -100,7 +100,8 @@ def rule_of(policy: Policy, head: int, layer: int = 0, layers: int = 1) -> rules
         raise CormError(f"{type(policy).__name__} has no specification in simulator.rules")
     where: dict[str, Any] = {"layer": layer, "layers": layers} if hasattr(policy, "for_layer") else {}
     if issubclass(RULES[type(policy)], rules.AdaKV):
-        heads = max(np.size(x) if np.ndim(x) < 2 else np.shape(x)[1] for x in (policy.budget, policy.window))
+        sizes = (getattr(policy, name) for name in ("budget", "window"))
+        heads = max(np.size(x) if np.ndim(x) < 2 else np.shape(x)[1] for x in sizes)
         every = (fields_of(policy, h, layer) for h in range(heads))
         where |= {"shares": [(one["budget"], one["window"]) for one in every]} if heads > 1 else {}
     return RULES[type(policy)](**fields, **where)

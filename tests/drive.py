@@ -57,6 +57,7 @@ def in_cache(policy, q, k, v, counts, *, capacity=TOKENS + CHUNK, pooled=False, 
 @partial(jax.jit, static_argnames=("chunk", "capacity", "pooled"))
 def _in_cache(policy, q, k, v, counts, ends, start, *, chunk, capacity, pooled):
     layer = cache.make_cache(policy, CacheSpec(k.shape[1], capacity, k.shape[2], k.dtype, bool(pooled)))
+    layer = cache.begin_prompt(layer, 1)  # where it really ends is set below, before each step
 
     def body(carry, xs):
         layer, at = carry
