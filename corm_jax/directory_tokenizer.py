@@ -226,7 +226,8 @@ def _notes(tokenizer: Tokenizer, settings: Settings, anew: str | None, path: Pat
     if anew is not None:
         yield (
             f"{path}: transformers 5 may build the tokenizer of the class {anew!r} anew. Here tokenizer.json is used "
-            "as it stands; ids may differ where a text begins with a space, or goes on behind a special token"
+            "as it stands; ids may differ where a text begins with a space, or goes on behind a special token. With "
+            "the tokenizer_class 'TokenizersBackend', transformers uses the file, too"
         )
     for name, said, place, found in (
         ("add_bos_token", settings.add_bos_token, "before", tokenizer.begin),

@@ -45,7 +45,7 @@ class Ggml:
     after a gap. The tokens ``cls``, ``mask`` and so on are special, and that is all that is used of them.
     """
 
-    __pydantic_config__: ClassVar = {"extra": "forbid", "strict": True}
+    __pydantic_config__: ClassVar = {"strict": True}
     model: str
     tokens: list[str]
     token_type: list[int] | None = None

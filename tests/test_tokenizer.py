@@ -32,7 +32,7 @@ FLAGS = st.fixed_dictionaries(
     dict.fromkeys(("special", "lstrip", "rstrip", "normalized", "single_word"), st.booleans())
 )
 CONTENTS = ("<think>", "</think>", "<|im_end|>", "ab", "the", " times", "é", "<s>", "</s>", "[PAD]", "x y", "<image>")
-PARTS = (*CONTENTS, " ", "  ", "t", "he", "best", "of man", "\n", "日本", "'s 12", ".")
+PARTS = (*CONTENTS, "<unk>", " ", "  ", "t", "he", "best", "of man", "\n", "日本", "'s 12", ".")
 TEXTS = st.lists(st.sampled_from(PARTS), max_size=6).map("".join)
 
 
@@ -303,14 +303,15 @@ def test_byte_level_vocabulary_from_gguf(tmp_path):
         checkpoint.open_source(str(path)).tokenizer()
 
 
-def test_user_defined_tokens_are_whole_words():
-    """In llama.cpp, such tokens are found in any text, and they are no special tokens."""
+def test_types_of_tokens():
+    """As in llama.cpp: unknown, control and user-defined ones are whole words; the last of them are not special."""
     fields = byte_level_fields()
-    fields["tokenizer.ggml.tokens"] = [*fields["tokenizer.ggml.tokens"], "<think>"]
-    fields["tokenizer.ggml.token_type"] = [*fields["tokenizer.ggml.token_type"], 4]
+    fields["tokenizer.ggml.tokens"] = [*fields["tokenizer.ggml.tokens"], "<normal>", "<odd>", "<control>", "<think>"]
+    fields["tokenizer.ggml.token_type"] = [*fields["tokenizer.ggml.token_type"], 1, 2, 3, 4]
     tokenizer = Tokenizer.from_gguf(fields, Path("here"))
-    assert tokenizer.encode("<think>") == [SIZE]
-    assert tokenizer.decode(tokenizer.encode("a<think>b<|im_end|>")) == "a<think>b"
+    assert tokenizer.encode("<odd><control><think>") == [SIZE + 1, SIZE + 2, SIZE + 3]
+    assert SIZE not in tokenizer.encode("<normal>")
+    assert tokenizer.decode(tokenizer.encode("a<odd><control><think>b<|im_end|>")) == "a<think>b"
 
 
 def test_llama_3_ends_in_three_ways():
