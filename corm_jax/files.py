@@ -95,7 +95,7 @@ def parse_json(
     except ValidationError as found:
         # A file of another format says so before it says which fields it lacks.
         first = min(found.errors(include_url=False), key=lambda one: one["loc"] != ("format",))
-        where = ".".join(map(str, first["loc"]))
+        where = ".".join(map(str, first["loc"]))[:80]
         reason = first["msg"].removeprefix("Value error, ")
         value = "" if first["type"] in ("json_invalid", "missing", "value_error") else f", not {_short(first['input'])}"
         raise error(f"{what} cannot be used: {where and where + ': '}{reason}{value}: {way_out}") from None
