@@ -263,7 +263,7 @@ def first_error(found: Any) -> str:
     """The first of the errors that a pydantic ``ValidationError`` holds: the field, what is wrong, its value."""
     # A file of another format says so before it says which fields it lacks.
     first = min(found.errors(include_url=False), key=lambda one: one["loc"] != ("format",))
-    where = ".".join(map(str, first["loc"]))
+    where = ".".join(map(str, first["loc"]))[:80]
     reason = first["msg"].removeprefix("Value error, ")
     value = "" if first["type"] in ("json_invalid", "missing", "value_error") else f", not {_short(first['input'])}"
     return f"{where and where + ': '}{reason}{value}"

@@ -154,6 +154,14 @@ def test_analyse(run_main, model, text, tmp_path):
     assert len(found[0]) == 3
     assert f"{means.mean():.3f} [{means.min():.3f}, {means.max():.3f}]" in re.sub(r"\s+", " ", printed)
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    for arguments, message in (
+        (("--tokens", 100), "--tokens must be at least 128, not 100"),
+        (("--tokens", -200), "--tokens must be at least 128, not -200"),
+        (("--out", tmp_path / "x.png"), "is where the picture goes"),
+        (("--tokens", 10**9), "1,000,000,000 were asked for"),
+    ):
+        code, _, err = run_main(cli.main, "corm", "analyse", "--model", model, *texts, "--out", out, *arguments)
+        assert (code, err.count("\n"), message in err) == (2, 1, True), err
 
 
 @pytest.mark.parametrize(

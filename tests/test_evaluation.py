@@ -340,6 +340,23 @@ def test_two_processes_do_not_write_to_one_directory(tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == [CONFIG, RESULTS]
 
 
+def test_a_full_disk(tmp_path):
+    """As a limit on the size of files has it: what was there stays, and the run goes on."""
+    resource = pytest.importorskip("resource")
+    with Records(tmp_path / "run", RUN) as records:
+        records.add(ROWS[0])
+        size, (soft, hard) = (tmp_path / "run" / RESULTS).stat().st_size, resource.getrlimit(resource.RLIMIT_FSIZE)
+        for _ in range(2):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, hard))
+            try:
+                with pytest.raises(CormError, match=r"^cannot write .*: 1 results are there; make room, and the same"):
+                    records.add(ROWS[1])
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        records.add(ROWS[1])
+    assert read_rows(tmp_path / "run", RUN) == ROWS[:2]
+
+
 def test_a_directory_that_a_kill_left_half_made(tmp_path):
     for name in (LOCK, f".{CONFIG}.123.part"):
         (tmp_path / name).write_text("{")

@@ -234,6 +234,7 @@ COMMANDS = {
     "perplexity": "eval perplexity --tokens 300 --policy full --out {out} --text",
     "agreement": "eval agreement --tokens 300 --policy full --out {out} --text",
     "recall": "eval recall --task needle --length 300 --limit 1 --policy full --out {out} --text",
+    "blind": "eval recall --task needle --task repeat --length 300 --limit 1 --blind --policy full --out {out} --text",
 }
 
 
@@ -247,8 +248,8 @@ def test_commands_read_a_file_alike(prompts, checkpoints, tmp_path, around, comm
     found = prompts(words, tmp_path / "text.txt", "--model", checkpoints[around])
     tokenizer = byte_level(around)
     ids, first = tokenizer.encode(content, special=False), len(tokenizer.begin)
-    if command == "recall":
-        assert [len(one) for one in found] == [300] * 3
+    if command in ("recall", "blind"):
+        assert all((len(one) == 300) == (command == "recall") for one in found)
         assert {tuple(one[:first]) for one in found} == {tuple(tokenizer.begin)}
     elif command == "generate":
         assert found == [[*tokenizer.begin, *ids]]

@@ -11,7 +11,7 @@ import os
 import reprlib
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -82,11 +82,14 @@ class Records:
         line = json.dumps(row, ensure_ascii=False).encode("utf-8")
         what = f"{row['example']!r} with {row['policy']!r}"
         parse_json(line, ROWS[self.run.kind], f"the result of {what}", "are the weights sound in this dtype?")
+        size = os.fstat(self._file.fileno()).st_size
         try:
             if self._file.write(line + b"\n") <= len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(self._file.fileno())
         except OSError as error:
+            with suppress(OSError):
+                self._file.truncate(size)
             raise CormError(
                 f"cannot write {self.folder / RESULTS}: {error.strerror}: {len(self.rows):,} results are there; make "
                 "room, and the same command goes on"
