@@ -131,7 +131,7 @@ KEYS = WRITTEN | set(OLDER.split()) | set(GenerationConfig._get_default_generati
 
 def test_every_key_of_a_config(plain, llama3):
     for key in sorted(KEYS):
-        for value in (3, "x") if key in HARMLESS else JUNK:
+        for value in (False, 3) if key in HARMLESS else JUNK:
             if key != "rms_norm_eps" or type(value) is not int:  # where we take 1 for 1.0, and transformers does not
                 plain.check({**plain.config, key: value}, key, "'model.")
     for pair in (plain, llama3):
@@ -180,26 +180,33 @@ def test_every_key_of_the_rotation(llama3, place):
         assert np.abs(llama3.theirs(changed) - llama3.logits).max() > 1e-3
 
 
-numbers = st.sampled_from([0.5, 1.0, 2, 4.0, 8.0, 32])
 thetas = st.sampled_from([50.0, 10000.0, 500000])
-scalings = (
-    st.none()
-    | st.fixed_dictionaries(
+whole = st.sampled_from(
+    [
+        {"rope_type": "default"},
+        {"type": "linear", "factor": 4.0},
+        {"rope_type": "linear", "factor": 2},
+        {"rope_type": "linear", "type": "linear", "factor": 0.5, "rope_theta": 50.0},
+        ROTATION,
+        {**LLAMA3, "factor": 2.0},
+        {key: value for key, value in LLAMA3.items() if key not in ("rope_theta", "original_max_position_embeddings")},
         {},
-        optional={
-            "rope_type": st.sampled_from(["default", "linear", "llama3", "yarn"]),
-            "type": st.sampled_from(["default", "linear", "llama3"]),
-            "rope_theta": thetas,
-            "factor": numbers,
-            "low_freq_factor": numbers,
-            "high_freq_factor": numbers,
-            "original_max_position_embeddings": st.sampled_from([16, 32]),
-            "partial_rotary_factor": st.sampled_from([0.5, 1.0]),
-            "attention_factor": st.none() | numbers,
-        },
-    )
-    | st.sampled_from([LLAMA3, {**LLAMA3, "factor": 2.0}, {"rope_type": "linear", "factor": 4.0}, {}])
+    ]
 )
+further = st.fixed_dictionaries(
+    {},
+    optional={
+        "rope_type": st.sampled_from(["default", "linear", "llama3", "yarn"]),
+        "type": st.sampled_from(["default", "linear", "llama3"]),
+        "rope_theta": thetas,
+        "factor": st.sampled_from([0.5, 2, 8.0]),
+        "low_freq_factor": st.sampled_from([0.5, 2, 8.0]),
+        "original_max_position_embeddings": st.sampled_from([16, 32]),
+        "partial_rotary_factor": st.sampled_from([0.5, 1.0]),
+        "attention_factor": st.sampled_from([None, 2.0]),
+    },
+)
+scalings = st.none() | whole | st.builds(lambda one, other: one | other, whole, further)
 rotations = st.fixed_dictionaries(
     {},
     optional={

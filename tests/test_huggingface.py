@@ -13,7 +13,7 @@ from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
 from transformers import LlamaForCausalLM
 
-from corm_jax import CheckpointError, CheckpointWarning, CormError, checkpoint
+from corm_jax import CheckpointError, CheckpointWarning, CormError, checkpoint, huggingface
 from tests.test_checkpoint import byte_level_tokenizer, tokens
 from tests.test_model import LINEAR, hugging_face, logits_of, ours
 
@@ -126,6 +126,53 @@ def theirs(path):
 def test_configs_that_are_refused(copy, changes, message):
     change_config(copy, **changes)
     assert message in refusal(copy)
+
+
+LLAMA2 = """{"architectures": ["LlamaForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
+    "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 11008, "max_position_embeddings": 4096,
+    "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 32,
+    "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": null, "tie_word_embeddings": false,
+    "torch_dtype": "float16", "transformers_version": "4.31.0.dev0", "use_cache": true, "vocab_size": 32000}"""
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        # Vicuna
+        {"_name_or_path": "vicuna-7b-v1.5", "max_length": 4096, "pad_token_id": 0, "max_sequence_length": 2048},
+        {"temperature": 0.9, "top_p": 0.6, "tokenizer_class": "LlamaTokenizer", "attn_implementation": "eager"},
+        # Llama 3.2
+        {
+            "rope_scaling": {
+                "factor": 32.0,
+                "high_freq_factor": 4.0,
+                "low_freq_factor": 1.0,
+                "original_max_position_embeddings": 8192,
+                "rope_type": "llama3",
+            },
+            "rope_theta": 500000.0,
+            "eos_token_id": [128001, 128008, 128009],
+            "head_dim": 64,
+            "mlp_bias": False,
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "unsloth_fixed": True,
+        },
+        # SmolLM2
+        {
+            "is_llama_config": True,
+            "rope_interleaved": False,
+            "rope_theta": 100000,
+            "transformers.js_config": {"dtype": "q4", "kv_cache_dtype": {"q4f16": "float16"}},
+        },
+        # DeepSeek Coder
+        {"rope_scaling": {"factor": 4.0, "type": "linear"}, "rope_theta": 100000},
+    ],
+)
+def test_configs_of_models_that_people_have(tmp_path, changes):
+    (tmp_path / "config.json").write_text(json.dumps({**json.loads(LLAMA2), **changes}))
+    assert huggingface.read_config(tmp_path / "config.json").config().dim == 4096
 
 
 def test_a_head_beside_a_tied_embedding(tmp_path):
