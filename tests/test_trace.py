@@ -107,6 +107,7 @@ def test_arrays_that_are_no_trace(change, message):
 BROKEN_ROWS = [
     (lambda row: np.add(row, (2, -2, 0, 0, 0, 0)), "probs of head 2 must not be negative"),
     (lambda row: np.roll(row, 2), "probs of head 2 must be causal: 0 for keys after the query"),
+    (lambda row: np.roll(row, 1), "probs of head 2 must be causal: 0 for keys after the query"),
     (lambda row: row * 1.002, "probs of head 2, row 3, must sum to 1 within 0.001 for float32, not to 1.002"),
     (lambda row: row * np.nan, "probs contains NaN or infinity"),
 ]
