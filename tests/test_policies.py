@@ -9,7 +9,7 @@ import pytest
 
 from corm_jax import TOVA, AdaKV, CormError, Random, Scissorhands, SnapKV, budget, oneshot, parse, protect
 from corm_jax.cache import slots_for
-from corm_jax.policies import POLICIES, Budget, keys_of, on_budget
+from corm_jax.policies import POLICIES, Budget, Protect, keys_of, on_budget
 from corm_jax.types import Slots
 from simulator.replay import replay, sweep
 from simulator.specification import readings, rule_of
@@ -404,6 +404,7 @@ def test_shares_have_bounds():
 )
 def test_keys_that_are_never_given_up(spec, protected):
     assert parse(spec).protected == protected
+    assert Protect(policy=parse(spec)).protected == protected
 
 
 @pytest.mark.parametrize("name", POLICIES)
