@@ -66,17 +66,43 @@ class Mutant:
 
     def diff(self, source: str) -> str:
         """The change as a unified diff."""
-        lines = difflib.unified_diff(
-            source.splitlines(),
-            self.applied(source).splitlines(),
-            self.module,
-            f"{self.module} {self.id}",
-            "",
-            "",
-            2,
-            "",
-        )
-        return "\n".join(lines)
+        old, new = source.splitlines(), self.applied(source).splitlines()
+        return "\n".join(difflib.unified_diff(old, new, self.module, self.module, "", self.id, n=2, lineterm=""))
+
+
+class Source:
+    """The text of a module, and where its nodes stand in it: in bytes from its beginning."""
+
+    def __init__(self, text: str):
+        self.data = text.encode()
+        self.starts = [0, *(match.end() for match in re.finditer(rb"\n", self.data))]
+        code, lines = bytearray(self.data), text.split("\n")
+        for token in tokenize.generate_tokens(io.StringIO(text).readline):
+            if token.type == tokenize.COMMENT:
+                row, column = token.start
+                begin, size = self.starts[row - 1] + len(lines[row - 1][:column].encode()), len(token.string.encode())
+                code[begin : begin + size] = b" " * size
+        self.code = bytes(code)  # without comments: where operators are looked for
+
+    def span(self, node: ast.AST) -> tuple[int, int]:
+        """Where a node begins and ends."""
+        return self.starts[node.lineno - 1] + node.col_offset, self.starts[node.end_lineno - 1] + node.end_col_offset
+
+    def of(self, node: ast.AST) -> str:
+        """A node's text, in parentheses where it may need them."""
+        begin, end = self.span(node)
+        return self.data[begin:end].decode() if isinstance(node, SIMPLE) else f"({self.data[begin:end].decode()})"
+
+    def find(self, symbol: str, begin: int, end: int, last: bool = False) -> tuple[int, int]:
+        """Where an operator, or a word, stands between two places."""
+        pattern = re.escape(symbol).replace(r"\ ", r"\s+")
+        pattern = rf"\b{pattern}\b" if symbol[0].isalpha() else pattern
+        match = [*re.finditer(pattern.encode(), self.code[begin:end])][-1 if last else 0]
+        return begin + match.start(), begin + match.end()
+
+    def between(self, left: ast.AST, symbol: str, right: ast.AST) -> tuple[int, int]:
+        """Where the operator between two nodes stands."""
+        return self.find(symbol, self.span(left)[1], self.span(right)[0])
 
 
 def mutants(module: str, source: str) -> list[Mutant]:
@@ -84,43 +110,22 @@ def mutants(module: str, source: str) -> list[Mutant]:
 
     Left out is what is not executed, or only described: docstrings, annotations, strings, what `raise` raises.
     """
-    data, tree = source.encode(), ast.parse(source)
-    starts = [0, *(match.end() for match in re.finditer(rb"\n", data))]
-    code = bytearray(data)  # without comments: where operators are looked for
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            begin = starts[token.start[0] - 1] + len(token.line[: token.start[1]].encode())
-            code[begin : begin + len(token.string.encode())] = b" " * len(token.string.encode())
-
-    def span(node: ast.AST) -> tuple[int, int]:
-        return starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
-
-    def text(node: ast.AST) -> str:
-        begin, end = span(node)
-        inner = data[begin:end].decode()
-        return inner if isinstance(node, SIMPLE) else f"({inner})"
-
-    def between(first: int, end: int, symbol: str, last: bool = False) -> tuple[int, int]:
-        pattern = re.escape(symbol).replace(r"\ ", r"\s+")
-        pattern = rf"\b{pattern}\b" if symbol[0].isalpha() else pattern
-        match = [*re.finditer(pattern.encode(), bytes(code[first:end]))][-1 if last else 0]
-        return first + match.start(), first + match.end()
-
+    read = Source(source)
     found: list[Mutant] = []
     seen: collections.Counter = collections.Counter()
 
     def add(where: str, operator: str, begin: int, end: int, replacement: str) -> None:
-        first, last = data.rfind(b"\n", 0, begin) + 1, data.find(b"\n", end)
-        old = data[first:last].decode()
-        new = (data[first:begin] + replacement.encode() + data[end:last]).decode()
+        first, last = read.data.rfind(b"\n", 0, begin) + 1, read.data.find(b"\n", end)
+        old = read.data[first:last].decode()
+        new = (read.data[first:begin] + replacement.encode() + read.data[end:last]).decode()
         old, new = (" ".join(x.split()) for x in (old, new))
         if old != new:
             nth = seen[where, old, new]
             seen[where, old, new] += 1
             found.append(Mutant(module, where, operator, old, new, nth, begin, end, replacement))
 
-    for node, where, last in _executed(tree):
-        for operator, (begin, end), replacement in _changes(node, last, span, text, between):
+    for node, where, last in _executed(ast.parse(source)):
+        for operator, (begin, end), replacement in _changes(node, last, read):
             add(where, operator, begin, end, replacement)
     return sorted(found, key=lambda one: one.start)
 
@@ -162,81 +167,78 @@ def _name(node: ast.AST) -> str:
     return getattr(node, "attr", getattr(node, "id", ""))
 
 
-def _changes(node, last, span, text, between) -> Iterator[tuple[str, tuple[int, int], str]]:
+def _changes(node: ast.AST, last: bool, read: Source) -> Iterator[tuple[str, tuple[int, int], str]]:
     """The changes of one node: the kind, what is replaced, by what."""
     match node:
         case ast.Compare():
             sides = [node.left, *node.comparators]
             for left, operator, right in zip(sides, node.ops, sides[1:], strict=False):
                 old, new = SYMBOLS[type(operator)]
-                yield "compare", between(span(left)[1], span(right)[0], old), new
+                yield "compare", read.between(left, old, right), new
         case ast.BinOp() if type(node.op) in SYMBOLS:
             old, new = SYMBOLS[type(node.op)]
             logical = isinstance(node.op, ast.BitAnd | ast.BitOr)
-            yield "logic" if logical else "arithmetic", between(span(node.left)[1], span(node.right)[0], old), new
+            yield "logic" if logical else "arithmetic", read.between(node.left, old, node.right), new
             if logical:
-                yield "operand", span(node), text(node.left)
-                yield "operand", span(node), text(node.right)
+                yield "operand", read.span(node), read.of(node.left)
+                yield "operand", read.span(node), read.of(node.right)
         case ast.BoolOp():
+            old, new = SYMBOLS[type(node.op)]
             for left, right in zip(node.values, node.values[1:], strict=False):
-                yield (
-                    "logic",
-                    between(span(left)[1], span(right)[0], SYMBOLS[type(node.op)][0]),
-                    SYMBOLS[type(node.op)][1],
-                )
+                yield "logic", read.between(left, old, right), new
             for one in node.values:
-                others = [text(other) for other in node.values if other is not one]
-                yield "operand", span(node), f"({f' {SYMBOLS[type(node.op)][0]} '.join(others)})"
+                others = [read.of(other) for other in node.values if other is not one]
+                yield "operand", read.span(node), f"({f' {old} '.join(others)})"
         case ast.AugAssign() if type(node.op) in SYMBOLS:
             old, new = SYMBOLS[type(node.op)]
-            yield "arithmetic", between(span(node.target)[1], span(node.value)[0], f"{old}="), f"{new}="
-            yield "statement", span(node), "pass"
+            yield "arithmetic", read.between(node.target, f"{old}=", node.value), f"{new}="
+            yield "statement", read.span(node), "pass"
         case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int(number))):
-            yield from (("constant", span(node), str(changed)) for changed in (1 - number, -1 - number))
+            yield from (("constant", read.span(node), str(changed)) for changed in (1 - number, -1 - number))
         case ast.UnaryOp() if not isinstance(node.op, ast.UAdd):
-            yield "negation", span(node), text(node.operand)
+            yield "negation", read.span(node), read.of(node.operand)
         case ast.Constant(value=bool(value)):
-            yield "constant", span(node), str(not value)
+            yield "constant", read.span(node), str(not value)
         case ast.Constant(value=int(value)):
-            yield from (("constant", span(node), str(changed)) for changed in (value + 1, value - 1))
+            yield from (("constant", read.span(node), str(changed)) for changed in (value + 1, value - 1))
         case ast.Constant(value=float(value)):
-            yield "constant", span(node), repr(2 * value) if value else "1.0"
+            yield "constant", read.span(node), repr(2 * value) if value else "1.0"
         case ast.Attribute(attr=name, value=value) if name in NAMES and _name(value) != "self":
-            end = span(node)[1]
+            end = read.span(node)[1]
             yield "name", (end - len(name), end), NAMES[name]
         case ast.Name(id=name) if name in NAMES and name in vars(builtins):
-            yield "name", span(node), NAMES[name]
+            yield "name", read.span(node), NAMES[name]
         case ast.Return() if not last:
-            yield "return", span(node), "pass"
+            yield "return", read.span(node), "pass"
         case ast.Expr(value=ast.Call()):
-            yield "statement", span(node), "pass"
+            yield "statement", read.span(node), "pass"
         case ast.If() | ast.IfExp() if not isinstance(node.test, ast.Compare | ast.BoolOp | ast.UnaryOp):
-            yield "condition", span(node.test), f"(not {text(node.test)})"
+            yield "condition", read.span(node.test), f"(not {read.of(node.test)})"
         case ast.Slice():
             for bound in filter(None, (node.lower, node.upper)):
                 if not isinstance(bound, ast.Constant | ast.UnaryOp):
-                    yield "bound", span(bound), f"{text(bound)} + 1"
+                    yield "bound", read.span(bound), f"{read.of(bound)} + 1"
         case ast.Call():
-            yield from _changes_of_call(node, span, text, between)
+            yield from _changes_of_call(node, read)
 
 
-def _changes_of_call(node: ast.Call, span, text, between) -> Iterator[tuple[str, tuple[int, int], str]]:
+def _changes_of_call(node: ast.Call, read: Source) -> Iterator[tuple[str, tuple[int, int], str]]:
     name = _name(node.func)
     plain = [one for one in node.args if not isinstance(one, ast.Starred)]
     if name == "where" and len(plain) == 3:
-        first, second = (span(one) for one in plain[1:])
-        yield "branches", (first[0], second[1]), f"{text(plain[2])}, {text(plain[1])}"
+        first, second = (read.span(one) for one in plain[1:])
+        yield "branches", (first[0], second[1]), f"{read.of(plain[2])}, {read.of(plain[1])}"
     if name in BOUNDS and len(plain) == len(node.args) >= 2:
         for one in plain if name != "clip" else plain[:1]:
-            yield "bound", span(node), text(one)
+            yield "bound", read.span(node), read.of(one)
     if name in ("range", "arange") and plain and not isinstance(plain[-1], ast.Constant):
-        yield from (("range", span(plain[-1]), f"{text(plain[-1])} {change}") for change in ("+ 1", "- 1"))
+        yield from (("range", read.span(plain[-1]), f"{read.of(plain[-1])} {change}") for change in ("+ 1", "- 1"))
     if name and not name[0].isupper() and name not in DECLARATIONS:
         for keyword in (one for one in node.keywords if one.arg and not _inert(one)):
-            begin, end = span(keyword)
-            later = [span(other)[0] for other in node.keywords if span(other)[0] > end]
+            begin, end = read.span(keyword)
+            later = [read.span(other)[0] for other in node.keywords if read.span(other)[0] > end]
             if node.args or node.keywords[0] is not keyword:
-                yield "keyword", (between(span(node.func)[1], begin, ",", last=True)[0], end), ""
+                yield "keyword", (read.find(",", read.span(node.func)[1], begin, last=True)[0], end), ""
             elif later:
                 yield "keyword", (begin, later[0]), ""
 

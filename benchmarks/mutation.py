@@ -114,7 +114,7 @@ class Campaign:
             print(f"listed as equivalent, but no mutant any more: {' | '.join(key)}")
 
     def _attempts(self, todo: list, workers: int, folder: Path) -> Iterator[tuple]:
-        """Runs the stages of each mutant, or one stage without a mutant, in forked processes, ``workers`` at a time."""
+        """Tries mutants, or single stages without a mutant, ``workers`` at a time: yields each with its result."""
         free, running, todo = [folder / str(index) for index in range(workers)], {}, todo[::-1]
         for copy in free:
             if not copy.exists():
@@ -123,31 +123,36 @@ class Campaign:
             while todo or running:
                 while todo and free:
                     what, copy = todo.pop(), free.pop()
-                    stages = [(what, 3600.0)]
                     if isinstance(what, Mutant):
-                        stages = [
-                            (x, self.grace + 3 * self.results[shortened(x)]["seconds"])
-                            for x in self.stages[what.module]
-                        ]
                         (copy / what.module).write_text(what.applied(self.sources[what.module]))
                         os.utime(copy / what.module, (len(todo), len(todo)))  # a time of its own, for Python's cache
-                    limit = time.monotonic() + 60 + 20 * sum(seconds for _, seconds in stages)
-                    running[_fork(copy, stages, unmutated=isinstance(what, str))] = what, copy, limit
+                    stages = self.stages[what.module] if isinstance(what, Mutant) else [what]
+                    running |= self._next(what, copy, stages, 0.0)
                 pid, status, usage = os.wait4(-1, os.WNOHANG)
                 for waiting in [one for one, (*_, limit) in running.items() if time.monotonic() > limit]:
                     _end(waiting)
                 if not pid:
                     time.sleep(0.02)
                     continue
-                what, copy, _ = running.pop(pid)
                 _end(pid)  # with what it may have started itself
+                what, copy, stages, seconds, _ = running.pop(pid)
+                seconds += usage.ru_utime + usage.ru_stime
+                if stages and not status:
+                    running |= self._next(what, copy, stages, seconds)
+                    continue
                 if isinstance(what, Mutant):
                     shutil.copy2(self.root / what.module, copy / what.module)
                 free.append(copy)
-                yield what, _result(status, usage, copy.with_suffix(".log").read_text(errors="replace"))
+                yield what, _result(status, copy.with_suffix(".log")) | {"seconds": round(seconds, 1)}
         finally:
             for pid in running:
                 _end(pid)
+
+    def _next(self, what: Mutant | str, copy: Path, stages: list[str], seconds: float) -> dict[int, tuple]:
+        """Starts the first of these stages."""
+        limit = self.grace + 3 * self.results[shortened(stages[0])]["seconds"] if isinstance(what, Mutant) else 3600
+        pid = _fork(copy, stages[0], limit, unmutated=isinstance(what, str))
+        return {pid: (what, copy, stages[1:], seconds, time.monotonic() + 60 + 20 * limit)}
 
     def _keep(self, name: str, result: dict) -> None:
         result = {"id": name, "tree": self.tree} | {key: value for key, value in result.items() if key != "log"}
@@ -156,12 +161,14 @@ class Campaign:
             file.write(json.dumps(result) + "\n")
 
 
-def _result(status: int, usage: resource.struct_rusage, log: str) -> dict:
-    """What a process that ended says of its mutant: the outcome, the test that failed, seconds of a CPU."""
+def _result(status: int, log: Path) -> dict:
+    """What the process that ended last says: the outcome, and the test that failed."""
+    text = log.read_text(errors="replace")
     hung = os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL)
     outcome = "timeout" if hung else "killed" if status else "survived"
-    failed = [*re.findall(r"^(?:FAILED|ERROR) (.*?)(?: - |$)", log, re.MULTILINE), ""][0]
-    return {"outcome": outcome, "by": failed, "seconds": round(usage.ru_utime + usage.ru_stime, 1), "log": log[-4000:]}
+    failed = re.findall(r"^(?:FAILED|ERROR) (.*?)(?: - |$)", text, re.MULTILINE)
+    by = "" if outcome != "killed" else failed[0] if failed else text.strip().rpartition("\n")[2]
+    return {"outcome": outcome, "by": by, "log": text[-4000:]}
 
 
 def _end(group: int) -> None:
@@ -169,8 +176,8 @@ def _end(group: int) -> None:
         os.killpg(group, signal.SIGKILL)
 
 
-def _fork(copy: Path, stages: list[tuple[str, float]], unmutated: bool) -> int:
-    """Runs stages in a copy of the tree until one fails, each with so many seconds of a CPU. Returns the process."""
+def _fork(copy: Path, stage: str, seconds: float, unmutated: bool) -> int:
+    """Runs a stage in a copy of the tree, with so many seconds of a CPU. Returns the process."""
     pid = os.fork()
     if pid:
         with contextlib.suppress(OSError):  # it does so itself, too: whoever comes first
@@ -178,6 +185,7 @@ def _fork(copy: Path, stages: list[tuple[str, float]], unmutated: bool) -> int:
         return pid
     try:
         os.setpgid(0, 0)
+        resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 1, resource.RLIM_INFINITY))
         log = os.open(copy.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, 1), os.dup2(log, 2)
         os.chdir(copy)
@@ -189,12 +197,8 @@ def _fork(copy: Path, stages: list[tuple[str, float]], unmutated: bool) -> int:
         import pytest
 
         engine.MAX_SHRINKS = 0  # the first example that fails is enough
-        always = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
-        code = 0
-        for stage, seconds in stages:
-            used = resource.getrusage(resource.RUSAGE_SELF)
-            resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime + seconds) + 1, -1))
-            code = code or pytest.main([*always, *shlex.split(stage)]) % 5  # 5: no test, where there is no doctest
+        options = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+        code = pytest.main([*options, *shlex.split(stage)]) % 5  # 5: no test, where there is no doctest
         sys.stdout.flush()
         os._exit(code)
     except BaseException as error:

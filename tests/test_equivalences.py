@@ -98,31 +98,6 @@ def test_which_are_lowest(rank, empty, counts):
         assert place[head, slot] == ((position[head] >= 0) & (position[head] < position[head, slot])).sum()
 
 
-def test_keys_in_bfloat16_are_scored_in_float32():
-    """Weights come out float32, and 300 equal keys weigh exactly 1/300 each, which bfloat16 could not add up."""
-    q = jnp.ones((1, 1, 1, 8), jnp.bfloat16)
-    k = jnp.ones((1, 300, 8), jnp.bfloat16)
-    output, observation = attention.attend(q, k, k, jnp.ones((1, 1, 300), bool), jnp.array([300]))
-    assert observation.weights.dtype == jnp.float32
-    assert float(observation.total[0, 0, 0, 0]) == 300.0
-    assert output.dtype == jnp.bfloat16
-
-
-@given(seed=st.integers(0, 2**16), share=st.sampled_from([0.0, 0.02, 0.5, 1.0]), filled=st.integers(0, 200))
-def test_attention_nobody_looks_at_goes_block_by_block(seed, share, filled):
-    """The same output, whatever is live; the weights that it returns are zeros."""
-    rng = np.random.default_rng(seed)
-    q = jnp.asarray(3 * rng.normal(size=(TOKENS, 2, 2, HEAD_DIM)), jnp.float32)
-    k, v = (jnp.asarray(rng.normal(size=(2, 200, HEAD_DIM)), jnp.float32) for _ in range(2))
-    visible = jnp.asarray((rng.random((TOKENS, 2, 200)) < share) & (np.arange(200) < filled))
-    seen = jnp.arange(1, TOKENS + 1)
-    plain, _ = ATTEND(q, k, v, visible, seen)
-    with patch.object(attention, "BLOCK", 64):
-        output, weights = ATTEND_IN_BLOCKS(q, k, v, visible, seen)
-    np.testing.assert_allclose(output, plain, atol=2e-6)
-    assert not weights.any()
-
-
 @pytest.mark.parametrize("slots", [65, 100, 127, 128])
 def test_blocks_cover_every_slot_once(slots):
     """The last block is partial: its slots count, and those that it shares with the one before count once."""
@@ -162,3 +137,28 @@ def test_neighbours_are_of_ones_own_head(tokens, radius, seed, empty):
         assert sorted(around[:, head, slot].tolist()) == own
         (where,) = np.flatnonzero(order == head * tokens + slot)
         assert sorted(shared[:, where].tolist()) == own
+
+
+def test_keys_in_bfloat16_are_scored_in_float32():
+    """Weights come out float32, and 300 equal keys weigh exactly 1/300 each, which bfloat16 could not add up."""
+    q = jnp.ones((1, 1, 1, 8), jnp.bfloat16)
+    k = jnp.ones((1, 300, 8), jnp.bfloat16)
+    output, observation = attention.attend(q, k, k, jnp.ones((1, 1, 300), bool), jnp.array([300]))
+    assert observation.weights.dtype == jnp.float32
+    assert float(observation.total[0, 0, 0, 0]) == 300.0
+    assert output.dtype == jnp.bfloat16
+
+
+@given(seed=st.integers(0, 2**16), share=st.sampled_from([0.0, 0.02, 0.5, 1.0]), filled=st.integers(0, 200))
+def test_attention_nobody_looks_at_goes_block_by_block(seed, share, filled):
+    """The same output, whatever is live; the weights that it returns are zeros."""
+    rng = np.random.default_rng(seed)
+    q = jnp.asarray(3 * rng.normal(size=(TOKENS, 2, 2, HEAD_DIM)), jnp.float32)
+    k, v = (jnp.asarray(rng.normal(size=(2, 200, HEAD_DIM)), jnp.float32) for _ in range(2))
+    visible = jnp.asarray((rng.random((TOKENS, 2, 200)) < share) & (np.arange(200) < filled))
+    seen = jnp.arange(1, TOKENS + 1)
+    plain, _ = ATTEND(q, k, v, visible, seen)
+    with patch.object(attention, "BLOCK", 64):
+        output, weights = ATTEND_IN_BLOCKS(q, k, v, visible, seen)
+    np.testing.assert_allclose(output, plain, atol=2e-6)
+    assert not weights.any()

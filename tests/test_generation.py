@@ -298,9 +298,16 @@ def test_each_layer_needs_slots_for_its_own_recent_keys():
 
 def test_every_step_draws_with_a_key_of_its_own():
     """So hot that all tokens are about equally likely: neither do the steps of a stretch agree, nor two stretches."""
-    (tokens,) = generate(MODEL, Full(), [[1, 2, 3]], max_new_tokens=32, temperature=1e4).tokens
-    assert tokens[:16] != tokens[16:]
-    assert len(set(tokens[:16])) > 8
+    options = {"max_new_tokens": 32, "temperature": 1e4}
+    by_default, first, other = (
+        generate(MODEL, Full(), [[1, 2, 3]], **options, **seed).tokens[0] for seed in ({}, {"seed": 0}, {"seed": 4})
+    )
+    for tokens in (first, other):
+        assert tokens[:16] != tokens[16:]
+        assert len(set(tokens[:16])) > 8
+        assert len(tokens) == 32
+    assert by_default == first != other
+    assert 0 in other  # a token like any other
 
 
 def test_rows_that_stand_still_keep_their_logits():

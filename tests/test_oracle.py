@@ -142,3 +142,16 @@ def test_layers_that_are_done_are_told():
     trace, done = synthetic.noise(layers=2, steps=8), []
     oracle.bounds(trace, replay(trace, Full(), progress=done.append), progress=done.append)
     assert done == [1, 2, 1, 2]
+
+
+@pytest.mark.parametrize("scale", [None, 0.1])
+def test_attention_is_the_mean_over_a_group_at_the_scale_of_the_trace(scale):
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(1, 6, heads, 4)) for heads in (4, 2, 2))
+    found = [*oracle.attention(Trace.from_qkv(q, k, v, scale=scale), 0)]
+    for head in range(2):
+        weights = np.exp(np.einsum("qgd,kd->gqk", q[0, :, 2 * head : 2 * head + 2], k[0, :, head]) * (scale or 0.5))
+        weights = np.tril(weights)
+        expected = (weights / weights.sum(-1, keepdims=True)).mean(0)
+        np.testing.assert_allclose(found[head], expected, atol=1e-6)
+    assert len(found) == 2

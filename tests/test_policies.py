@@ -9,7 +9,7 @@ import pytest
 
 from corm_jax import TOVA, AdaKV, CormError, Random, Scissorhands, SnapKV, budget, oneshot, parse, protect
 from corm_jax.cache import slots_for
-from corm_jax.policies import POLICIES, Budget, keys_of
+from corm_jax.policies import POLICIES, Budget, Protect, keys_of, on_budget
 from corm_jax.types import Slots
 from simulator.replay import replay, sweep
 from simulator.specification import readings, rule_of
@@ -404,6 +404,7 @@ def test_shares_have_bounds():
 )
 def test_keys_that_are_never_given_up(spec, protected):
     assert parse(spec).protected == protected
+    assert Protect(policy=parse(spec)).protected == protected
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -440,3 +441,16 @@ def test_what_a_budget_is_in_keys():
             keys_of(size, 50)
     with pytest.raises(CormError, match="budget must be a number, not '0.x'"):
         keys_of("0.x", 50)
+
+
+def test_a_spec_on_a_budget():
+    specs = {
+        "tova": "tova:budget=9",
+        "h2o": "h2o:recent=4,budget=9",
+        "h2o:score=mean": "h2o:score=mean,recent=4,budget=9",
+        "h2o:recent=2": "h2o:recent=2,budget=9",
+        "corm:window=3": "corm:window=3,budget=9",
+        "tova:budget=0.5": "tova:budget=0.5",
+        "full": "full",
+    }
+    assert {spec: on_budget(spec, 9) for spec in specs} == specs

@@ -1,5 +1,7 @@
 """Traces in memory: any float dtype comes in, float32 comes out, and what cannot be in a trace is an error."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -238,7 +240,9 @@ def test_arrays_that_are_no_trace(change, message):
 
 BROKEN_ROWS = [
     (lambda row: np.add(row, (2, -2, 0, 0, 0, 0)), "probs of head 2 must not be negative"),
+    (lambda row: row + (row[1] + 0.01) * np.array([1, -1, 0, 0, 0, 0]), "probs of head 2 must not be negative"),
     (lambda row: np.roll(row, 2), "probs of head 2 must be causal: 0 for keys after the query"),
+    (lambda row: np.roll(row, 1), "probs of head 2 must be causal: 0 for keys after the query"),
     (lambda row: row * 1.002, "probs of head 2, row 3, must sum to 1 within 0.001 for float32, not to 1.002"),
     (lambda row: row * np.nan, "probs contains NaN or infinity"),
 ]
@@ -288,3 +292,8 @@ BROKEN_META = [
 def test_meta_that_makes_no_sense(changes, message):
     with pytest.raises(TraceError, match=f"^{message}"):
         Meta(**{**GOOD, **changes})
+
+
+def test_the_largest_numbers_are_numbers():
+    largest = {"steps": 1, "scale": sys.float_info.max, "tokens": [2**31 - 1], "positions": [2**31 - 1]}
+    assert Meta(**{**GOOD, **largest}).scale == sys.float_info.max
