@@ -1,5 +1,6 @@
 """What both command lines share: how they run and end, the types of options, and progress on standard error."""
 
+import errno
 import functools
 import os
 import reprlib
@@ -201,26 +202,29 @@ def run(command: click.Group, name: str, program: str | None = None) -> NoReturn
 
 def _code(command: click.Group, name: str, program: str) -> int:
     try:
-        code = command(prog_name=program, standalone_mode=False)
-        sys.stdout.flush()
-        return code or 0
-    except getattr(click.exceptions, "NoArgsIsHelpError", ()) as error:
-        print(error.format_message())
-        return 2
+        code = _invoke(command, program)
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise CormError(f"cannot write to standard output: {reason(error)}") from None
+        return code
     except click.ClickException as error:
         return _complain(name, error.format_message())
     except CormError as error:
+        _close(sys.stdout)
         return _complain(name, str(error))
     except (click.Abort, KeyboardInterrupt):
-        print(f"{name}: interrupted", file=sys.stderr)
+        _complain(name, "interrupted")
         return 130
     except BrokenPipeError:
-        _silence(sys.stdout)
+        _close(sys.stdout)
         return 141
     except OSError as error:
-        code = _complain(name, f"{error.filename or 'cannot write what it has to say'}: {reason(error)}")
-        _silence(sys.stdout)  # what it could not take is lost: the interpreter need not try again
-        return code
+        _close(sys.stdout)
+        where = error.filename or ("standard output" if error.errno in (errno.ENOSPC, errno.EIO) else "")
+        return _complain(name, f"{where and f'cannot use {where}: '}{reason(error)}")
     except MemoryError as error:
         return _complain(name, f"out of memory: {error}")
     except jax.errors.JaxRuntimeError as error:
@@ -238,6 +242,18 @@ def note_budgets(specs: Sequence[str], program: str = "corm") -> None:
             f"{example}budget=512 or {example}budget=0.25",
             file=sys.stderr,
         )
+
+
+def _invoke(command: click.Group, program: str) -> int:
+    """Click's `main`, but for what that does with Ctrl-C and closed pipes."""
+    try:
+        with command.make_context(program, sys.argv[1:]) as context:
+            return command.invoke(context) or 0
+    except click.exceptions.Exit as done:
+        return done.exit_code
+    except getattr(click.exceptions, "NoArgsIsHelpError", ()) as error:  # as it is formatted, not in one line
+        print(error.format_message())
+        return 2
 
 
 def _complain(name: str, message: str) -> int:
@@ -259,9 +275,13 @@ def _open_streams() -> None:
             getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
-def _silence(stream: Any) -> None:
-    with suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+def _close(stream: Any) -> None:
+    """Flushes a stream. If it cannot take any more, what is left is dropped: the interpreter need not try again."""
+    try:
+        stream.flush()
+    except OSError:
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 FIRST, EVERY = 5.0, 10.0

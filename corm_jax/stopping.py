@@ -1,10 +1,11 @@
 """How a command stops at once, with one line and the right exit code, when it is interrupted or terminated.
 
-A signal raises `Stopped` in the main thread, so that files and progress bars are closed. That is not enough. While XLA
-computes, Python may not get to run for a long time, and an exception that is raised inside a callback is lost: so a
-thread waits for the signal too, and ends the process after `GRACE` seconds. And when the interpreter shuts down in its
-orderly way while XLA still compiles, the compiler's threads use devices that are destroyed already (SIGSEGV): so an
-interrupted process ends by `os._exit`.
+A signal raises `Stopped` in the main thread, so that files and progress bars are closed. That is not enough. An
+exception that is raised inside a callback, such as JAX's at a garbage collection, is lost, and is raised again then; or
+it comes back as another exception. While XLA computes, Python may not get to run for a long time: so a thread waits for
+the signal too, and ends the process after `GRACE` seconds. And when the interpreter shuts down in its orderly way while
+XLA still compiles, the compiler's threads use devices that are destroyed already (SIGSEGV): so an interrupted process
+ends by `os._exit`.
 """
 
 import os
@@ -14,22 +15,20 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import NoReturn
+from typing import Any, NoReturn
 
-GRACE = 2.0
-"""Seconds in which the main thread may close what it has open."""
+GRACE, STEP = 2.0, 0.1
+"""Seconds in which the main thread may close what it has open, and between looks whether an exception was lost."""
 
 SIGNALS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+
+SHOW_CURSOR = "\x1b[?25h"
 
 _leaving = threading.Lock()
 
 
 class Stopped(BaseException):
     """A signal asks the process to end. No `KeyboardInterrupt`, which libraries catch."""
-
-    def __init__(self, number: int):
-        super().__init__(number)
-        self.number = number
 
 
 @contextmanager
@@ -39,24 +38,55 @@ def stoppable(name: str) -> Iterator[None]:
     What is ignored, as under nohup, stays ignored. After the block signals end the process without a word: there is
     nothing left to do but the interpreter's shutdown.
     """
-    numbers = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     if os.name == "nt" or threading.current_thread() is not threading.main_thread():
         yield
         return
+    numbers = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    raised, lost, hook = list[int](), threading.Event(), sys.unraisablehook
+
+    def stop(number: int, frame: object) -> NoReturn:
+        if raised:  # asked twice: no time to close anything
+            leave(name, number)
+        raised.append(number)
+        raise Stopped(number)
+
+    def watch(pipe: int) -> None:
+        with open(pipe, "rb", buffering=0) as signals:
+            while byte := signals.read(1):
+                end = time.monotonic() + GRACE
+                while byte[0] in SIGNALS and time.monotonic() < end:
+                    time.sleep(STEP)
+                    if lost.is_set():
+                        lost.clear()
+                        raised.clear()
+                        signal.pthread_kill(threading.main_thread().ident or 0, byte[0])
+                if byte[0] in SIGNALS:
+                    leave(name, byte[0])
+
+    def unraisable(found: Any) -> None:
+        if isinstance(found.exc_value, Stopped):
+            lost.set()
+        else:
+            hook(found)
+
     read, write = os.pipe()
     os.set_blocking(write, False)
     woken = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-    threading.Thread(target=_watch, args=(name, read), daemon=True).start()
+    threading.Thread(target=watch, args=(read,), daemon=True).start()
     try:
+        sys.unraisablehook = unraisable
         for number in numbers:
-            signal.signal(number, _stop)
+            signal.signal(number, stop)
         yield
-    except Stopped as stopped:
-        leave(name, stopped.number)
+    except BaseException:
+        if raised:
+            leave(name, raised[0])
+        raise
     finally:
         for number in numbers:
             signal.signal(number, signal.SIG_DFL)
         signal.set_wakeup_fd(woken)
+        sys.unraisablehook = hook
         os.close(write)
 
 
@@ -68,21 +98,9 @@ def leave(name: str, number: int) -> NoReturn:
             with suppress(Exception):
                 sys.stdout.flush()
             with suppress(Exception):
-                line = "\n" if sys.stderr.isatty() else ""  # the terminal shows ^C
+                line = f"{SHOW_CURSOR}\n" if sys.stderr.isatty() else ""  # the terminal shows ^C
                 print(f"{line}{name}: {SIGNALS[signal.Signals(number)]}", file=sys.stderr, flush=True)
         os._exit(128 + number)
     finally:
         if first:
             _leaving.release()
-
-
-def _stop(number: int, frame: object) -> NoReturn:
-    raise Stopped(number)
-
-
-def _watch(name: str, read: int) -> None:
-    with open(read, "rb", buffering=0) as signals:
-        while byte := signals.read(1):
-            if byte[0] in SIGNALS:
-                time.sleep(GRACE)
-                leave(name, byte[0])

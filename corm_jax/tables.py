@@ -159,10 +159,12 @@ def _below(columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int)
     for first, *cells in rows:
         found += fold(first, width)
         for column, cell in zip(columns[1:], cells, strict=True):
+            if not cell:
+                continue
             line = f"{GAP}{column.name}{' ' * (size - cell_len(column.name))}{GAP}{cell}"
             if cell_len(line) <= width:
                 found.append(line)
-            elif cell:
+            else:
                 parts = cell.split() if column.number else fold(cell, width)
                 found += [*fold(column.name, width), *parts]
     return found

@@ -161,7 +161,7 @@ _shared = (
     console.overwrite_option,
     click.option("--chunk", type=COUNT, default=1, show_default=True, help="tokens between evictions"),
     click.option("--capacity", type=COUNT, help="slots a key-value head  [default: all that could be needed]"),
-    click.option("--prompt", type=COUNT, help="how many of them are the prompt  [default: nobody asks]"),
+    click.option("--prompt", type=COUNT, help="how many of them are the prompt  [default: unknown]"),
     click.option("--tokens", type=COUNT, help=f"how many, from the start  [default: all; check: {CHECKED}]"),
     click.option("--layers", metavar="N,N,...", help="which, from 0  [default: all; check: first, middle and last]"),
     click.argument("path", metavar="TRACE", type=_file),
