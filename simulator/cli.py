@@ -1,8 +1,9 @@
-"""The simulator's command line, ``python -m simulator``: replay, sweep, bounds, check, plot, plan."""
+"""The simulator's command line, ``python -m simulator``: replay, sweep, bounds, check, plot, plan, soak."""
 
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial, wraps
@@ -33,6 +34,9 @@ import click  # after the console, which says how to install it
 DEFAULT_POLICY = "corm:window=256,recent=256"
 CHECKED = 512
 """Tokens that ``check`` reads by default."""
+
+DIFFERENCES = 20
+"""The most differences that ``soak`` prints."""
 
 PICTURES = ("live", "kept", "survival", "cost")
 """What ``plot`` draws, by the names of the files."""
@@ -377,3 +381,49 @@ def _bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
     with console.progress_bar() as progress:
         task = progress.add_task(name, total=total)
         yield lambda done: progress.update(task, completed=done)
+
+
+@simulator.command("soak")
+@click.option("--decisions", type=float, default=1e6, show_default=True, help="stop after so many")
+@click.option("--cases", type=click.IntRange(1), help="stop after so many cases instead")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="of what is drawn")
+@click.option("--start", type=click.IntRange(0), default=0, show_default=True, help="the case to begin with")
+@click.option("--json", "json_file", type=_file, help="write the result here")
+def _soak(decisions, cases, seed, start, json_file) -> int:
+    """Hold random policies on random histories against the specification. Exit code 1 if any decision differs."""
+    from simulator import soak
+
+    if not decisions >= 1:
+        raise CormError(f"--decisions must be a number from 1 up, not {decisions}")
+    if json_file:
+        check_writable(json_file)
+    tallies, seen, interrupted, begin = [], Counter(), False, time.perf_counter()
+    with console.progress_bar() as progress:
+        task = progress.add_task("", total=cases or (decisions if np.isfinite(decisions) else None))
+        try:
+            for tally in soak.soak(seed, start, cases):
+                tallies.append(tally)
+                seen.update({"decisions": tally.decisions, "cases": tally.cases + tally.left_out})
+                done = seen["decisions" if cases is None else "cases"]
+                progress.update(task, completed=done, description=f"case {tally.index:,}: {tally.policy}")
+                if cases is None and done >= decisions:
+                    break
+        except KeyboardInterrupt:
+            interrupted = True
+    following, rows = tallies[-1].index if tallies else start, soak.summary(tallies)
+    texts = [{name: value if name == "policy" else f"{value:,}" for name, value in row.items()} for row in rows]
+    if rows:
+        title = f"seed {seed}, cases {start:,} to {following - 1:,}, {time.perf_counter() - begin:.0f} s"
+        print_table(title, {}, [*rows[0]], texts)
+    differences = [line for tally in tallies for line in tally.differences]
+    for line in differences[:DIFFERENCES]:
+        print(f"{line}; again: --seed {seed} --start {line.split()[1].rstrip(',')} --cases 1")
+    if len(differences) > DIFFERENCES:
+        print(f"and {len(differences) - DIFFERENCES:,} more")
+    print(f"to go on: --seed {seed} --start {following}")
+    if json_file:
+        report = {"seed": seed, "start": start, "next": following, "rows": rows, "differences": differences}
+        write_json(json_file, report)
+    if interrupted:
+        raise KeyboardInterrupt
+    return 1 if differences else 0

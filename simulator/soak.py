@@ -1,0 +1,363 @@
+"""A soak: random policies on random histories, held to the specification decision for decision.
+
+A decision is one key of one head, live or just arrived, judged in one step: it stays, is evicted, or is lost for want
+of a slot. The specification in NumPy takes it; the cache (`corm_jax.make_cache` and `corm_jax.step`, in a rectangle or
+a pool, a batch at a time under `jax.vmap`) and `simulator.replay` have to come to the same. A pool with few slots is
+not replayed, since a replay knows the slots of a head alone; nor are pieces of several sizes.
+
+Case ``index`` follows from the seed and the index alone. `BATCH` cases that follow each other share their compiled
+programs: one policy with the same choices, wrappers, layout and slots, but numbers and histories of its own each.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from corm_jax.attention import step
+from corm_jax.cache import make_cache, per_layer
+from corm_jax.policies import POLICIES, Budget, Oneshot, Protect
+from corm_jax.types import CacheSpec
+from simulator import invariants
+from simulator.checks import CLOSE
+from simulator.invariants import InvariantError
+from simulator.reference import Reading
+from simulator.replay import replay
+from simulator.specification import readings
+from simulator.subject import by_head
+from simulator.trace import Trace
+
+BATCH = 16
+TOKENS, LEAST, CHUNK = 32, 8, 3
+"""The most and the fewest tokens of a history, and the most that are read at once."""
+
+LAYERS, KV_HEADS, GROUP, HEAD_DIM = 4, 2, 2, 4
+TIGHT, ROOMY = 12, TOKENS + CHUNK
+"""Slots a head: so few that keys are lost, unless the policy keeps few; and so many that none is."""
+
+WHOLE = {
+    "window": (1, 6), "recent": (1, 4), "multiple": (1, 3), "patience": (1, 5), "trial": (0, 8), "sinks": (0, 2),
+    "seed": (0, 2**16),
+}  # fmt: skip
+"""From where to where whole numbers are drawn, by the name of the option."""
+
+
+RANKERS = ("full", "streaming_llm", "h2o", "tova", "l2norm", "random")
+"""Policies that evict nothing by themselves."""
+
+
+class Variant(NamedTuple):
+    """What the cases of a batch have in common.
+
+    Attributes:
+      name: of the policy, as in `corm_jax.POLICIES`.
+      choices: its static options.
+      wrapped: "", or "budget" for `Budget` around `Protect`, or "oneshot" for `Oneshot` around both.
+      per_head: whether each number differs by head and layer.
+      slots: `TIGHT` or `ROOMY`.
+    """
+
+    name: str
+    choices: dict[str, Any]
+    wrapped: str
+    per_head: bool
+    slots: int
+
+
+def variants() -> list[Variant]:
+    """All of them, the first of every policy first."""
+    of = {
+        "full": [({}, ""), ({}, "budget")],
+        "corm": [
+            ({"threshold": "position", "group": "any"}, ""),
+            ({"threshold": "live", "group": "mean"}, "budget"),
+            ({"threshold": "position", "group": "mean"}, ""),
+            ({"threshold": "live", "group": "any"}, "oneshot"),
+        ],
+        "adaptive_corm": [({}, ""), ({}, "budget")],
+        "streaming_llm": [({}, "budget"), ({}, "")],
+        "h2o": [({"score": "raw"}, "budget"), ({"score": "mean"}, ""), ({"score": "mean"}, "oneshot")],
+        "scissorhands": [({"window": 5}, ""), ({"window": 40}, "budget")],
+        "tova": [({}, "budget"), ({}, "oneshot"), ({}, "")],
+        "snapkv": [
+            ({"kernel": 3, "pool": "max"}, ""),
+            ({"kernel": 1, "pool": "max"}, "budget"),
+            ({"kernel": 5, "pool": "mean"}, ""),
+        ],
+        "pyramidkv": [({"kernel": 1, "pool": "max"}, ""), ({"kernel": 3, "pool": "mean"}, "budget")],
+        "adakv": [({"kernel": 3, "pool": "max"}, ""), ({"kernel": 1, "pool": "mean"}, "")],
+        "l2norm": [({}, "budget"), ({}, "oneshot")],
+        "random": [({}, "budget"), ({}, "")],
+    }
+    found = []
+    for name in POLICIES:
+        for turn, (choices, wrapped) in enumerate(of[name]):
+            ranks_alone = not wrapped and name in RANKERS  # and evicts nothing where there is room
+            slots = TIGHT if ranks_alone or turn % 2 == (wrapped != "budget") else ROOMY
+            found.append((turn, Variant(name, choices, wrapped, turn % 2 == 1 and name != "tova", slots)))
+    return [variant for _, variant in sorted(found, key=lambda one: one[0])]
+
+
+VARIANTS = variants()
+
+
+class Case(NamedTuple):
+    """One policy on one history of one layer.
+
+    Attributes:
+      index: which, see `case`.
+      policy: that of a model of `LAYERS` layers.
+      layer: the layer in which it is tried.
+      q: float32 ``[tokens, kv_heads, group, head_dim]``.
+      k, v: float32 ``[tokens, kv_heads, head_dim]``.
+      counts: int ``[TOKENS]``, tokens read in each step.
+      chunk: how many, if they are the same in each step but the last; None otherwise.
+      prompt: how many of the tokens are the prompt.
+      slots: a head.
+      pooled: whether the heads share them.
+    """
+
+    index: int
+    policy: Any
+    layer: int
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    counts: np.ndarray
+    chunk: int | None
+    prompt: int
+    slots: int
+    pooled: bool
+
+    @property
+    def here(self) -> Any:
+        """The policy of the layer."""
+        return per_layer(self.policy, LAYERS)[self.layer]
+
+    @property
+    def capacity(self) -> int | None:
+        """Slots a head, where there may be too few."""
+        return None if self.slots == ROOMY else self.slots
+
+
+class Tally(NamedTuple):
+    """What a few cases of one policy came to.
+
+    Attributes:
+      policy: its name.
+      index: the index of the case after them.
+      cases: how many were compared.
+      decisions: how many were the same; evicted and lost: how many of them were so.
+      left_out: cases that were not compared, since a decision in them hangs on rounding.
+      differences: one line for each case that differs from the specification.
+    """
+
+    policy: str
+    index: int
+    cases: int
+    decisions: int
+    evicted: int
+    lost: int
+    left_out: int
+    differences: tuple[str, ...]
+
+
+COUNTS = ("cases", "decisions", "evicted", "lost", "left_out")
+"""What a `Tally` counts."""
+
+
+def soak(seed: int = 0, start: int = 0, cases: int | None = None) -> Iterator[Tally]:
+    """Tries case after case, without end or so many, and says what came out after each batch.
+
+    >>> first = next(soak(seed=0, cases=2))
+    >>> first.policy, first.index, first.cases + first.left_out, len(first.differences)
+    ('full', 2, 2, 0)
+    """
+    end = np.inf if cases is None else start + cases
+    while start < end:
+        stop = int(min((start // BATCH + 1) * BATCH, end))
+        yield _tally(seed, [case(seed, index) for index in range(start, stop)])
+        start = stop
+
+
+def case(seed: int, index: int) -> Case:
+    """A case. What its batch has in common follows from the index, all else is drawn."""
+    turn, which = divmod(index // BATCH, len(VARIANTS))
+    variant, pooled, chunk = VARIANTS[which], (turn + which) % 2 == 1, (1, CHUNK, None)[(turn // 2 + which) % 3]
+    rng = np.random.default_rng([seed, index])
+    policy, layer = _policy(variant, rng), int(rng.integers(LAYERS))
+    tokens = int(rng.integers(LEAST, TOKENS, endpoint=True))
+    pieces = [chunk] * TOKENS if chunk else rng.integers(0, CHUNK, TOKENS, endpoint=True).tolist()
+    counts = np.diff(np.minimum(np.cumsum([0, *pieces]), tokens))
+    tokens = int(counts.sum())
+    shapes = (tokens, KV_HEADS, GROUP, HEAD_DIM), (tokens, KV_HEADS, HEAD_DIM)
+    if rng.random() < 0.5:  # small whole numbers, of which many logits are equal to the last bit
+        q, k = (
+            rng.integers(-peak, peak + 1, shape) for peak, shape in zip((rng.integers(0, 5), 2), shapes, strict=True)
+        )
+    else:
+        q, k = (rng.normal(size=shape) for shape in shapes)
+        q *= rng.choice([0.5, 2, 6])
+    if pooled:  # between heads equal numbers are sums in another order
+        q = q * (1 + np.arange(KV_HEADS)[:, None, None] / 16)
+    q, k, v = (x.astype(np.float32) for x in (q, k, rng.normal(size=k.shape)))
+    prompt = int(rng.integers(1, tokens, endpoint=True))
+    return Case(index, policy, layer, q, k, v, counts, chunk, prompt, variant.slots, pooled)
+
+
+def _policy(variant: Variant, rng: np.random.Generator) -> Any:
+    """A policy with numbers drawn at random, small enough for something to happen."""
+    shape = (LAYERS, KV_HEADS) if variant.per_head else ()
+
+    def whole(low, high):
+        drawn = rng.integers(low, high, shape, endpoint=True)
+        return drawn if shape else int(drawn)
+
+    def share(low):  # by the hundredth
+        return int(rng.integers(low, 100, endpoint=True)) / 100
+
+    kind = POLICIES[variant.name]
+    names = kind.__dataclass_fields__.keys() - variant.choices
+    numbers = {name: whole(*WHOLE[name]) for name in sorted(names & WHOLE.keys())}
+    if "eager" in names:
+        numbers["eager"] = bool(rng.integers(2))
+    if "drop" in names:
+        numbers |= {"drop": share(5), "budget": numbers["recent"] + whole(1, 6)}
+    if "kernel" in variant.choices:  # SnapKV and those like it
+        numbers["budget"] = numbers["window"] + whole(1, 6)
+    if "floor" in names:
+        numbers["floor"] = share(0)
+    policy = kind(**variant.choices, **numbers)
+    if variant.wrapped:
+        policy = Protect(policy=policy, sinks=whole(0, 2), recent=whole(0, 2))
+        absolute, none = rng.random() < 0.5, whole(0, 0)
+        tokens, per_mille = (policy.protected + whole(1, 6), none) if absolute else (none, whole(100, 800))
+        policy = Budget(policy=policy, tokens=tokens, per_mille=per_mille)
+    return Oneshot(policy=policy) if variant.wrapped == "oneshot" else policy
+
+
+def summary(tallies: Sequence[Tally]) -> list[dict[str, Any]]:
+    """A row for each policy, and one for all of them."""
+    rows = []
+    for name in (*POLICIES, "all"):
+        some = [tally for tally in tallies if name in ("all", tally.policy)]
+        if some:
+            counts = {field: sum(getattr(tally, field) for tally in some) for field in COUNTS}
+            rows.append({"policy": name, **counts, "differences": sum(len(tally.differences) for tally in some)})
+    return rows
+
+
+def _tally(seed: int, cases: list[Case]) -> Tally:
+    name = VARIANTS[cases[0].index // BATCH % len(VARIANTS)].name
+    numbers, left_out, differences, cached = np.zeros(3, int), 0, [], _or_error(_cached, cases)
+    for row, one in enumerate(cases):
+        expected = _or_error(_specified, one)
+        if isinstance(expected, list):
+            if min(reading.margin for reading in expected) <= CLOSE:
+                left_out += 1
+                continue
+            numbers += _count(one, expected)
+        try:
+            for account, found in (("the specification", expected), ("cache", cached)):
+                if isinstance(found, Exception):
+                    raise InvariantError(account, f"{type(found).__name__}: {found}") from found
+            _compare("cache", one, expected, *cached[row])
+            if one.chunk and not (one.pooled and one.capacity):
+                _compare("replay", one, expected, *_replayed(one))
+        except Exception as error:
+            kind = "" if isinstance(error, InvariantError) else f"replay: {type(error).__name__}: "
+            what = " ".join(f"{kind}{error}".replace("layer 0, ", "").split())
+            differences.append(f"case {one.index}, {one.here} of {name}, {_where(one)}: {what}")
+    return Tally(name, cases[-1].index + 1, len(cases) - left_out, *numbers.tolist(), left_out, tuple(differences))
+
+
+def _or_error(function: Callable[[Any], Any], argument: Any) -> Any:
+    """What it returns, or the error that it raises: that is a finding too, and not the end of a soak."""
+    try:
+        return function(argument)
+    except Exception as error:
+        return error
+
+
+def _specified(one: Case) -> list[Reading]:
+    return readings(
+        one.policy, *(x.astype(np.float64) for x in (one.q, one.k, one.v)), chunks=[int(n) for n in one.counts if n],
+        capacity=one.capacity, pooled=one.pooled, prompt=one.prompt, layer=one.layer, layers=LAYERS,
+    )  # fmt: skip
+
+
+def _count(one: Case, expected: list[Reading]) -> np.ndarray:
+    """Decisions, and how many of them were evictions and losses."""
+    steps = one.counts[one.counts > 0]
+    live = np.array([[len(keys) for keys in reading.kept] for reading in expected])
+    lost = sum(reading.overflow for reading in expected)
+    return np.array(
+        [live[:, :-1].sum() + KV_HEADS * steps.sum(), KV_HEADS * steps.sum() - live[:, -1].sum() - lost, lost]
+    )
+
+
+def _compare(what: str, one: Case, expected: list[Reading], kept: np.ndarray, overflow: np.ndarray) -> None:
+    """Raises unless the keys ``kept [kv_heads, steps, keys]`` and the overflow are those of the specification."""
+    wanted = np.zeros_like(kept)
+    for head, reading in enumerate(expected):
+        for at, index in enumerate(np.cumsum(one.counts > 0) - 1):  # a step without tokens changes nothing
+            wanted[head, at, list(reading.kept[index]) if index >= 0 else []] = True
+    clock = np.cumsum(one.counts)
+    invariants.same_decisions(what, kept[None], wanted[None], "in the specification", clock)
+    for head, reading in enumerate(expected):
+        if overflow[head] != reading.overflow:
+            raise InvariantError(what, f"{overflow[head]} keys were lost, not {reading.overflow}", head=head)
+
+
+def _cached(cases: list[Case]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """What the cache holds after each step and has lost at the end, case by case; all of them at once."""
+    full = [*cases, *[cases[0]] * (BATCH - len(cases))]
+    policies = jax.tree.map(
+        lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *[one.here for one in full]
+    )
+    arrays = [np.stack([_padded(getattr(one, name)) for one in full]) for name in ("q", "k", "v")]
+    counts, prompt = np.stack([one.counts for one in full]), np.array([one.prompt for one in full])
+    spec = CacheSpec(KV_HEADS, full[0].slots, HEAD_DIM, pooled=full[0].pooled)
+    position, overflow = map(
+        np.asarray, _read(policies, *arrays, counts.astype(np.int32), prompt.astype(np.int32), spec=spec)
+    )
+    held = (position[..., None] == np.arange(TOKENS)).any(-2).swapaxes(1, 2)  # [batch, kv_heads, steps, keys]
+    return [(held[row], overflow[row]) for row in range(len(cases))]
+
+
+@partial(jax.jit, static_argnames="spec")
+def _read(policies, q, k, v, counts, prompt, *, spec):
+    def read(policy, q, k, v, counts, prompt):
+        def body(carry, count):
+            cache, start = carry
+            pieces = (jax.lax.dynamic_slice_in_dim(x, start, CHUNK) for x in (q, k, v))
+            _, cache = step(policy, cache, *pieces, count)
+            return (cache, start + count), by_head(cache)
+
+        cache = make_cache(policy, spec)._replace(prompt=prompt)
+        (cache, _), position = jax.lax.scan(body, (cache, jnp.int32(0)), counts)
+        return position, cache.overflow
+
+    return jax.vmap(read)(policies, q, k, v, counts, prompt)
+
+
+def _replayed(one: Case) -> tuple[np.ndarray, np.ndarray]:
+    q, k, v = (x.reshape(1, len(x), -1, HEAD_DIM) for x in (one.q, one.k, one.v))
+    options: dict[str, Any] = {"capacity": one.capacity, "chunk": one.chunk, "prompt": one.prompt, "errors": False}
+    result = replay(Trace.from_qkv(q, k, v), [one.here], **options)
+    kept = np.zeros((KV_HEADS, TOKENS, TOKENS), bool)
+    kept[:, :, : len(k[0])] = result.history()[0][:, np.maximum(np.cumsum(one.counts) - 1, 0)]
+    return kept, result.overflow[0]
+
+
+def _padded(x: np.ndarray) -> np.ndarray:
+    return np.concatenate([x, np.full((TOKENS + CHUNK - len(x), *x.shape[1:]), 7.0, np.float32)])
+
+
+def _where(one: Case) -> str:
+    pieces = f"chunks of {one.chunk}" if one.chunk else f"pieces of {' '.join(str(n) for n in one.counts if n)}"
+    layout = f"{'a pool' if one.pooled else 'a rectangle'} of {one.slots} slots a head"
+    return f"{len(one.k)} tokens in {pieces}, a prompt of {one.prompt}, {layout}"
