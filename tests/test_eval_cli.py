@@ -262,8 +262,9 @@ def test_a_program_serves_all_answers(evaluate, checkpoints, text, tmp_path, cap
 
 
 def test_no_data(evaluate, tmp_path):
-    code, _, err = evaluate("longbench", "--data", tmp_path, "--out", tmp_path / "out")
-    assert (code, "there is no task of LongBench" in err) == (2, True)
+    for folder in (tmp_path, "x" * 300):
+        code, _, err = evaluate("longbench", "--data", folder, "--out", tmp_path / "out")
+        assert (code, "there is no task of LongBench" in err) == (2, True)
 
 
 @pytest.mark.parametrize(
