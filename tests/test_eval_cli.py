@@ -14,7 +14,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import torch
 from tokenizers import pre_tokenizers, trainers
+from transformers import LlamaForCausalLM
 
 from corm_jax import cli
 from corm_jax.evaluation import recall
@@ -237,6 +239,28 @@ def test_names_and_lengths(evaluate, checkpoints, tmp_path):
     )
 
 
+def test_each_stretch_is_read_as_transformers_reads_it(evaluate, run_main, checkpoints, text, tmp_path):
+    """With a tokenizer that puts two ids first: they are read, and not predicted."""
+    model = checkpoints["two ids"]
+    arguments = "--model", model, "--text", text, "--tokens", 32, "--policy", "full"
+    for kind in ("perplexity", "agreement"):
+        more = ("--prompt", 1) if kind == "agreement" else ()
+        assert evaluate(kind, *arguments, *more, "--limit", 3, "--out", tmp_path / kind)[0] == 0
+    report = tmp_path / "report.json"
+    assert run_main(cli.main, "corm", "compare", *arguments, "--chunk", 16, "--json", report)[0] == 0
+    ids, theirs, expected = byte_level("nothing").encode(TEXT * 30), LlamaForCausalLM.from_pretrained(model), []
+    for start in (0, 30, 60):
+        stretch = torch.tensor([[0, 1, *ids[start : start + 30]]])
+        with torch.no_grad():
+            logits = theirs(stretch).logits[0]
+        expected.append(torch.nn.functional.cross_entropy(logits[1:-1], stretch[0, 2:]).item())
+    for kind in ("perplexity", "agreement"):
+        np.testing.assert_allclose([row["nll"] for row in rows(tmp_path / kind)], expected, atol=1e-5)
+    assert len(set(np.round(expected, 3))) == 3
+    found = json.loads(report.read_text())
+    assert (found["scored"], found["rows"][0]["nll"]) == (30, pytest.approx(expected[0], abs=1e-5))
+
+
 def test_another_tokenizer_is_another_run(evaluate, checkpoints, text, tmp_path):
     arguments = "--text", text, "--tokens", 32, "--limit", 1, "--policy", "full", "--out", tmp_path / "out"
     model = shutil.copytree(checkpoints["begin"], tmp_path / "model")
@@ -266,8 +290,9 @@ def test_a_program_serves_all_answers(evaluate, checkpoints, text, tmp_path, cap
 
 
 def test_no_data(evaluate, tmp_path):
-    code, _, err = evaluate("longbench", "--data", tmp_path, "--out", tmp_path / "out")
-    assert (code, "there is no task of LongBench" in err) == (2, True)
+    for folder in (tmp_path, "x" * 300):
+        code, _, err = evaluate("longbench", "--data", folder, "--out", tmp_path / "out")
+        assert (code, "there is no task of LongBench" in err) == (2, True)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ Rows, prompt templates and answer lengths come from the benchmark's own files: a
 ``dataset2prompt.json`` and ``dataset2maxlen.json`` there or in ``longbench_config`` beside it.
 """
 
+import os
 import re
 import string
 from collections import Counter
@@ -249,7 +250,7 @@ def there(folder: Path) -> list[str]:
     Raises:
       CormError: if there are none.
     """
-    names = [task for task in METRICS if (folder / f"{task}.jsonl").exists()]
+    names = [task for task in METRICS if _there(folder / f"{task}.jsonl")]
     if not names:
         raise CormError(f"there is no task of LongBench in {folder}: it should hold files such as qasper.jsonl")
     return names
@@ -273,11 +274,16 @@ def _config_files(folder: Path) -> list[Path]:
     found = []
     for name in CONFIG:
         places = folder / name, folder.parent / "longbench_config" / name, folder / "longbench_config" / name
-        place = next((place for place in places if place.exists()), None)
+        place = next((place for place in places if _there(place)), None)
         if place is None:
             raise CormError(f"{folder} has no {name}: {GET}")
         found.append(place)
     return found
+
+
+def _there(path: Path) -> bool:
+    """Unlike `Path.exists`, also of names that are too long."""
+    return os.access(path, os.F_OK)
 
 
 def _content(path: Path) -> bytes:

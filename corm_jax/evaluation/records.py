@@ -161,8 +161,10 @@ def read_rows(folder: Path, run: Run, repair: bool = False) -> list[dict[str, An
         rows.append({name: value for name, value in row.items() if value is not None})
     if rest and repair:
         print(f"corm: note: {path}: the last line was cut off; its example is done again", file=sys.stderr)
-        with path.open("r+b") as file:
-            file.truncate(len(content) - len(rest))
+        try:
+            os.truncate(path, len(content) - len(rest))
+        except OSError as error:
+            raise CormError(f"cannot write {path}: {error.strerror}") from None
     return rows
 
 
