@@ -210,10 +210,10 @@ def _move(source: Path, place: Path) -> None:
     try:
         os.link(source, place)
     except FileExistsError:
-        raise FileExistsError(None, "a file has appeared there meanwhile") from None
+        raise FileExistsError(None, "something has appeared there meanwhile") from None
     except OSError:  # a file system without links
         if os.path.lexists(place):
-            raise FileExistsError(None, "a file has appeared there meanwhile") from None
+            raise FileExistsError(None, "something has appeared there meanwhile") from None
         source.replace(place)
 
 

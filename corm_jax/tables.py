@@ -159,9 +159,9 @@ def _below(columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int)
     for first, *cells in rows:
         found += fold(first, width)
         for column, cell in zip(columns[1:], cells, strict=True):
-            if not cell:
+            if not cell.strip():
                 continue
-            line = f"{GAP}{column.name}{' ' * (size - cell_len(column.name))}{GAP}{cell}"
+            line = f"{GAP}{column.name}{' ' * (size - cell_len(column.name))}{GAP}{cell.rstrip()}"
             if cell_len(line) <= width:
                 found.append(line)
             else:
