@@ -161,17 +161,21 @@ def _check_traits(name: str, policy: Any) -> None:
         some = ", ".join(map(repr, EVERYTHING))
         _refuse(name, f"has a `needs` of {needs!r}: expected a tuple of what it looks at beside positions, of {some}")
     waits = _get(name, policy, "whole_prompt", False)
-    if not isinstance(waits, bool):
+    if not isinstance(waits, bool | np.bool_):
         _refuse(name, f"has a `whole_prompt` of {waits!r}: expected True or False")
     positions = _get(name, policy, "positions", "original")
     if not isinstance(positions, str) or positions not in ("original", "cache"):
         _refuse(name, f"has `positions` of {positions!r}: expected 'original' or 'cache'")
     if positions == "cache":
         _refuse(name, "counts positions within the cache, which needs a rotation: try it with positions='original'")
-    if not callable(_get(name, policy, "for_layer", callable)):
-        _refuse(
-            name, "has a `for_layer` that is no function: expected for_layer(self, layer, layers), a layer's policy"
-        )
+    if (for_layer := _get(name, policy, "for_layer")) is not None:
+        expected = "for_layer(self, layer, layers), the policy of one layer"
+        try:
+            found = for_layer(0, 1)
+        except Exception as error:
+            _refuse(name, f"has a `for_layer` that raises {_short(error)}: expected {expected}")
+        if isinstance(found, type) or any(inspect.getattr_static(found, member, None) is None for member in MEMBERS):
+            _refuse(name, f"has a `for_layer` that gives {found!r}: expected {expected}")
 
 
 class _Scene:
