@@ -13,7 +13,7 @@ import copy
 import dataclasses
 import inspect
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,9 @@ SCENES = (
 )
 """Where the functions of a policy are traced: in words, the cache, and how many queries come at once."""
 
+MOST = 2**16
+"""Keys of a head that a policy may protect here: the suite holds them all."""
+
 DECORATE = "decorate the class with corm_jax.policy, which makes it a frozen dataclass and a pytree"
 
 _sound: set[Any] = set()
@@ -61,11 +64,11 @@ def check_construction(policy: Any) -> None:
         _refuse(repr(policy), f"is text: give the policy itself, as in corm_jax.parse({policy!r})")
     if isinstance(policy, list | tuple) and not hasattr(policy, "_fields"):
         _refuse(f"a {type(policy).__name__}", "is no policy: give one at a time")
-    name = type(policy).__name__
+    name: str = type(policy).__name__
     _check_members(name, policy)
     _check_dataclass(name, policy)
     if "policy" in _names(policy):  # a wrapper
-        check_construction(getattr(policy, "policy"))  # noqa: B009
+        check_construction(_get(name, policy, "policy"))
     key = _check_pytree(name, policy)
     _check_traits(name, policy)
     if key in _sound:
@@ -116,15 +119,19 @@ def _check_pytree(name: str, policy: Any) -> Any:
     try:
         again = jax.tree.unflatten(structure, [object() for _ in leaves])  # JAX does that, too
         same = type(again) is type(policy) and jax.tree.structure(again) == structure
-        hash(structure), structure == jax.tree.structure(copy.deepcopy(policy))  # as jax.jit does, for better or worse
+        _ = (
+            hash(structure),
+            structure == jax.tree.structure(copy.deepcopy(policy)),
+        )  # as jax.jit does, for better or worse
     except Exception as error:
         _refuse(name, f"is a pytree that JAX cannot take apart and put together ({_short(error)}): {DECORATE}")
     if not same:
         _refuse(name, f"is another once JAX has taken it apart and put it together: {DECORATE}")
     names = _names(policy)
-    fixed = [one.name for one in dataclasses.fields(policy) if one.metadata.get("static")]
+    children = jax.tree_util.tree_leaves_with_path(policy, is_leaf=lambda x: x is not policy)
+    traced = [path[0].name for path, _ in children if isinstance(path[0], jax.tree_util.GetAttrKey)]
     twin = dataclasses.make_dataclass("Twin", names, frozen=True)
-    jax.tree_util.register_dataclass(twin, data_fields=[x for x in names if x not in fixed], meta_fields=fixed)
+    jax.tree_util.register_dataclass(twin, data_fields=traced, meta_fields=[x for x in names if x not in traced])
     if structure == jax.tree.structure(twin(*(getattr(policy, x) for x in names))):
         _refuse(name, f"may be taken for another class of the same fields by jax.jit: {DECORATE}")
     return type(policy), structure, tuple((np.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
@@ -139,31 +146,36 @@ def _check_traits(name: str, policy: Any) -> None:
         ("recent", 0, "a promise that the newest so many keys stay"),
         ("most", 1, "how many keys of a head stay at most"),
     ):
-        value = _get(name, policy, trait)
+        value: Any = _get(name, policy, trait)
         if value is None and trait != "protected":
             continue
-        known = isinstance(value, jax.Array | np.ndarray | np.generic | int)
-        numbers = np.asarray(value if known else None)
+        numbers = np.asarray(value if isinstance(value, jax.Array | np.ndarray | np.generic | int) else "no number")
         if numbers.dtype.kind not in "iu" or numbers.shape not in ((), (KV_HEADS,)) or numbers.min() < least:
             _refuse(
                 name, f"has a `{trait}` of {value!r}: expected {meaning}, a whole number from {least} up or one a head"
             )
+    if np.max(policy.protected) > MOST:
+        _refuse(name, f"protects {np.max(policy.protected):,} keys of a head: give numbers below {TOKENS} to try it")
     needs = _get(name, policy, "needs", EVERYTHING)
-    if not isinstance(needs, tuple | list | set | frozenset) or not set(needs) <= set(EVERYTHING):
+    if not isinstance(needs, tuple | list | set | frozenset) or any(need not in EVERYTHING for need in needs):
         some = ", ".join(map(repr, EVERYTHING))
         _refuse(name, f"has a `needs` of {needs!r}: expected a tuple of what it looks at beside positions, of {some}")
     waits = _get(name, policy, "whole_prompt", False)
-    if not isinstance(waits, bool):
+    if not isinstance(waits, bool | np.bool_):
         _refuse(name, f"has a `whole_prompt` of {waits!r}: expected True or False")
     positions = _get(name, policy, "positions", "original")
+    if not isinstance(positions, str) or positions not in ("original", "cache"):
+        _refuse(name, f"has `positions` of {positions!r}: expected 'original' or 'cache'")
     if positions == "cache":
         _refuse(name, "counts positions within the cache, which needs a rotation: try it with positions='original'")
-    if positions != "original":
-        _refuse(name, f"has `positions` of {positions!r}: expected 'original' or 'cache'")
-    if not callable(_get(name, policy, "for_layer", callable)):
-        _refuse(
-            name, "has a `for_layer` that is no function: expected for_layer(self, layer, layers), a layer's policy"
-        )
+    if (for_layer := _get(name, policy, "for_layer")) is not None:
+        expected = "for_layer(self, layer, layers), the policy of one layer"
+        try:
+            found = for_layer(0, 1)
+        except Exception as error:
+            _refuse(name, f"has a `for_layer` that raises {_short(error)}: expected {expected}")
+        if isinstance(found, type) or any(inspect.getattr_static(found, member, None) is None for member in MEMBERS):
+            _refuse(name, f"has a `for_layer` that gives {found!r}: expected {expected}")
 
 
 class _Scene:
@@ -179,7 +191,7 @@ class _Scene:
             lead = len(self.spec.slots)
             state = jax.tree.map(lambda x: jax.ShapeDtypeStruct((*x.shape[:-lead], *shape), x.dtype), state)
         after = self._traced("observe", state, observation, slots)
-        if jax.tree.structure(after) != jax.tree.structure(state) or _avals(after) != _avals(state):
+        if _avals(after) != _avals(state):
             self._refuse("observe", f"turns a state of {_avals(state)} into {_avals(after)}")
         for member, kinds in (("retain", (np.bool_,)), ("rank", (np.integer, np.floating))):
             value = self._traced(member, state, slots)
@@ -207,7 +219,7 @@ class _Scene:
             if leaf.weak_type:
                 self._refuse("init", f"gives {_avals(leaf)} of a weak type, which other steps change: say its dtype")
         traced = self._call("init", lambda: jax.eval_shape(lambda policy: policy.init(self.spec), self.policy))
-        if jax.tree.structure(traced) != jax.tree.structure(state) or _avals(traced) != _avals(state):
+        if _avals(traced) != _avals(state):
             self._refuse("init", f"gives {_avals(state)}, but {_avals(traced)} while JAX traces it")
         return state
 
@@ -250,10 +262,19 @@ def _numeric(leaf: Any) -> bool:
     return any(jnp.issubdtype(dtype, kind) for kind in (np.bool_, np.integer, np.floating))
 
 
+class _Aval(NamedTuple):
+    """An array, as in ``float32[2, 16]``."""
+
+    text: str
+
+    def __repr__(self) -> str:
+        return self.text
+
+
 def _avals(tree: Any) -> str:
-    """The shapes and dtypes of a pytree, as in ``float32[2, 16]``."""
-    found = [f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(tree)]
-    return found[0] if len(found) == 1 else f"({', '.join(found)})" if found else "nothing"
+    """The shapes and dtypes of a pytree, in its structure."""
+    leaves, structure = jax.tree.flatten(tree)
+    return repr(jax.tree.unflatten(structure, [_Aval(f"{leaf.dtype}{list(leaf.shape)}") for leaf in leaves]))
 
 
 def _short(error: Exception) -> str:

@@ -61,8 +61,7 @@ def record(model: Any, tokens: Any, *, pieces: Sequence[str] | None = None) -> T
 
         def attend_and_keep(module, query, key, value, mask=None, *others, **options):
             scale = float(options.get("scaling") or query.shape[-1] ** -0.5)
-            floats = [x.detach().float() for x in (query, key, value)]
-            q, k, v = floats
+            q, k, v = (x.detach().float() for x in (query, key, value))
             _check(len(layers), module, attend, q, k, v, mask, scale, others, options)
             layers.append((q.cpu(), k.cpu(), v.cpu(), scale))
             return attend(module, query, key, value, mask, *others, **options)

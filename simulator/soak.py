@@ -179,7 +179,7 @@ def soak(seed: int = 0, start: int = 0, cases: int | None = None) -> Iterator[Ta
     end = np.inf if cases is None else start + cases
     while start < end:
         stop = int(min((start // BATCH + 1) * BATCH, end))
-        yield _tally(seed, [case(seed, index) for index in range(start, stop)])
+        yield _tally([case(seed, index) for index in range(start, stop)])
         start = stop
 
 
@@ -212,16 +212,16 @@ def _policy(variant: Variant, rng: np.random.Generator) -> Any:
     """A policy with numbers drawn at random, small enough for something to happen."""
     shape = (LAYERS, KV_HEADS) if variant.per_head else ()
 
-    def whole(low, high):
+    def whole(low: int, high: int) -> Any:
         drawn = rng.integers(low, high, shape, endpoint=True)
         return drawn if shape else int(drawn)
 
-    def share(low):  # by the hundredth
+    def share(low: int) -> Any:  # by the hundredth
         return int(rng.integers(low, 100, endpoint=True)) / 100
 
     kind = POLICIES[variant.name]
     names = kind.__dataclass_fields__.keys() - variant.choices
-    numbers = {name: whole(*WHOLE[name]) for name in sorted(names & WHOLE.keys())}
+    numbers: dict[str, Any] = {name: whole(*WHOLE[name]) for name in sorted(names & WHOLE.keys())}
     if "eager" in names:
         numbers["eager"] = bool(rng.integers(2))
     if "drop" in names:
@@ -250,7 +250,7 @@ def summary(tallies: Sequence[Tally]) -> list[dict[str, Any]]:
     return rows
 
 
-def _tally(seed: int, cases: list[Case]) -> Tally:
+def _tally(cases: list[Case]) -> Tally:
     name = VARIANTS[cases[0].index // BATCH % len(VARIANTS)].name
     numbers, left_out, differences, cached = np.zeros(3, int), 0, [], _or_error(_cached, cases)
     for row, one in enumerate(cases):
@@ -271,7 +271,9 @@ def _tally(seed: int, cases: list[Case]) -> Tally:
             kind = "" if isinstance(error, InvariantError) else f"replay: {type(error).__name__}: "
             what = " ".join(f"{kind}{error}".replace("layer 0, ", "").split())
             differences.append(f"case {one.index}, {one.here} of {name}, {_where(one)}: {what}")
-    return Tally(name, cases[-1].index + 1, len(cases) - left_out, *numbers.tolist(), left_out, tuple(differences))
+    decisions, evicted, lost = numbers.tolist()
+    following, compared = cases[-1].index + 1, len(cases) - left_out
+    return Tally(name, following, compared, decisions, evicted, lost, left_out, tuple(differences))
 
 
 def _or_error(function: Callable[[Any], Any], argument: Any) -> Any:
@@ -283,9 +285,10 @@ def _or_error(function: Callable[[Any], Any], argument: Any) -> Any:
 
 
 def _specified(one: Case) -> list[Reading]:
+    q, k, v = (x.astype(np.float64) for x in (one.q, one.k, one.v))
     return readings(
-        one.policy, *(x.astype(np.float64) for x in (one.q, one.k, one.v)), chunks=[int(n) for n in one.counts if n],
-        capacity=one.capacity, pooled=one.pooled, prompt=one.prompt, layer=one.layer, layers=LAYERS,
+        one.policy, q, k, v, chunks=[int(n) for n in one.counts if n], capacity=one.capacity, pooled=one.pooled,
+        prompt=one.prompt, layer=one.layer, layers=LAYERS,
     )  # fmt: skip
 
 
@@ -315,15 +318,11 @@ def _compare(what: str, one: Case, expected: list[Reading], kept: np.ndarray, ov
 def _cached(cases: list[Case]) -> list[tuple[np.ndarray, np.ndarray]]:
     """What the cache holds after each step and has lost at the end, case by case; all of them at once."""
     full = [*cases, *[cases[0]] * (BATCH - len(cases))]
-    policies = jax.tree.map(
-        lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *[one.here for one in full]
-    )
-    arrays = [np.stack([_padded(getattr(one, name)) for one in full]) for name in ("q", "k", "v")]
-    counts, prompt = np.stack([one.counts for one in full]), np.array([one.prompt for one in full])
+    policies = jax.tree.map(lambda *x: jnp.stack([jnp.asarray(leaf) for leaf in x]), *[one.here for one in full])
+    q, k, v = (np.stack([_padded(getattr(one, name)) for one in full]) for name in ("q", "k", "v"))
+    counts, prompt = (np.array([getattr(one, name) for one in full], np.int32) for name in ("counts", "prompt"))
     spec = CacheSpec(KV_HEADS, full[0].slots, HEAD_DIM, pooled=full[0].pooled)
-    position, overflow = map(
-        np.asarray, _read(policies, *arrays, counts.astype(np.int32), prompt.astype(np.int32), spec=spec)
-    )
+    position, overflow = map(np.asarray, _read(policies, q, k, v, counts, prompt, spec=spec))
     held = (position[..., None] == np.arange(TOKENS)).any(-2).swapaxes(1, 2)  # [batch, kv_heads, steps, keys]
     return [(held[row], overflow[row]) for row in range(len(cases))]
 
@@ -333,8 +332,8 @@ def _read(policies, q, k, v, counts, prompt, *, spec):
     def read(policy, q, k, v, counts, prompt):
         def body(carry, count):
             cache, start = carry
-            pieces = (jax.lax.dynamic_slice_in_dim(x, start, CHUNK) for x in (q, k, v))
-            _, cache = step(policy, cache, *pieces, count)
+            new_q, new_k, new_v = (jax.lax.dynamic_slice_in_dim(x, start, CHUNK) for x in (q, k, v))
+            _, cache = step(policy, cache, new_q, new_k, new_v, count)
             return (cache, start + count), by_head(cache)
 
         cache = make_cache(policy, spec)._replace(prompt=prompt)

@@ -324,7 +324,7 @@ def _check_rows(where: str, rows: np.ndarray, meta: Meta) -> None:
     if abs(sums[row] - 1) > slack:
         raise TraceError(
             f"{where}, row {row}, must sum to 1 within {slack:.2g} for {meta.dtype}, not to {sums[row]:.6g}: "
-            "rows that were rounded to 16 bits stay in their dtype; dropout is to be off"
+            "rows that were rounded to 16 bits have to stay in their dtype, and dropout has to be off (model.eval())"
         )
 
 

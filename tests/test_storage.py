@@ -121,7 +121,7 @@ def test_rows_of_16_bits_stay_in_16_bits(tmp_path):
     trace = Trace.from_attention(thirds(ml_dtypes.bfloat16))
     trace.save(tmp_path / "same")
     assert read_all(tmp_path / "same")[1][0].probs[0, 2].sum() > 1.0015
-    with pytest.raises(TraceError, match="head 0, row 2, .* for float32, not to 1.00195.* stay in their dtype"):
+    with pytest.raises(TraceError, match="head 0, row 2, .* for float32, not to 1.00195.* have to stay in their dtype"):
         trace.save(tmp_path / "other", "float32")
     weights = np.tril(np.full((1, 1, 1500, 1500), 2e-8)) + np.eye(1500)  # all but one a row are rounded to zero
     Trace.from_attention(weights / weights.sum(-1, keepdims=True)).save(tmp_path / "small", "float16")
