@@ -30,6 +30,12 @@ def sample(kind):
     return Trace.from_qkv(*qkv(), **TEXT) if kind == "qkv" else Trace.from_attention(rows(), kv_heads=2, **TEXT)
 
 
+def test_the_largest_numbers_are_numbers():
+    shape = {"layers": 1, "steps": 1, "q_heads": 1, "kv_heads": 1, "head_dim": 1}
+    largest = {"scale": sys.float_info.max, "tokens": [2**31 - 1], "positions": [2**31 - 1]}
+    assert Meta(kind="qkv", **shape, **largest).scale == sys.float_info.max
+
+
 @pytest.mark.parametrize("kind", ["qkv", "attention"])
 def test_layers(kind):
     trace = sample(kind)
@@ -160,8 +166,3 @@ BROKEN_META = [
 def test_meta_that_makes_no_sense(changes, message):
     with pytest.raises(TraceError, match=f"^{message}"):
         Meta(**{**GOOD, **changes})
-
-
-def test_the_largest_numbers_are_numbers():
-    largest = {"steps": 1, "scale": sys.float_info.max, "tokens": [2**31 - 1], "positions": [2**31 - 1]}
-    assert Meta(**{**GOOD, **largest}).scale == sys.float_info.max
