@@ -86,26 +86,6 @@ def test_all_keys_are_all_the_mass():
         np.testing.assert_allclose(mass, 1, atol=1e-5)
 
 
-def test_by_hand():
-    """Two keys each; query 2 wants key 0, query 3 key 1, query 4 key 0 again."""
-    alpha = np.array(
-        [[1, 0, 0, 0, 0], [0, 1, 0, 0, 0], [0.8, 0, 0.2, 0, 0], [0, 0.6, 0, 0.4, 0], [0.9, 0, 0, 0, 0.1]], np.float32
-    )
-    n = np.array([1, 2, 2, 2, 2])
-    np.testing.assert_allclose(oracle.most(alpha, n), [1, 1, 1, 1, 1], atol=1e-6)
-    # Key 0 (1.7 to come) stays, key 1 (0.6 to come) goes when token 2 arrives; then 2 and 3 make room in turn.
-    np.testing.assert_allclose(oracle.greedy(alpha, n), [1, 1, 1, 0.4, 1], atol=1e-6)
-    assert oracle.exact(alpha, n) == pytest.approx(4.4)
-
-
-def test_what_cannot_work_is_said():
-    trace = synthetic.noise(layers=1, steps=20)
-    with pytest.raises(CormError, match="does not belong to a trace"):
-        oracle.bounds(trace.part(steps=10), replay(trace, Full()))
-    with pytest.raises(CormError, match="at most 300"):
-        oracle.exact(np.eye(301, dtype=np.float32), np.ones(301, int))
-
-
 def test_short_form():
     trace = synthetic.noise(layers=2, steps=40)
     found = oracle.bounds(trace, replay(trace, Corm(window=5, recent=2)))
@@ -155,3 +135,23 @@ def test_attention_is_the_mean_over_a_group_at_the_scale_of_the_trace(scale):
         expected = (weights / weights.sum(-1, keepdims=True)).mean(0)
         np.testing.assert_allclose(found[head], expected, atol=1e-6)
     assert len(found) == 2
+
+
+def test_by_hand():
+    """Two keys each; query 2 wants key 0, query 3 key 1, query 4 key 0 again."""
+    alpha = np.array(
+        [[1, 0, 0, 0, 0], [0, 1, 0, 0, 0], [0.8, 0, 0.2, 0, 0], [0, 0.6, 0, 0.4, 0], [0.9, 0, 0, 0, 0.1]], np.float32
+    )
+    n = np.array([1, 2, 2, 2, 2])
+    np.testing.assert_allclose(oracle.most(alpha, n), [1, 1, 1, 1, 1], atol=1e-6)
+    # Key 0 (1.7 to come) stays, key 1 (0.6 to come) goes when token 2 arrives; then 2 and 3 make room in turn.
+    np.testing.assert_allclose(oracle.greedy(alpha, n), [1, 1, 1, 0.4, 1], atol=1e-6)
+    assert oracle.exact(alpha, n) == pytest.approx(4.4)
+
+
+def test_what_cannot_work_is_said():
+    trace = synthetic.noise(layers=1, steps=20)
+    with pytest.raises(CormError, match="does not belong to a trace"):
+        oracle.bounds(trace.part(steps=10), replay(trace, Full()))
+    with pytest.raises(CormError, match="at most 300"):
+        oracle.exact(np.eye(301, dtype=np.float32), np.ones(301, int))

@@ -93,7 +93,7 @@ def test_pages_hold_every_key_of_a_full_pool():
     position = np.zeros(128, np.int32)
     for head in range(2):
         position[owner == head] = rng.permutation((owner == head).sum())
-    pool = make_cache(H2O(), CacheSpec(kv_heads=2, capacity=64, head_dim=4, pooled=True))
+    pool = make_cache(H2O(recent=1), CacheSpec(kv_heads=2, capacity=64, head_dim=4, pooled=True))
     keys, scores = rng.normal(size=(2, 128, 4)).astype(np.float32), rng.normal(size=128).astype(np.float32)
     pool = pool._replace(
         k=jnp.asarray(keys[0]), v=jnp.asarray(keys[1]), position=jnp.asarray(position), head=jnp.asarray(owner),
