@@ -198,11 +198,20 @@ def step(
 ) -> tuple[Float[Array, "tokens kv_heads group head_dim"], LayerCache]:
     """One chunk through one layer of one sequence: insert, attend, observe, evict.
 
+    Numbers that are not finite stay in their row of a batch and in their head. A query that sees a key or a value that
+    is not finite gets NaN (see `attend`, `corm_jax.cache.insert`); queries before it do not, nor do those after the
+    key's eviction. To other heads it matters only where heads share: the slots of a pool that overflows, Ada-KV's
+    budget, and TOVA's mean, in which it counts as 0.
+
+    The outputs are differentiable with respect to ``q``, ``k``, ``v`` and what the cache holds; which keys are evicted
+    is not, and counts as given.
+
     Args:
       policy, cache: the rule, and what it has kept so far.
       q, k, v: the chunk's queries, keys and values, rotated at positions ``cache.seen + (0, 1, ...)``. Each query sees
         the live keys and, causally, the chunk.
-      count: how many of them are real; the rest pads a ragged batch, and changes nothing.
+      count: how many of them are real; the rest pads a ragged batch, and changes nothing. So do tokens beyond the end
+        of the clock, 2^31 - 1.
       frequencies: for a policy that counts ``positions`` within the cache: radians a token for each pair of a head.
         Queries and keys then come unrotated.
 

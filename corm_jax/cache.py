@@ -26,6 +26,7 @@ from corm_jax.types import (
     Slots,
     State,
     Usage,
+    broadcasts,
     iota,
 )
 
@@ -66,6 +67,7 @@ def make_cache(policy: Policy, spec: CacheSpec, batch: int | None = None) -> Lay
     return cache if batch is None else jax.tree.map(lambda x: jnp.tile(x, (batch, *(1,) * x.ndim)), cache)
 
 
+@broadcasts
 def slots(cache: LayerCache) -> Slots:
     """The view of a cache that a policy gets."""
     owned = None if cache.head is None else cache.head == iota(cache.overflow.shape[-1])[:, None]
@@ -79,6 +81,7 @@ def spec(cache: LayerCache) -> CacheSpec:
     return CacheSpec(kv_heads, capacity, cache.k.shape[-1], cache.k.dtype, cache.head is not None)
 
 
+@broadcasts
 def insert(
     policy: Policy,
     cache: LayerCache,
@@ -159,6 +162,7 @@ def _first(free: Bool[Array, "stores slots"], count: int) -> Int[Array, "stores 
     return RUN * run + (inside <= (nth - earlier)[..., None]).sum(-1, dtype=jnp.int32)
 
 
+@broadcasts
 def paged(cache: LayerCache) -> tuple[LayerCache, Int[Array, "pages size"]]:
     """A pool's live keys gathered into pages that each belong to one head, for a chunk of queries to attend to.
 
@@ -202,6 +206,7 @@ def expect(caches: Caches, tokens: Int[np.ndarray, " batch"]) -> Caches:
     return tuple(cache._replace(prompt=cache.seen + tokens) for cache in caches)
 
 
+@broadcasts
 def evict(policy: Policy, cache: LayerCache, allowed: Bool[Array, ""]) -> LayerCache:
     """Frees the slots that the policy does not retain; none where ``allowed`` is false."""
     keep = policy.retain(cache.state, slots(cache)) | ~jnp.asarray(allowed)
@@ -325,6 +330,13 @@ def check_slots(capacity: Capacity, need: int | Sequence[int], what: str) -> Non
     if sizes[layer] < needs[layer]:
         where = "" if len(set(sizes)) == 1 else f" of layer {layer}"
         raise CormError(f"capacity {sizes[layer]}{where} cannot hold {what} ({needs[layer]} keys): raise the capacity")
+
+
+def check_clock(caches: Caches, tokens: Int[np.ndarray, " batch"]) -> None:
+    """Raises if so many tokens more would pass the end of a row's clock, `ENDLESS`: positions are int32."""
+    end = int((np.asarray(caches[0].seen).astype(np.int64) + tokens).max())
+    if end > ENDLESS:
+        raise CormError(f"the clock of a cache ends at {ENDLESS} tokens, not {end}: go on in an empty cache")
 
 
 def capacities(caches: Caches) -> list[int]:

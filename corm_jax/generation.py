@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from corm_jax import cache
 from corm_jax.errors import CacheOverflowError, CormError
 from corm_jax.model import Llama
-from corm_jax.types import Caches, Capacity, Policy
+from corm_jax.types import Caches, Capacity, Policy, broadcasts, iota
 
 BLOCK = 256
 """Tokens that go through the model at once, rounded up to a multiple of the chunk. Does not change results."""
@@ -94,6 +94,7 @@ def prefill(
     blocks = Blocks.cut(prompts, model.config.vocab, chunk)
     lengths = blocks.count.sum(0, dtype=np.int32)
     cache.check_prompt(policy, cache.capacities(caches), int(lengths.max()))
+    cache.check_clock(caches, lengths)
     check_overflow(caches, overflow)
     caches = cache.expect(caches, lengths)
     logits = jnp.zeros((len(prompts), model.config.vocab), jnp.float32)
@@ -104,6 +105,7 @@ def prefill(
 
 
 @partial(jax.jit, static_argnames="chunk", donate_argnames="caches")
+@broadcasts
 def _prefill_block(model, policy, caches, logits, tokens, count, *, chunk):
     x, caches, _ = model(policy, caches, tokens, count, chunk=chunk)
     last = jnp.take_along_axis(x, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
@@ -111,6 +113,7 @@ def _prefill_block(model, policy, caches, logits, tokens, count, *, chunk):
 
 
 @partial(jax.jit, static_argnames="steps", donate_argnames="caches")
+@broadcasts
 def decode(
     model: Llama,
     policy: Policies,
@@ -144,7 +147,7 @@ def decode(
         done = done | (reads & jnp.isin(token, end))
         return (logits, done, caches), jnp.where(reads, token, -1)
 
-    xs = jnp.arange(steps), jax.random.split(key, steps)
+    xs = iota(steps), jax.random.split(key, steps)
     (logits, done, caches), tokens = jax.lax.scan(step, (logits, done, caches), xs)
     return tokens.T, logits, done, caches
 
@@ -160,9 +163,9 @@ def sample(
         probability = jax.nn.softmax(ordered)
         inside = jnp.cumsum(probability, axis=-1) - probability < top_p  # the likeliest always is
         least = jnp.min(ordered, axis=-1, keepdims=True, where=inside, initial=jnp.inf)
-        return jax.random.categorical(key, jnp.where(scaled >= least, scaled, -jnp.inf))
+        return jax.random.categorical(key, jnp.where(scaled >= least, scaled, -jnp.inf)).astype(jnp.int32)
 
-    return jax.lax.cond(temperature > 0, draw, lambda logits: logits.argmax(-1), logits).astype(jnp.int32)
+    return jax.lax.cond(temperature > 0, draw, lambda logits: jax.lax.argmax(logits, 1, jnp.int32), logits)
 
 
 def stream(
