@@ -201,13 +201,21 @@ def step(
 ) -> tuple[Float[Array, "tokens kv_heads group head_dim"], LayerCache]:
     """One chunk through one layer of one sequence: insert, attend, observe, evict.
 
+    Numbers that are not finite stay in their row of a batch and in their head. A query that sees a key or a value that
+    is not finite gets NaN (see `attend`, `corm_jax.cache.insert`); queries before it do not, nor do those after the
+    key's eviction. To other heads it matters only where heads share: the slots of a pool that overflows, Ada-KV's
+    budget, and TOVA's mean, in which it counts as 0.
+
+    The outputs are differentiable with respect to ``q``, ``k``, ``v`` and what the cache holds; which keys are evicted
+    is not, and counts as given.
+
     Args:
       policy, cache: the rule, and what it has kept so far, as `corm_jax.make_cache` returns it. If the policy waits for
         the end of the prompt, `corm_jax.begin_prompt` has to say how many tokens that has.
       q, k, v: the chunk's queries, keys and values, rotated at positions ``cache.seen + (0, 1, ...)``. Each query sees
         the live keys and, causally, the chunk.
-      count: how many of them are real, from 0 to all; the rest pads a ragged batch, and changes nothing. A traced count
-        that is not in that range counts as its nearest end.
+      count: how many of them are real, from 0 to all; the rest pads a ragged batch, and changes nothing. So do tokens
+        beyond the end of the clock, 2^31 - 1. A traced count that is not in that range counts as its nearest end.
       frequencies: for a policy that counts ``positions`` within the cache: radians a token for each pair of a head.
         Queries and keys then come unrotated.
 

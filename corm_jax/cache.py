@@ -29,6 +29,7 @@ from corm_jax.types import (
     Slots,
     State,
     Usage,
+    broadcasts,
     check_policy,
     iota,
     traits,
@@ -114,6 +115,7 @@ def remembers(policy: Any) -> str:
     return type(policy).__name__
 
 
+@broadcasts
 def slots(cache: LayerCache) -> Slots:
     """The view of a cache that a policy gets."""
     owned = None if cache.head is None else cache.head == iota(cache.overflow.shape[-1])[:, None]
@@ -127,6 +129,7 @@ def spec(cache: LayerCache) -> CacheSpec:
     return CacheSpec(kv_heads, capacity, cache.k.shape[-1], cache.k.dtype, cache.head is not None)
 
 
+@broadcasts
 def insert(
     policy: Policy,
     cache: LayerCache,
@@ -207,6 +210,7 @@ def _first(free: Bool[Array, "stores slots"], count: int) -> Int[Array, "stores 
     return RUN * run + (inside <= (nth - earlier)[..., None]).sum(-1, dtype=jnp.int32)
 
 
+@broadcasts
 def paged(cache: LayerCache) -> tuple[LayerCache, Int[Array, "pages size"]]:
     """A pool's live keys gathered into pages that each belong to one head, for a chunk of queries to attend to.
 
@@ -282,6 +286,7 @@ def expect(caches: Caches, tokens: Int[np.ndarray, " batch"]) -> Caches:
     return tuple(begin_prompt(cache, tokens) for cache in caches)
 
 
+@broadcasts
 def evict(policy: Policy, cache: LayerCache, allowed: Bool[Array, ""]) -> LayerCache:
     """Frees the slots that the policy does not retain; none where ``allowed`` is false."""
     keep = policy.retain(cache.state, slots(cache)) | ~jnp.asarray(allowed)
@@ -430,6 +435,13 @@ def check_slots(capacity: Capacity, need: int | Sequence[int], what: str) -> Non
     if sizes[layer] < needs[layer]:
         where = "" if len(set(sizes)) == 1 else f" of layer {layer}"
         raise CormError(f"capacity {sizes[layer]}{where} cannot hold {what} ({needs[layer]} keys): raise the capacity")
+
+
+def check_clock(caches: Caches, tokens: Int[np.ndarray, " batch"]) -> None:
+    """Raises if so many tokens more would pass the end of a row's clock, `ENDLESS`: positions are int32."""
+    end = int((np.asarray(caches[0].seen).astype(np.int64) + tokens).max())
+    if end > ENDLESS:
+        raise CormError(f"the clock of a cache ends at {ENDLESS} tokens, not {end}: go on in an empty cache")
 
 
 def capacities(caches: Caches) -> list[int]:

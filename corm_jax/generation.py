@@ -18,7 +18,7 @@ from corm_jax.arguments import Prompts, check_batch, check_caches, prompts_of
 from corm_jax.errors import CacheOverflowError
 from corm_jax.model import Llama
 from corm_jax.policies.options import integer, one_of, real
-from corm_jax.types import Caches, Capacity, Policy
+from corm_jax.types import Caches, Capacity, Policy, broadcasts, iota
 
 BLOCK = 256
 """Tokens that go through the model at once, rounded up to a multiple of the chunk. Does not change results."""
@@ -96,6 +96,7 @@ def prefill(
     policies = cache.per_layer(policy, config.layers)
     check_caches(policies, caches, config.kv_heads, config.head_dim, batch=len(lengths))
     cache.check_prompt(policies, cache.capacities(caches), int(lengths.max()))
+    cache.check_clock(caches, lengths)
     check = watch(caches, overflow)
     caches = cache.expect(caches, lengths)
     logits = jnp.zeros((len(lengths), config.vocab), jnp.float32)
@@ -106,6 +107,7 @@ def prefill(
 
 
 @partial(jax.jit, static_argnames="chunk", donate_argnames="caches")
+@broadcasts
 def _prefill_block(model, policy, caches, logits, tokens, count, *, chunk):
     x, caches, _ = model(policy, caches, tokens, count, chunk=chunk)
     last = jnp.take_along_axis(x, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
@@ -113,6 +115,7 @@ def _prefill_block(model, policy, caches, logits, tokens, count, *, chunk):
 
 
 @partial(jax.jit, static_argnames="steps", donate_argnames="caches")
+@broadcasts
 def decode(
     model: Llama,
     policy: Policies,
@@ -151,7 +154,7 @@ def decode(
         done = done | (reads & jnp.isin(token, end))
         return (logits, done, caches), jnp.where(reads, token, -1)
 
-    xs = jnp.arange(steps), jax.random.split(key, steps)
+    xs = iota(steps), jax.random.split(key, steps)
     (logits, done, caches), tokens = jax.lax.scan(step, (logits, done, caches), xs)
     return tokens.T, logits, done, caches
 
@@ -167,9 +170,9 @@ def sample(
         probability = jax.nn.softmax(ordered)
         inside = jnp.cumsum(probability, axis=-1) - probability < top_p  # the likeliest always is
         least = jnp.min(ordered, axis=-1, keepdims=True, where=inside, initial=jnp.inf)
-        return jax.random.categorical(key, jnp.where(scaled >= least, scaled, -jnp.inf))
+        return jax.random.categorical(key, jnp.where(scaled >= least, scaled, -jnp.inf)).astype(jnp.int32)
 
-    return jax.lax.cond(temperature > 0, draw, lambda logits: logits.argmax(-1), logits).astype(jnp.int32)
+    return jax.lax.cond(temperature > 0, draw, lambda logits: jax.lax.argmax(logits, 1, jnp.int32), logits)
 
 
 def stream(

@@ -14,6 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Bool, Float
 
+from corm_jax.types import broadcasts, iota
+
 BLOCK = 64
 """Slots at a time."""
 
@@ -29,6 +31,7 @@ def supports(rows: Array, k: Array) -> bool:
     return tokens == 1 and head_dim >= 16 and head_dim & (head_dim - 1) == 0 and k.dtype.itemsize in (2, 4)
 
 
+@broadcasts
 def attend_pool(
     rows: Float[Array, "kv_heads group 1 head_dim"],
     k: Float[Array, "pool head_dim"],
@@ -51,7 +54,7 @@ def attend_pool(
     stretch = BLOCK * max(4, pl.cdiv(pl.cdiv(pool, STRETCHES), BLOCK))
     parts = pl.cdiv(pool, stretch)
     q = jnp.zeros((padded, head_dim), k.dtype).at[:heads].set(rows.reshape(heads, head_dim).astype(k.dtype))
-    head = jnp.where(owned, jnp.arange(kv_heads)[:, None], 0).sum(0)
+    head = jax.lax.argmax(owned, 0, jnp.int32)
     whose = jnp.where(visible[0], head, -1)
     float32 = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     logits, largest, total, summed = pl.pallas_call(
@@ -89,7 +92,7 @@ def _kernel(
     def body(block, carry):
         largest, total, summed = carry
         start = part * stretch + block * BLOCK
-        slots, inside = pl.ds(start, BLOCK), start + jnp.arange(BLOCK) < pool
+        slots, inside = pl.ds(start, BLOCK), start + iota(BLOCK) < pool
         k = triton.load(k_ref.at[slots, :], mask=inside[:, None], other=0.0)
         whose = triton.load(whose_ref.at[slots], mask=inside, other=-1)
         logits = dot(q, k.T) * scale
@@ -105,8 +108,9 @@ def _kernel(
         summed = summed * factor[:, None] + dot(weights.astype(v.dtype), v)
         return new, total * factor + weights.sum(1), summed
 
-    nothing = jnp.full(q.shape[0], LOWEST), jnp.zeros(q.shape[0]), jnp.zeros(q.shape, jnp.float32)
-    blocks = jnp.minimum(stretch // BLOCK, pl.cdiv(pool - part * stretch, BLOCK))
+    full = partial(jnp.full, dtype=jnp.float32)
+    nothing = full(q.shape[0], LOWEST), full(q.shape[0], 0.0), full(q.shape, 0.0)
+    blocks = jnp.minimum(stretch // BLOCK, jax.lax.div(pool - part * stretch + (BLOCK - 1), jnp.int32(BLOCK)))
     largest, total, summed = jax.lax.fori_loop(0, blocks, body, nothing)
     largest_ref[part, :] = largest
     total_ref[part, :] = total

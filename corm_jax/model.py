@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from corm_jax import attention, cache, positions
 from corm_jax.arguments import check_caches, check_count
 from corm_jax.errors import CormError
-from corm_jax.types import Caches, CacheSpec, Capacity, LayerCache, Policy
+from corm_jax.types import Caches, CacheSpec, Capacity, LayerCache, Policy, broadcasts, iota
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +39,32 @@ class Config:
     """Positions that the model was trained on; beyond them quality is not to be expected."""
 
 
+def _precision(dtype: Any) -> str | None:
+    """That of a product: a GPU rounds float32 factors to TF32 unless told not to. 16 bits stay what they are."""
+    return "highest" if jnp.dtype(dtype) == jnp.float32 else None
+
+
+def _linear(inputs: int, outputs: int, *, dtype: Any, rngs: nnx.Rngs) -> nnx.Linear:
+    how = {"dtype": dtype, "param_dtype": dtype, "precision": _precision(dtype)}
+    return nnx.Linear(inputs, outputs, use_bias=False, rngs=rngs, **how)
+
+
+class _Norm(nnx.RMSNorm):
+    """Flax's, whose float32 statistics meet what has 16 bits, also where JAX is told to promote nothing by itself."""
+
+    def __init__(self, config: Config, dtype: Any, rngs: nnx.Rngs):
+        super().__init__(config.dim, epsilon=config.norm_eps, dtype=dtype, param_dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "... dim"]) -> Float[Array, "... dim"]:
+        with jax.numpy_dtype_promotion("standard"):
+            return super().__call__(x)
+
+
 class Attention(nnx.Module):
     """Grouped-query attention through an evicting cache."""
 
     def __init__(self, config: Config, dtype: Any, rngs: nnx.Rngs):
-        linear = partial(nnx.Linear, use_bias=False, dtype=dtype, param_dtype=dtype, rngs=rngs)
+        linear = partial(_linear, dtype=dtype, rngs=rngs)
         self.q = linear(config.dim, config.heads * config.head_dim)
         self.k = linear(config.dim, config.kv_heads * config.head_dim)
         self.v = linear(config.dim, config.kv_heads * config.head_dim)
@@ -60,7 +81,7 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "batch tokens dim"], LayerCache, Int[Array, "batch chunks kv_heads"]]:
         batch, tokens, _ = x.shape
         later = attention.counts_in_cache(policy)
-        q, k, v = self.project(x, None if later else cache.seen[:, None] + jnp.arange(tokens)[None])
+        q, k, v = self.project(x, None if later else cache.seen[:, None] + iota(tokens)[None])
         read = jax.vmap(partial(attention.read, chunk=chunk), in_axes=(None, 0, 0, 0, 0, 0, None))
         output, cache, live = read(policy, cache, q, k, v, count, self.frequencies if later else None)
         return self.out(output.reshape(batch, tokens, -1)), cache, live
@@ -92,7 +113,7 @@ class FeedForward(nnx.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
     def __init__(self, config: Config, dtype: Any, rngs: nnx.Rngs):
-        linear = partial(nnx.Linear, use_bias=False, dtype=dtype, param_dtype=dtype, rngs=rngs)
+        linear = partial(_linear, dtype=dtype, rngs=rngs)
         self.gate = linear(config.dim, config.hidden)
         self.up = linear(config.dim, config.hidden)
         self.down = linear(config.hidden, config.dim)
@@ -105,9 +126,8 @@ class Layer(nnx.Module):
     """Attention and feed-forward, each behind its norm and beside a residual."""
 
     def __init__(self, config: Config, dtype: Any, rngs: nnx.Rngs):
-        norm = partial(nnx.RMSNorm, config.dim, epsilon=config.norm_eps, dtype=dtype, param_dtype=dtype, rngs=rngs)
-        self.attention_norm, self.attention = norm(), Attention(config, dtype, rngs)
-        self.feed_forward_norm, self.feed_forward = norm(), FeedForward(config, dtype, rngs)
+        self.attention_norm, self.attention = _Norm(config, dtype, rngs), Attention(config, dtype, rngs)
+        self.feed_forward_norm, self.feed_forward = _Norm(config, dtype, rngs), FeedForward(config, dtype, rngs)
 
     def __call__(self, x, cache, policy, count, chunk):
         output, cache, live = self.attention(self.attention_norm(x), cache, policy, count, chunk)
@@ -131,12 +151,8 @@ class Llama(nnx.Module):
         self.config = config
         self.embed = nnx.Embed(config.vocab, config.dim, dtype=dtype, param_dtype=dtype, rngs=rngs)
         self.layers = nnx.List([Layer(config, dtype, rngs) for _ in range(config.layers)])
-        self.norm = nnx.RMSNorm(config.dim, epsilon=config.norm_eps, dtype=dtype, param_dtype=dtype, rngs=rngs)
-        self.head = (
-            None
-            if config.tied
-            else nnx.Linear(config.dim, config.vocab, use_bias=False, dtype=dtype, param_dtype=dtype, rngs=rngs)
-        )
+        self.norm = _Norm(config, dtype, rngs)
+        self.head = None if config.tied else _linear(config.dim, config.vocab, dtype=dtype, rngs=rngs)
 
     @property
     def dtype(self) -> np.dtype:
@@ -159,6 +175,7 @@ class Llama(nnx.Module):
         policies = cache.per_layer(policy, self.config.layers)
         return tuple(cache.make_cache(one, spec, batch) for one, spec in zip(policies, specs, strict=True))
 
+    @broadcasts
     def __call__(
         self,
         policy: Policy | Sequence[Policy],
@@ -197,7 +214,11 @@ class Llama(nnx.Module):
             live.append(live_in_layer)
         return self.norm(x), tuple(updated), jnp.stack(live)
 
+    @broadcasts
     def logits(self, x: Float[Array, "... dim"]) -> Float[Array, "... vocab"]:
         """Float32 scores of the next token."""
-        scores = self.embed.attend(x) if self.head is None else self.head(x)
-        return scores.astype(jnp.float32)
+        if self.head is not None:
+            return self.head(x).astype(jnp.float32)
+        embedding = self.embed.embedding[...]
+        x = x.astype(embedding.dtype)
+        return jnp.dot(x, embedding.T, precision=_precision(embedding.dtype)).astype(jnp.float32)

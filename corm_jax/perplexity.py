@@ -16,7 +16,7 @@ from corm_jax.errors import CormError
 from corm_jax.generation import OVERFLOW, Blocks, Overflow, Policies, watch
 from corm_jax.model import Llama
 from corm_jax.policies.options import integer, one_of
-from corm_jax.types import Capacity, Usage
+from corm_jax.types import Capacity, Usage, broadcasts
 
 
 class Reading(NamedTuple):
@@ -125,6 +125,7 @@ def cut(
 
 
 @partial(jax.jit, static_argnames="chunk", donate_argnames="caches")
+@broadcasts
 def _score(model, policy, caches, tokens, targets, count, *, chunk):
     x, caches, live = model(policy, caches, tokens, count, chunk=chunk)
     log_probability = jax.nn.log_softmax(model.logits(x))

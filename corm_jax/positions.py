@@ -55,7 +55,8 @@ def rotate(
     """Turns pair j = (x_j, x_{j + head_dim/2}) of every head by the angle ``position * frequencies[j]``.
 
     Angles and products are float32, since bfloat16 cannot tell neighbouring positions apart beyond 256; the result
-    has the dtype of ``x``.
+    has the dtype of ``x``. An angle is rounded to 24 bits, so at position p it may be off by p 2^-24 radians: 0.0005 at
+    8,192, where models are trained, but 1 at 2^24. Other implementations round in the same way.
 
     >>> x = jnp.ones((2, 4))
     >>> print(np.asarray(rotate(x, jnp.array([0, 1]), Rope().frequencies(4))).round(2))

@@ -20,7 +20,7 @@ from corm_jax.files import whole_file
 from corm_jax.generation import Blocks
 from corm_jax.model import Llama
 from corm_jax.policies import Full
-from corm_jax.types import CacheSpec
+from corm_jax.types import CacheSpec, broadcasts, iota
 
 
 class Recorded(NamedTuple):
@@ -117,8 +117,9 @@ def resume(
 
 
 @partial(jax.jit, donate_argnames="cache")
+@broadcasts
 def _layer(layer, cache, x, count):
-    position = cache.seen[:, None] + jnp.arange(x.shape[1])[None]
+    position = cache.seen[:, None] + iota(x.shape[1])[None]
     qkv = layer.attention.project(layer.attention_norm(x), position)  # once more, for the compiler to merge
     x, cache, _ = layer(x, cache, Full(), count, x.shape[1])
     return x, cache, *qkv

@@ -196,18 +196,20 @@ class Slots(NamedTuple):
             per_slot = per_slot.astype(jnp.float32)
         per_slot = jax.lax.stop_gradient(jnp.where(jnp.isnan(per_slot), 0, per_slot))
         if self.owned is not None:
-            return self._mean_by_position(per_slot, self.owned.shape[0])
+            return self._mean_by_position(per_slot, self.live, self.owned.shape[0])
 
-        def by_position(found):
-            return self._mean_by_position(per_slot, len(per_slot)), jnp.zeros((), bool)
+        def by_position(found):  # sorts by what it carries, as in `lowest`
+            return self._mean_by_position(per_slot, self.live & found[1], len(per_slot)), jnp.zeros((), bool)
 
-        # As a rule all heads hold the same tokens in the same slots. If so the loop makes no trip, as in `lowest`.
+        # As a rule all heads hold the same tokens in the same slots, and the loop makes no trip.
         alike = jnp.broadcast_to(per_slot.mean(0, keepdims=True), per_slot.shape)
         differ = (self.position != self.position[:1]).any()
         return jax.lax.while_loop(lambda found: found[1], by_position, (alike, differ))[0]
 
-    def _mean_by_position(self, per_slot: Float[Array, "*slots"], kv_heads: int) -> Float[Array, "*slots"]:
-        order = self._order(~self.live, self.position, self.head)  # the heads of a token side by side, in their order
+    def _mean_by_position(
+        self, per_slot: Float[Array, "*slots"], live: Bool[Array, "*slots"], kv_heads: int
+    ) -> Float[Array, "*slots"]:
+        order = self._order(~live, self.position, self.head)  # the heads of a token side by side, in their order
         position, per_slot = (x.reshape(-1)[order] for x in (self.position, per_slot))
         first = jnp.searchsorted(jnp.where(position >= 0, position, largest(position)), position)
         same = [jnp.minimum(first + head, order.size - 1) for head in range(kv_heads)]
@@ -298,7 +300,7 @@ class Policy(Protocol):
         ...
 
     def rank(self, state: State, slots: Slots) -> Num[Array, "*slots"]:
-        """Who goes first when slots run out: the lowest, among equals the oldest key."""
+        """Who goes first when slots run out: the lowest, among equals the oldest key. NaN is as low as -infinity."""
         ...
 
 
@@ -373,7 +375,7 @@ class LayerCache(NamedTuple):
 
     Attributes:
       k, v: ``[*slots, head_dim]``, keys rotated at their positions, unless the policy counts ``positions`` within the
-        cache.
+        cache. Values are finite, those of empty slots too: see `corm_jax.cache.insert`.
       position: int32 ``[*slots]``, `EMPTY` where no key is.
       state: the policy's state.
       seen: int32 scalar, tokens read so far.
@@ -442,8 +444,9 @@ def narrow(tree: PyTree[Any]) -> PyTree[Any]:
 
     def one(x):
         wide = {"int64": jnp.int32, "uint64": jnp.uint32, "float64": jnp.float32}
-        dtype = None if getattr(x, "weak_type", True) and not isinstance(x, np.generic | np.ndarray) else x.dtype.name
-        return x.astype(wide[dtype]) if dtype in wide else x
+        if not isinstance(x, jax.Array | np.generic | np.ndarray) or jax.typeof(x).weak_type:
+            return x  # Python's numbers turn into what they meet
+        return x.astype(wide[x.dtype.name]) if x.dtype.name in wide else x
 
     return jax.tree.map(one, tree)
 

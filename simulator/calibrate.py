@@ -46,6 +46,7 @@ from corm_jax.files import check_writable, whole_file
 from corm_jax.model import Llama
 from corm_jax.profile import Profile
 from corm_jax.recording import Recorded, record
+from corm_jax.types import broadcasts, iota
 from simulator.worth import scores, worth
 
 WINDOWS, RECENTS, MULTIPLES, SINKS, GROUP = range(4, 11), (32, 128, 512, 1024), range(7), 4, "mean"
@@ -205,22 +206,23 @@ def measure(
 
 
 @jax.jit
+@broadcasts
 def _measure(window, recent, multiple, q, k, v, gradient, tokens, end):
     """Every choice beside the others; keys that went are dates only, as in `simulator.recurrence`."""
     kv_heads, group, head_dim = q.shape[1:]
     w, r, m = (x[:, None, None] for x in (window, recent, multiple))
 
     def step(k, v, carry, chunk):
-        key = jnp.arange(len(k))
+        key = iota(len(k))
         last, gone, live, blurred, again = carry
         q, gradient, clock = chunk
         logits = jnp.einsum("qhgd,khd->hgqk", q, k, precision="highest") * head_dim**-0.5
         alpha = jax.nn.softmax(jnp.where(key < clock[:, None], logits, -jnp.inf))
         alpha = jnp.where(clock[:, None] <= end, alpha, 0.0)
         stays = (~gone).astype(jnp.float32)
-        share = jnp.maximum(jnp.einsum("hgqk,ohk->ohgq", alpha, stays), 1e-30)
+        share = jnp.maximum(jnp.einsum("hgqk,ohk->ohgq", alpha, stays, precision="highest"), 1e-30)
         gain = alpha * jnp.einsum("qhgd,khd->hgqk", gradient, v, precision="highest")
-        rest = jnp.einsum("hgqk,ohk->ohgq", gain, stays) / share
+        rest = jnp.einsum("hgqk,ohk->ohgq", gain, stays, precision="highest") / share
         change = (rest - gain.sum(-1)).sum(2)
         blurred += jnp.where(clock <= tokens, change**2 / 2, 0.0).sum(-1)
         again += jnp.where((clock > tokens) & (clock <= end), change, 0.0).sum(-1)
@@ -233,12 +235,12 @@ def _measure(window, recent, multiple, q, k, v, gradient, tokens, end):
         last = jax.lax.fori_loop(0, CHUNK, judge, last)
         seen = jnp.minimum(clock[-1], end)
         gone |= (last <= seen - w) & (key < seen - r) & (key >= SINKS) & (seen >= w)
-        live = jnp.where(clock[0] <= tokens, (~gone & (key < tokens)).sum(-1), live)
+        live = jnp.where(clock[0] <= tokens, (~gone & (key < tokens)).sum(-1, dtype=jnp.int32), live)
         return (last, gone, live, blurred, again), None
 
     shape, sums = (len(window), kv_heads), jnp.zeros((len(window), kv_heads), jnp.float32)
     carry = jnp.zeros((*shape, 0), jnp.int32), jnp.zeros((*shape, 0), bool), sums.astype(jnp.int32), sums, sums
-    parts = tuple(x.reshape(-1, CHUNK, *x.shape[1:]) for x in (q, gradient, jnp.arange(1, len(q) + 1)))
+    parts = tuple(x.reshape(-1, CHUNK, *x.shape[1:]) for x in (q, gradient, 1 + iota(len(q))))
     for part in np.array_split(np.arange(len(q) // CHUNK), SEGMENTS):
         if part.size:
             extent = (part[-1] + 1) * CHUNK

@@ -108,7 +108,7 @@ def _attention(q, k, scale):
         logits = scale * jnp.einsum("qd,kd->qk", rows, k, precision="highest")
         return total + jax.nn.softmax(jnp.where(causal, logits, -jnp.inf)), None
 
-    return jax.lax.scan(add, jnp.zeros((steps, steps)), q.swapaxes(0, 1))[0] / group
+    return jax.lax.scan(add, jnp.zeros((steps, steps), jnp.float32), q.swapaxes(0, 1))[0] / group
 
 
 def most(alpha: np.ndarray, n: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from corm_jax.types import EMPTY, CacheSpec, Observation, Slots
+from corm_jax.types import EMPTY, CacheSpec, Observation, Slots, broadcasts, iota, narrow
 from simulator.trace import QKV, Rows
 
 FOREVER = np.iinfo(np.int32).max
@@ -22,6 +22,7 @@ SEGMENTS = 8
 """A trace is read in so many parts, each over the keys up to its own end, which skips most of the causal half."""
 
 
+@broadcasts
 def read(policy, layer, scale, steps, capacity, prompt, *, chunk, block, fidelity, errors):
     """One layer through a policy.
 
@@ -39,6 +40,7 @@ def read(policy, layer, scale, steps, capacity, prompt, *, chunk, block, fidelit
       ``until, lost, needed [kv_heads, padded]``, ``mass, error [padded, kv_heads, group]``, as in
       `simulator.replay.Replay`; ``error`` is None unless asked for.
     """
+    policy = narrow(policy)
     if isinstance(layer, QKV):
         padded, kv_heads, head_dim = layer.k.shape
     else:
@@ -61,7 +63,7 @@ def read(policy, layer, scale, steps, capacity, prompt, *, chunk, block, fidelit
         body = partial(
             _block, policy, _first_keys(layer, extent), scale, steps, capacity, prompt, chunk, block, fidelity, errors
         )
-        carry, out = jax.lax.scan(body, fresh, jnp.arange(begin, end) * block)
+        carry, out = jax.lax.scan(body, fresh, (begin + iota(end - begin)) * block)
         measured.append(out)
         begin = end
     _, until, lost, needed = carry
@@ -78,8 +80,8 @@ def _first_keys(layer: QKV | Rows, extent: int) -> QKV | Rows:
 def _block(policy, layer, scale, steps, capacity, prompt, chunk, block, fidelity, errors, carry, start):
     """A block of queries: logits and the full cache's attention for all at once, then the policy chunk by chunk."""
     logits = _logits(layer, scale, start, block)  # [kv_heads, group, block, keys]
-    key = jnp.arange(logits.shape[-1])
-    clock = start + 1 + jnp.arange(block)
+    key = iota(logits.shape[-1])
+    clock = start + 1 + iota(block)
     causal = (key < clock[:, None]) & (clock <= steps)[:, None]
     full = _Softmax.of(logits, causal)
     important = (full.weights * clock[:, None].astype(jnp.float32) / full.total >= 1).any(1) & causal
@@ -95,14 +97,15 @@ def _block(policy, layer, scale, steps, capacity, prompt, chunk, block, fidelity
             until, lost = jnp.where(out, before, until), lost | out
         live = (until == FOREVER) & (key < seen)
         slots = Slots(jnp.where(live, key, EMPTY), seen, prompt)
-        now = start + begin + 1 + jnp.arange(chunk)[:, None, None]
+        now = start + begin + 1 + iota(chunk)[:, None, None]
         visible = live & (key < now) & (now <= steps)  # [chunk, kv_heads, keys]
         mask = visible.transpose(1, 0, 2)[:, None]
         everything, rows = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, begin, chunk, 2), (full, logits))
         rest = _Softmax.of(rows, mask) if fidelity == "renormalized" else everything.only(mask)
+        broken = jnp.isnan(rest.total)  # who has no softmax attended to nothing, see `corm_jax.attend`
         observation = Observation(
-            weights=rest.weights.transpose(1, 2, 0, 3),
-            total=rest.total.transpose(1, 2, 0, 3),
+            weights=jnp.where(broken, 0.0, rest.weights).transpose(1, 2, 0, 3),
+            total=jnp.where(broken, 1.0, rest.total).transpose(1, 2, 0, 3),
             visible=visible,
             seen=now,
             keys=keys,
@@ -113,7 +116,7 @@ def _block(policy, layer, scale, steps, capacity, prompt, chunk, block, fidelity
         return (state, until, lost), rest.share_of(everything).transpose(2, 0, 1)
 
     state, until, lost, needed = carry
-    (state, until, lost), mass = jax.lax.scan(step, (state, until, lost), jnp.arange(0, block, chunk))
+    (state, until, lost), mass = jax.lax.scan(step, (state, until, lost), chunk * iota(block // chunk))
     error = None
     if errors:
         mask = (causal & (until[:, None] >= clock[:, None]))[:, None]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from corm_jax.attention import step
 from corm_jax.cache import begin_prompt, make_cache, slots
 from corm_jax.policies import oneshot
-from corm_jax.types import EMPTY, ENDLESS, CacheSpec, LayerCache
+from corm_jax.types import EMPTY, ENDLESS, CacheSpec, LayerCache, iota
 from simulator.specification import Reference
 from simulator.strategies import CHUNK, KV_HEADS, TOKENS, Case, cases
 
@@ -105,7 +105,7 @@ def _read(policy, cache, q, k, v, counts, *, step) -> History:
         cache, start = carry
         pieces = (jax.lax.dynamic_slice_in_dim(x, start, CHUNK) for x in (q, k, v))
         output, cache = step(policy, cache, *pieces, count)
-        real = (jnp.arange(CHUNK) < count)[:, None, None, None]
+        real = (iota(CHUNK) < count)[:, None, None, None]
         return (cache, start + count), (by_head(cache), cache.overflow, jnp.where(real, output, 0))
 
     (cache, _), (position, overflow, outputs) = jax.lax.scan(body, (cache, jnp.int32(0)), jnp.asarray(counts))

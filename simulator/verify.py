@@ -13,7 +13,7 @@ from corm_jax.attention import step
 from corm_jax.cache import begin_prompt, make_cache, per_layer
 from corm_jax.errors import CormError
 from corm_jax.policies import Corm
-from corm_jax.types import ENDLESS, CacheSpec, Policy
+from corm_jax.types import ENDLESS, CacheSpec, Policy, iota
 from simulator import invariants
 from simulator.invariants import InvariantError
 from simulator.replay import Replay, replay
@@ -150,7 +150,7 @@ def drive(policy, q, k, v, count, prompt=ENDLESS, *, capacity, chunk):
         return cache, (output, cache.position)
 
     cut = jax.tree.map(lambda x: x.reshape(-1, chunk, *x.shape[1:]), (q, k, v))
-    last, (outputs, position) = jax.lax.scan(body, cache, (*cut, jnp.arange(0, len(q), chunk)))
+    last, (outputs, position) = jax.lax.scan(body, cache, (*cut, chunk * iota(len(q) // chunk)))
     return outputs.reshape(q.shape), position, last
 
 

@@ -30,6 +30,7 @@ import numpy as np
 from jaxtyping import Float
 
 from corm_jax.model import Llama
+from corm_jax.types import broadcasts, iota
 
 SINKS, WINDOW = 4, 128
 
@@ -101,10 +102,11 @@ def _nothing(model, x):
 
 
 @jax.jit
+@broadcasts
 def mixed(layer, x, change, g):
     """A layer whose heads' outputs are a mixture of everything and a window, plus a change."""
     tokens = x.shape[1]
-    position = jnp.arange(tokens)
+    position = iota(tokens)
     q, k, v = (x[0].astype(jnp.float32) for x in layer.attention.project(layer.attention_norm(x), position[None]))
 
     @jax.checkpoint

@@ -10,8 +10,10 @@ import pytest
 
 from corm_jax import stopping
 
-# Nearly all of the time goes into compiling programs that run for a moment: LLVM need not polish them.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+# Nearly all of the time goes into compiling programs that run for a moment: LLVM need not polish them. Those of users
+# are polished, so one leg of .ci/run sets CORM_JAX_OPTIMIZED=1 for the tests of decisions.
+if not os.environ.get("CORM_JAX_OPTIMIZED"):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
 hypothesis.settings.register_profile(
     "default", deadline=None, derandomize=True, max_examples=60, report_multiple_bugs=False

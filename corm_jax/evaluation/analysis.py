@@ -21,6 +21,7 @@ import numpy as np
 from corm_jax.errors import CormError
 from corm_jax.model import Llama
 from corm_jax.recording import record
+from corm_jax.types import broadcasts, iota
 
 DISTANCES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 WINDOWS = (64, 128, 256, 512)
@@ -84,16 +85,18 @@ def _importance(q: np.ndarray, k: np.ndarray):
 
 
 @jax.jit
+@broadcasts
 def _rows(state, q, k, start):
     """A block of queries against all keys: what they add to the sums, and the state after them."""
     last, gone = state
     length = k.shape[0]
-    t, position = start + jnp.arange(1, ROWS + 1)[:, None, None], jnp.arange(1, length + 1)  # [rows, head, key]
+    t, position = start + 1 + iota(ROWS)[:, None, None], 1 + iota(length)  # [rows, head, key]
     seen, real, scored = position <= t, t <= length, (t > FIRST) & (t <= length)
-    logits = jnp.einsum("thgd,chd->thgc", q, k) * q.shape[-1] ** -0.5
+    logits = jnp.einsum("thgd,chd->thgc", q, k, precision="highest") * q.shape[-1] ** -0.5
     alpha = jax.nn.softmax(jnp.where(seen[:, :, None], logits, -jnp.inf), axis=-1)
-    below = ((alpha < 1 / t[..., None]) & seen[:, :, None]).sum(-1) / t
-    asks = (alpha >= 1 / t[..., None]).any(2) & seen & real
+    least = 1 / t[..., None].astype(jnp.float32)
+    below = ((alpha < least) & seen[:, :, None]).sum(-1, dtype=jnp.float32) / t.astype(jnp.float32)
+    asks = (alpha >= least).any(2) & seen & real
     asked = jax.lax.cummax(jnp.where(asks, t, last), axis=0)
     before = jnp.concatenate([last[None], asked[:-1]])
     counts, hits = asks & scored, []

@@ -11,6 +11,10 @@ important, and evicts the columns that are all zero. One integer a key says the 
 empty exactly if ``last[i] <= t - w``. The paper leaves grouped-query attention, chunked prompts and full caches open;
 the options below and the overflow rule (the least recently important key goes first, the newest r never) fill that in.
 With a ``multiple`` m above the paper's 1 fewer keys are important, which makes room for a wider window.
+
+Verdicts are float32: ``weight t / total >= m``, where the weights of equal logits are equal and their total is exact,
+so that exact ties are ties as long as t < 2^24. Beyond, t is rounded to 24 bits, by at most 6e-8 of itself, which is no
+more than alpha is rounded: a verdict hangs on it only where alpha t / m is as near to 1.
 """
 
 import jax.numpy as jnp

@@ -80,5 +80,5 @@ class Scissorhands:
         return slots.live & ~slots.lowest(self.rank(state, slots), jnp.where(live > budget, some, 0))
 
     def rank(self, state: UInt[Array, "words *slots"], slots: Slots) -> Int[Array, "*slots"]:
-        unimportant = jax.lax.population_count(state).astype(jnp.int32).sum(0)
+        unimportant = jax.lax.population_count(state).astype(jnp.int32).sum(0, dtype=jnp.int32)
         return jnp.where(slots.newest(self.recent), jnp.iinfo(jnp.int32).max, -unimportant)
