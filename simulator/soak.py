@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from corm_jax.attention import step
-from corm_jax.cache import make_cache, per_layer
+from corm_jax.cache import begin_prompt, make_cache, per_layer
 from corm_jax.policies import POLICIES, Budget, Oneshot, Protect
 from corm_jax.types import CacheSpec
 from simulator import invariants
@@ -336,7 +336,7 @@ def _read(policies, q, k, v, counts, prompt, *, spec):
             _, cache = step(policy, cache, new_q, new_k, new_v, count)
             return (cache, start + count), by_head(cache)
 
-        cache = make_cache(policy, spec)._replace(prompt=prompt)
+        cache = begin_prompt(make_cache(policy, spec), prompt)
         (cache, _), position = jax.lax.scan(body, (cache, jnp.int32(0)), counts)
         return position, cache.overflow
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from corm_jax import CacheSpec, Corm, Full, attention, make_cache, parse
+from corm_jax import CacheSpec, Corm, Full, attention, begin_prompt, make_cache, parse
 from corm_jax.attention import read
 from corm_jax.positions import Rope
 from corm_jax.types import ENDLESS
@@ -38,7 +38,7 @@ WEIGHTS = np.random.default_rng(5).normal(size=(TOKENS, KV_HEADS, 2, 4)).astype(
 
 
 def through_the_cache(policy, q, k, v, chunk, pooled):
-    cache = make_cache(policy, CacheSpec(KV_HEADS, TOKENS, 4, pooled=pooled))._replace(prompt=jnp.int32(12))
+    cache = begin_prompt(make_cache(policy, CacheSpec(KV_HEADS, TOKENS, 4, pooled=pooled)), 12)
     outputs, _, _ = read(policy, cache, q, k, v, jnp.int32(TOKENS), chunk=chunk)
     return (outputs * WEIGHTS).sum()
 

@@ -22,6 +22,7 @@ from corm_jax import (
     Corm,
     Full,
     attend,
+    begin_prompt,
     generate,
     kernel,
     make_cache,
@@ -94,7 +95,7 @@ def decisions():
 def without_jit():
     """Steps that are not compiled, so that JAX looks at every number on the way."""
     for policy, tokens, pooled in ((UNEQUAL, 1, False), (Full(), 12, False), (parse(SPECS[-2]), 2, True)):
-        cache = make_cache(policy, CacheSpec(2, 600, 4, pooled=pooled))._replace(prompt=jnp.int32(9))
+        cache = begin_prompt(make_cache(policy, CacheSpec(2, 600, 4, pooled=pooled)), 9)
         for start in range(0, 12, tokens):
             q, k, v = (jnp.asarray(x[start : start + tokens]) for x in normal(0))
             _, cache = step(policy, cache, q, k, v, jnp.int32(tokens))
