@@ -6,7 +6,22 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from corm_jax import AdaKV, AdaptiveCorm, Corm, SnapKV, attention, cache, make_cache, policy
+from corm_jax import (
+    H2O,
+    AdaKV,
+    AdaptiveCorm,
+    Corm,
+    L2Norm,
+    Protect,
+    Scissorhands,
+    SnapKV,
+    attention,
+    budget,
+    cache,
+    make_cache,
+    policy,
+    protect,
+)
 from corm_jax.policies.corm import NEVER
 from corm_jax.types import EMPTY, CacheSpec
 from simulator import reference, specification
@@ -224,6 +239,32 @@ class TrialEndsEarly(AdaptiveCorm):
 
 
 @policy
+class SaysFewer(Scissorhands):
+    """Promises one key less than it may keep."""
+
+    @property
+    def most(self):
+        return self.budget - 1
+
+
+@policy
+class GivesUpTheNewest(H2O):
+    """Says that they stay, and ranks them like any other."""
+
+    def rank(self, state, slots):
+        return state
+
+
+@policy
+class AddsNoSinks(Protect):
+    """Keeps sinks beside what the policy inside keeps, and does not say so."""
+
+    @property
+    def traits(self):
+        return super().traits._replace(most=self.policy.most)
+
+
+@policy
 class JudgesEarlier(SnapKV):
     """One query more than there should be has a say."""
 
@@ -420,6 +461,10 @@ SABOTAGES = {  # what is broken: the check that finds it, and the invariant that
     FirstQueryOfTheChunk(**TWO): ("chunks", "chunks"),
     TakenForAnother(**TWO): ("shapes", "shapes"),
     SeesMoreThanItSays(**TWO): ("needs", "needs"),
+    SaysFewer(budget=6, window=4, recent=2): ("histories", "at_most"),
+    budget(GivesUpTheNewest(recent=2), 5): ("histories", "newest_live"),
+    protect(budget(GivesUpTheNewest(recent=2), 5), sinks=1): ("histories", "newest_live"),
+    AddsNoSinks(policy=budget(L2Norm(), 5), sinks=2): ("histories", "at_most"),
     "position = slot": (cache_of(insert=position_is_the_slot), "keys_in_their_slots", "keys_in_their_slots"),
     "reused slots keep their state": (cache_of(insert=state_is_not_reset), "empty_slots", "empty_slots"),
     "slots are taken in turn": (cache_of(insert=slots_in_turn), "enough_is_enough", "enough_is_enough"),
