@@ -19,7 +19,7 @@ from corm_jax.policies.options import concrete, numbers_of, shown
 from corm_jax.policies.wrapper import name_of
 from corm_jax.types import Caches, LayerCache, Policy, check_policy, traits
 
-Tokens: TypeAlias = Sequence[int] | Sequence[np.integer] | np.ndarray | jax.Array
+Tokens: TypeAlias = Sequence[int] | Sequence[np.integer] | Sequence[jax.Array] | np.ndarray | jax.Array
 """The token ids of one text."""
 
 Prompts: TypeAlias = Sequence[Tokens] | np.ndarray | jax.Array
@@ -54,7 +54,8 @@ def check_step(
             raise CormError(f"{name} must hold floating-point numbers, not {x.dtype}")
     if frequencies is not None and np.shape(frequencies) != (spec.head_dim // 2,):
         raise CormError(f"frequencies must be [head_dim / 2], got the shape {np.shape(frequencies)}")
-    cache_lib.check_fits(policy, spec)
+    cache_lib.check_heads(policy, spec)
+    cache_lib.check_protected(policy, spec, cache.made)
     _check_state(policy, cache)
     return _count(count, (), q.shape[0])
 
@@ -117,7 +118,8 @@ def prompts_of(prompts: Any, vocab: int) -> list[np.ndarray]:
         raise CormError(f"prompts must be a list with the token ids of each, not {shown(prompts)}")
     if not len(prompts):
         raise CormError("a prompt is empty: give at least one, of at least one token")
-    if np.ndim(prompts[0]) == 0 and not isinstance(prompts[0], str) and numbers_of(prompts[0]) is not None:
+    first = None if isinstance(prompts[0], list | tuple) else numbers_of(prompts[0])
+    if first is not None and not first.ndim:
         raise CormError("prompts must be several, one a row, not the ids of one text: give [ids]")
     rows = [token_ids(prompt, vocab) for prompt in prompts]
     if not all(map(len, rows)):

@@ -44,14 +44,22 @@ RUN = 32
 PROTECTED = "the keys that the policy never gives up, such as its recent ones"
 
 
-def make_cache(policy: Policy, spec: CacheSpec, batch: SupportsIndex | None = None) -> LayerCache:
+def make_cache(
+    policy: Policy, spec: CacheSpec, batch: SupportsIndex | None = None, *, tokens: SupportsIndex | None = None
+) -> LayerCache:
     """An empty cache for one layer: of one sequence, or of a batch, each leaf then with a leading ``batch`` axis.
 
     A policy that waits for the end of the prompt has to be told where that is, with `begin_prompt`.
 
+    Args:
+      policy: whose state the cache will hold.
+      spec: its shape.
+      batch: how many rows there are; None for one sequence.
+      tokens: how many will be read at most, if that is known. Slots for all of them are enough for any policy.
+
     Raises:
       CormError: for a shape or dtype that cannot be, hyperparameters for another number of heads, or fewer slots than
-        the policy never gives up.
+        the policy never gives up and there are tokens.
 
     >>> from corm_jax.policies import Full
     >>> make_cache(Full(), CacheSpec(kv_heads=2, capacity=8, head_dim=4), batch=3).k.shape
@@ -61,7 +69,10 @@ def make_cache(policy: Policy, spec: CacheSpec, batch: SupportsIndex | None = No
     """
     check_policy(policy)
     spec = _checked(spec)
-    check_fits(policy, spec)
+    check_heads(policy, spec)
+    short = protected_slots(policy, spec) > spec.capacity
+    made = Made(remembers(policy), enough=short and tokens is not None and spec.capacity >= integer("tokens", tokens))
+    check_protected(policy, spec, made)
     cache = LayerCache(
         k=jnp.zeros((*spec.slots, spec.head_dim), spec.dtype),
         v=jnp.zeros((*spec.slots, spec.head_dim), spec.dtype),
@@ -71,7 +82,7 @@ def make_cache(policy: Policy, spec: CacheSpec, batch: SupportsIndex | None = No
         prompt=jnp.full((), ENDLESS, jnp.int32),
         overflow=jnp.zeros(spec.kv_heads, jnp.int32),
         head=jnp.zeros(spec.slots, jnp.int32) if spec.pooled else None,
-        made=Made(remembers(policy)),
+        made=made,
     )
     if batch is None:
         return cache
@@ -92,8 +103,8 @@ def _checked(spec: CacheSpec) -> CacheSpec:
     return spec._replace(pooled=truth("pooled", spec.pooled), **sizes)
 
 
-def check_fits(policy: Policy, spec: CacheSpec) -> None:
-    """Raises unless a policy can work in a cache of this shape, as far as its numbers are not traced."""
+def check_heads(policy: Policy, spec: CacheSpec) -> None:
+    """Raises unless every number of a policy is one, or one for each head of a layer."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(policy):
         if np.shape(leaf) not in ((), (spec.kv_heads,)):
             name = jax.tree_util.keystr(path).lstrip(".")
@@ -101,11 +112,21 @@ def check_fits(policy: Policy, spec: CacheSpec) -> None:
                 f"the policy has {name} of shape {np.shape(leaf)} for a layer of {spec.kv_heads} key-value heads: "
                 "give one number, or one for each head"
             )
+
+
+def check_protected(policy: Policy, spec: CacheSpec, made: Made | None) -> None:
+    """Raises unless there are slots for what the policy never gives up, or for all tokens."""
+    if not (made and made.enough):
+        check_slots(spec.capacity, protected_slots(policy, spec), PROTECTED)
+
+
+def protected_slots(policy: Policy, spec: CacheSpec) -> int:
+    """How many slots a head the keys take that the policy never gives up; 0 if that is traced."""
     protected = traits(policy).protected
-    if concrete(protected):
-        each = np.broadcast_to(np.asarray(protected, np.int64), spec.kv_heads)
-        need = -(-int(each.sum()) // spec.kv_heads) if spec.pooled else int(each.max())
-        check_slots(spec.capacity, need, PROTECTED)
+    if not concrete(protected):
+        return 0
+    each = np.broadcast_to(np.asarray(protected, np.int64), spec.kv_heads)
+    return -(-int(each.sum()) // spec.kv_heads) if spec.pooled else int(each.max())
 
 
 def remembers(policy: Any) -> str:
@@ -294,7 +315,16 @@ def evict(policy: Policy, cache: LayerCache, allowed: Bool[Array, ""]) -> LayerC
 
 
 def usage(caches: Caches) -> Usage:
-    """How full the caches are, in slots and in bytes."""
+    """How full the caches are, in slots and in bytes.
+
+    Raises:
+      CormError: for anything but the caches of a model, each with a ``batch`` axis.
+    """
+    if isinstance(caches, LayerCache) or not all(isinstance(one, LayerCache) and one.seen.ndim == 1 for one in caches):
+        raise CormError(
+            "usage takes a tuple of caches, one a layer, each of a batch; of one sequence: "
+            "jax.tree.map(lambda x: x[None], (cache,))"
+        )
     live = jnp.stack([jax.vmap(lambda one: slots(one).total(slots(one).live))(cache) for cache in caches])
     bytes_per_key = [2 * cache.k.shape[-1] * cache.k.dtype.itemsize for cache in caches]
     kv_heads = [cache.overflow.shape[-1] for cache in caches]

@@ -82,7 +82,8 @@ def fit_window(
     if not 1 <= keys <= n:
         raise CormError(f"a text of {n} tokens cannot end with {keys} live keys a head: choose from 1 to {n}")
     first = WidestGap(policy=corm)
-    _, caches = prefill(model, first, model.make_caches(first, batch=1, capacity=max(n, chunk)), [tokens], chunk=chunk)
+    empty = model.make_caches(first, batch=1, capacity=max(n, chunk), tokens=n)
+    _, caches = prefill(model, first, empty, [tokens], chunk=chunk)
     gaps = np.stack([np.asarray(cache.state[1])[np.asarray(cache.position) >= 0] for cache in caches])
     heads, gaps = gaps.size // n, np.sort(gaps, axis=None)  # a key is live with every window above its gap
     found, goal = {}, float(keys)

@@ -201,8 +201,9 @@ def stream(
     end = tuple(integer("an id in end", one, 0) for one in (np.ravel(end) if np.ndim(end) == 0 else end))
     one_of("overflow", overflow, OVERFLOW)
     rows = prompts_of(prompts, model.config.vocab)
-    capacity = cache.slots_for(policy, capacity, max(map(len, rows)) + new, chunk)
-    caches = model.make_caches(policy, batch=len(rows), capacity=capacity, pooled=pooled)
+    length = max(map(len, rows)) + new
+    capacity = cache.slots_for(policy, capacity, length, chunk)
+    caches = model.make_caches(policy, batch=len(rows), capacity=capacity, pooled=pooled, tokens=length)
     cache.check_prompt(policy, cache.capacities(caches), max(map(len, rows)))
 
     def stretches() -> Iterator[Generation]:

@@ -160,7 +160,13 @@ class Llama(nnx.Module):
         return jnp.dtype(self.embed.param_dtype)
 
     def make_caches(
-        self, policy: Policy | Sequence[Policy], *, batch: SupportsIndex, capacity: Capacity, pooled: bool = False
+        self,
+        policy: Policy | Sequence[Policy],
+        *,
+        batch: SupportsIndex,
+        capacity: Capacity,
+        pooled: bool = False,
+        tokens: SupportsIndex | None = None,
     ) -> Caches:
         """Empty caches, one a layer.
 
@@ -169,11 +175,13 @@ class Llama(nnx.Module):
           batch: rows.
           capacity: slots a key-value head; for all layers, or a sequence with one for each.
           pooled: whether the heads of a layer share their slots.
+          tokens: how many will be read at most, if that is known: see `corm_jax.make_cache`.
         """
         sizes = cache.per_layer_capacity(capacity, self.config.layers)
         specs = [CacheSpec(self.config.kv_heads, size, self.config.head_dim, self.dtype, pooled) for size in sizes]
         policies = cache.per_layer(policy, self.config.layers)
-        return tuple(cache.make_cache(one, spec, batch) for one, spec in zip(policies, specs, strict=True))
+        pairs = zip(policies, specs, strict=True)
+        return tuple(cache.make_cache(one, spec, batch, tokens=tokens) for one, spec in pairs)
 
     @broadcasts
     def __call__(

@@ -81,7 +81,7 @@ def read(
     capacity = cache.slots_for(policy, capacity, len(tokens), chunk)
     cache.check_prompt(policy, capacity, prompt := cache.prompt_of(policy, prompt, len(tokens)))
     blocks, targets, counts = cut(tokens, prompt, model.config.vocab, chunk)
-    caches = model.make_caches(policy, batch=1, capacity=capacity, pooled=pooled)
+    caches = model.make_caches(policy, batch=1, capacity=capacity, pooled=pooled, tokens=len(tokens))
     caches = cache.expect(caches, np.array([prompt], np.int32))
     check = watch(caches, overflow)
     # A block without tokens changes nothing, but it compiles: the clock starts after it.

@@ -361,10 +361,12 @@ class Made:
     Attributes:
       policy: the name of the policy whose state the cache holds.
       prompt: whether anybody said where the prompt ends.
+      enough: whether there are slots for all tokens that will be read, though fewer than the policy protects keys.
     """
 
     policy: str
     prompt: bool = False
+    enough: bool = False
 
 
 class LayerCache(NamedTuple):

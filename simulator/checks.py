@@ -187,7 +187,7 @@ def corm_rule(subject: Subject, data: st.DataObject) -> None:
     choices = {name: getattr(policy, name) for name in ("multiple", "group", "threshold")} | {"scale": TOKENS**-0.5}
     judge = partial(invariants.importance, case.q[:n], case.k[:n], attended, **choices)
     shown, clock = kept[..., :n], case.clock
-    if not policy.eager:
+    if not np.any(policy.eager):
         invariants.none_early(shown, policy.window, clock)
         invariants.minor_goes(shown, judge(slack=CLOSE)[None], policy.window, policy.recent, clock)
     invariants.only_minor_goes(shown, judge(slack=-CLOSE)[None], policy.window, clock)
@@ -424,7 +424,7 @@ def replays_alike(subject: Subject, data: st.DataObject) -> None:
 def monotone(subject: Subject, data: st.DataObject) -> None:
     """CORM: with attention as recorded, a larger w or r keeps all that a smaller one does."""
     policy, case = subject.policy, subject.draw(data, counts=[1] * TOKENS)
-    if policy.eager or policy.threshold == "live":
+    if np.any(policy.eager) or policy.threshold == "live":
         return  # eager: a larger window may be filled later; live: the threshold depends on what is kept
     more = data.draw(st.integers(0, 3)), data.draw(st.integers(0, 3))
     larger = dataclasses.replace(policy, window=policy.window + more[0], recent=policy.recent + more[1])

@@ -250,7 +250,7 @@ def _checked(
                     f"{type(policy).__name__}{name} has the shape {np.shape(leaf)}: give a number, or one for each "
                     f"of the {kv_heads} key-value heads, or for each of them in {layers} layers"
                 )
-    chunk = min(chunk, trace.meta.steps)
+    chunk = min(int(chunk), trace.meta.steps)
     slots_for(policies, capacity, trace.meta.steps, chunk)
     return chunk, prompt_of(policies, prompt, trace.meta.steps)
 

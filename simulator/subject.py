@@ -71,7 +71,8 @@ class Subject(NamedTuple):
 
     def cache(self, capacity: int | None = None, prompt: int | np.ndarray = ENDLESS, **batch: int) -> LayerCache:
         """An empty cache; without a capacity, one in which nothing overflows."""
-        shape = CacheSpec(KV_HEADS, capacity or TOKENS + CHUNK, TOKENS, pooled=self.implementation.pooled)
+        enough = max(TOKENS + CHUNK, int(np.max(self.policy.protected)))
+        shape = CacheSpec(KV_HEADS, capacity or enough, TOKENS, pooled=self.implementation.pooled)
         return begin_prompt(self.implementation.make_cache(self.policy, shape, **batch), prompt)
 
     def read(self, case: Case, capacity: int | None = None) -> History:

@@ -141,7 +141,7 @@ def drive(policy, q, k, v, count, prompt=ENDLESS, *, capacity, chunk):
     Returns:
       Outputs, as ``q``; positions ``[chunks, kv_heads, capacity]`` after each chunk; the final cache.
     """
-    cache = make_cache(policy, CacheSpec(k.shape[1], capacity, k.shape[2]))
+    cache = make_cache(policy, CacheSpec(k.shape[1], capacity, k.shape[2]), tokens=len(q))
     cache = begin_prompt(cache, prompt)
 
     def body(cache, xs):
@@ -162,13 +162,13 @@ def _claims(trace, policy: Any, result: Replay, kept, ends, chunk, capacity):
         return
     yield "newest_live", lambda: invariants.newest_live(kept, policy.recent, ends)
     if capacity is None:
-        if not policy.eager:
+        if not np.any(policy.eager):
             yield "none_early", lambda: invariants.none_early(kept, policy.window, ends)
         loose, strict = (_importance(trace, policy, result, slack) for slack in (CLOSE, -CLOSE))
         yield "only_minor_goes", lambda: invariants.only_minor_goes(kept, strict, policy.window, ends)
-        if not policy.eager:
+        if not np.any(policy.eager):
             yield "minor_goes", lambda: invariants.minor_goes(kept, loose, policy.window, policy.recent, ends)
-    if not policy.eager and policy.threshold == "position" and capacity is None:
+    if not np.any(policy.eager) and policy.threshold == "position" and capacity is None:
         yield "monotone", lambda: _monotone(trace, policy, ends, chunk)
 
 

@@ -7,7 +7,24 @@ import jax.numpy as jnp
 import pytest
 from hypothesis import strategies as st
 
-from corm_jax import H2O, TOVA, AdaKV, AdaptiveCorm, Corm, Full, SnapKV, attention, budget, cache, make_cache, policy
+from corm_jax import (
+    H2O,
+    TOVA,
+    AdaKV,
+    AdaptiveCorm,
+    Corm,
+    Full,
+    L2Norm,
+    Protect,
+    Scissorhands,
+    SnapKV,
+    attention,
+    budget,
+    cache,
+    make_cache,
+    policy,
+    protect,
+)
 from corm_jax.policies.corm import NEVER
 from corm_jax.policies.wrapper import Wrapper
 from corm_jax.types import EMPTY, CacheSpec
@@ -223,6 +240,32 @@ class PaysOnce(AdaptiveCorm):
 class TrialEndsEarly(AdaptiveCorm):
     def retain(self, state, slots):
         return AdaptiveCorm.retain(replace(self, trial=self.trial - 1), state, slots)
+
+
+@policy
+class SaysFewer(Scissorhands):
+    """Promises one key less than it may keep."""
+
+    @property
+    def most(self):
+        return self.budget - 1
+
+
+@policy
+class GivesUpTheNewest(H2O):
+    """Says that they stay, and ranks them like any other."""
+
+    def rank(self, state, slots):
+        return state
+
+
+@policy
+class AddsNoSinks(Protect):
+    """Keeps sinks beside what the policy inside keeps, and does not say so."""
+
+    @property
+    def traits(self):
+        return super().traits._replace(most=self.policy.most)
 
 
 @policy
@@ -470,6 +513,10 @@ SABOTAGES = {  # what is broken: the check that finds it, and the invariant that
     NoAgeForTheNewest(recent=0): ("ranks", "ranks"),
     HardlyEver(): ("evicts_something", "evicts_something"),
     SeesMoreThanItSays(**TWO): ("needs", "needs"),
+    SaysFewer(budget=6, window=4, recent=2): ("histories", "at_most"),
+    budget(GivesUpTheNewest(recent=2), 5): ("histories", "newest_live"),
+    protect(budget(GivesUpTheNewest(recent=2), 5), sinks=1): ("histories", "newest_live"),
+    AddsNoSinks(policy=budget(L2Norm(), 5), sinks=2): ("histories", "at_most"),
     "position = slot": (cache_of(insert=position_is_the_slot), "keys_in_their_slots", "keys_in_their_slots"),
     "reused slots keep their state": (cache_of(insert=state_is_not_reset), "empty_slots", "empty_slots"),
     "slots are taken in turn": (cache_of(insert=slots_in_turn), "enough_is_enough", "enough_is_enough"),

@@ -88,7 +88,8 @@ def blocks(model: Llama, policy: Policy, tokens: Sequence[int], prompt: int | No
     """Reads a text through a policy's caches. Each block's caches are given up to the next."""
     prompt = prompt_of(policy, prompt, len(tokens))
     parts, _, counts = cut(tokens, prompt, model.config.vocab, chunk)
-    caches = model.make_caches(policy, batch=1, capacity=slots_for(policy, None, len(tokens), chunk))
+    capacity = slots_for(policy, None, len(tokens), chunk)
+    caches = model.make_caches(policy, batch=1, capacity=capacity, tokens=len(tokens))
     caches = expect(caches, np.array([prompt], np.int32))
     for part, count in zip(parts, counts, strict=True):
         block = Block(*_read(model, policy, caches, part[None], count, chunk=chunk))

@@ -32,8 +32,8 @@ class Asked(NamedTuple):
 
 
 def ask(model: Llama, policy: Policy, prompt: Sequence[int], capacity: Capacity, chunk: int) -> Asked:
-    """Reads a prompt into caches of so many slots."""
-    caches = model.make_caches(policy, batch=1, capacity=capacity)
+    """Reads a prompt into caches of so many slots, which have to be enough for it and for what it is asked."""
+    caches = model.make_caches(policy, batch=1, capacity=capacity, tokens=int(np.min(capacity)))
     logits, caches = prefill(model, policy, caches, [prompt], chunk=chunk)
     return Asked(logits, caches, usage(caches))
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import reduce
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any, TypeVar, dataclass_transform, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -167,7 +167,7 @@ def settled_size(name: str, value: Any) -> Any:
             )
         return _settled(name, rounded, float, "a share")
     what = "a whole number of keys from 1 up, or a share such as 0.25"
-    return _settled(f"a {name}", value, int, what, least=1)
+    return _settled(f"a {name}", value, int, what, least=1, most=INT32.max)
 
 
 def settled(one: dataclasses.Field, value: Any) -> Any:
@@ -323,6 +323,7 @@ def policy(cls: Class) -> Class:
         check.checks_fields = True  # pyright: ignore
         cls.__post_init__ = check
     made = dataclass(frozen=True, kw_only=True)(cls)
+    no_type_check(made.__init__)  # a checker of types would refuse spellings that are accepted
     fixed = [one.name for one in dataclasses.fields(made) if one.metadata.get("static")]
     leaves = [one.name for one in dataclasses.fields(made) if one.name not in fixed]
 
