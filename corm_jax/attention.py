@@ -78,8 +78,7 @@ def attend(
     whole = partial(_attend_pool if k.ndim == 2 else _attend_pages, scale=scale)
     attended = whole
     if not watched and owned is None and len(q) > FEW and k.shape[1] > BLOCK:
-        blocks = _derived_from(whole, partial(_attend_blocks, scale=scale))
-        attended = partial(jax.lax.platform_dependent, cpu=blocks, default=whole)
+        attended = partial(_unwatched, whole=whole, scale=scale)
     if k.ndim == 2 and jax.default_backend() == "gpu":
         from corm_jax import kernel  # only where it is of use: Pallas takes its time to import
 
@@ -94,7 +93,7 @@ def attend(
 
 
 def _derived_from(plain, fast):
-    """A ``fast`` way to compute what ``plain`` computes, with the derivatives of the latter."""
+    """A ``fast`` way to compute what ``plain`` computes, with the derivatives of the latter: loops have none."""
 
     def derivative(primals, tangents):
         return jax.jvp(broadcasts(plain), primals, tangents)
@@ -145,10 +144,23 @@ def _attend_pages(rows, k, v, visible, owned, scale):
     return output / per_head, weights.transpose(1, 2, 0, 3), total.transpose(1, 2, 0, 3)
 
 
-def _attend_blocks(rows, k, v, visible, owned, scale):
-    """As `_attend_pages` of a rectangle, a block of slots at a time, corrected by the largest logit so far.
+def _unwatched(rows, k, v, visible, owned, whole, scale):
+    """The output, and zeros for weights that nobody looks at."""
 
-    The weights that it returns are zeros. (Milakov and Gimelshein, arXiv 1805.02867.)
+    def output(*arguments):
+        return whole(*arguments)[0]
+
+    blocks = _derived_from(output, partial(_attend_blocks, scale=scale))
+    kv_heads, group, tokens, _ = rows.shape
+    weights = jnp.zeros((group, tokens, kv_heads, k.shape[1]), jnp.float32)
+    found = jax.lax.platform_dependent(rows, k, v, visible, owned, cpu=blocks, default=output)
+    return found, weights, jnp.ones_like(weights[..., :1])
+
+
+def _attend_blocks(rows, k, v, visible, owned, scale):
+    """The output of `_attend_pages` for a rectangle, a block of slots at a time, corrected by the largest logit so far.
+
+    (Milakov and Gimelshein, arXiv 1805.02867.)
     """
     kv_heads, group, tokens, _ = rows.shape
     slots = k.shape[1]
@@ -170,8 +182,7 @@ def _attend_blocks(rows, k, v, visible, owned, scale):
     least, none = full((kv_heads, group, tokens, 1), LEAST), full((kv_heads, group, tokens, 1), 0.0)
     start = jnp.int32(0), least, none, full(rows.shape, 0.0)
     _, _, total, summed = jax.lax.while_loop(lambda carry: carry[0] * BLOCK < used, body, start)
-    unseen = full((group, tokens, kv_heads, slots), 0.0), full((group, tokens, kv_heads, 1), 1.0)
-    return summed / jnp.where(total == 0.0, 1.0, total), *unseen
+    return summed / jnp.where(total == 0.0, 1.0, total)
 
 
 def _attend_pool(rows, k, v, visible, owned, scale):
