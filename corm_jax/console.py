@@ -112,6 +112,8 @@ class Budget(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """As for all types of click."""
         try:
+            if len(value) > 40:
+                raise CormError(f"a budget must be a number of keys or a share of them, not {reprlib.repr(value)}")
             keys_of(value, 1)
         except CormError as error:
             self.fail(str(error), param, ctx)

@@ -2,6 +2,7 @@
 
 import math
 import os
+import reprlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -151,7 +152,8 @@ def _part(path: Path, layers: str | None, tokens: int | None, sample: bool) -> t
     chosen = sorted({0, count // 2, count - 1}) if sample else list(range(count))
     if layers is not None:
         if not all(part.strip().isdecimal() and len(part) < 10 for part in layers.split(",")):
-            raise CormError(f"--layers must be numbers from 0 with commas between them, as in 0,15,29, not {layers!r}")
+            how = "numbers from 0 with commas between them, as in 0,15,29"
+            raise CormError(f"--layers must be {how}, not {reprlib.repr(layers)}")
         chosen = [int(part) for part in layers.split(",")]
     if tokens is None and sample:
         tokens = min(steps, CHECKED)
