@@ -97,7 +97,9 @@ def variants() -> list[Variant]:
         for turn, (choices, wrapped) in enumerate(of[name]):
             ranks_alone = not wrapped and name in RANKERS  # and evicts nothing where there is room
             slots = TIGHT if ranks_alone or turn % 2 == (wrapped != "budget") else ROOMY
-            found.append((turn, Variant(name, choices, wrapped, turn % 2 == 1 and name != "tova", slots)))
+            found.append(
+                (turn, Variant(name, choices, wrapped, turn % 2 == 1 and name not in ("tova", "adakv"), slots))
+            )
     return [variant for _, variant in sorted(found, key=lambda one: one[0])]
 
 
