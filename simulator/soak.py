@@ -97,7 +97,7 @@ def variants() -> list[Variant]:
         for turn, (choices, wrapped) in enumerate(of[name]):
             ranks_alone = not wrapped and name in RANKERS  # and evicts nothing where there is room
             slots = TIGHT if ranks_alone or turn % 2 == (wrapped != "budget") else ROOMY
-            found.append((turn, Variant(name, choices, wrapped, turn % 2 == 1 and name != "tova", slots)))
+            found.append((turn, Variant(name, choices, wrapped, turn % 2 == 1, slots)))
     return [variant for _, variant in sorted(found, key=lambda one: one[0])]
 
 
@@ -217,13 +217,13 @@ def _policy(variant: Variant, rng: np.random.Generator) -> Any:
         return drawn if shape else int(drawn)
 
     def share(low: int) -> Any:  # by the hundredth
-        return int(rng.integers(low, 100, endpoint=True)) / 100
+        return whole(low, 100) / 100
 
     kind = POLICIES[variant.name]
     names = kind.__dataclass_fields__.keys() - variant.choices
     numbers: dict[str, Any] = {name: whole(*WHOLE[name]) for name in sorted(names & WHOLE.keys())}
     if "eager" in names:
-        numbers["eager"] = bool(rng.integers(2))
+        numbers["eager"] = whole(0, 1) == 1
     if "drop" in names:
         numbers |= {"drop": share(5), "budget": numbers["recent"] + whole(1, 6)}
     if "kernel" in variant.choices:  # SnapKV and those like it

@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from corm_jax import TOVA, AdaKV, CormError, Random, Scissorhands, SnapKV, budget, oneshot, parse, protect
+from corm_jax import TOVA, AdaKV, Corm, CormError, Random, Scissorhands, SnapKV, budget, oneshot, parse, protect
 from corm_jax.cache import slots_for
 from corm_jax.policies import POLICIES, Budget, Protect, keys_of, on_budget
 from corm_jax.types import Slots
 from simulator.replay import replay, sweep
 from simulator.specification import readings, rule_of
 from simulator.synthetic import noise
-from simulator.testing import parametrize_checks
+from simulator.testing import check_policy, parametrize_checks
 from simulator.trace import Trace
 from simulator.verify import drive, verify
 from tests.heads import chunks_of, live_sets
@@ -43,6 +43,23 @@ SPECS = [
 @parametrize_checks(*map(parse, SPECS), examples=5)
 def test_conformance(check):
     check()
+
+
+UNEQUAL = {
+    # 4 keys of the second head stay, whatever the layer looks at.
+    "tova": lambda: budget(protect(TOVA(), sinks=np.array([0, 4])), 8),
+    "tova, by size": lambda: Budget(policy=TOVA(), tokens=np.array([4, 7])),
+    "adakv": lambda: AdaKV(budget=np.array([4, 7]), window=np.array([1, 3]), kernel=3),
+    "adakv, floors": lambda: AdaKV(budget=5, window=2, kernel=3, floor=np.array([0.5, 0.1])),
+    "scissorhands": lambda: Scissorhands(budget=np.array([5, 7]), window=5, recent=2, drop=np.array([0.5, 0.2])),
+    "corm": lambda: Corm(window=np.array([3, 6]), recent=np.array([2, 1]), eager=np.array([True, False])),
+}
+
+
+@pytest.mark.parametrize("check", ["specification", "layouts", "replays_alike"])
+@pytest.mark.parametrize("name", UNEQUAL)
+def test_heads_that_keep_different_numbers(name, check):
+    check_policy(UNEQUAL[name](), only=check, examples=10)
 
 
 # Worked by hand, on the nine tokens of the README: what each query looks at is in test_nine_tokens.ASKED.
