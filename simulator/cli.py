@@ -15,13 +15,14 @@ import numpy as np
 
 from corm_jax import console
 from corm_jax.cache import slots_for
-from corm_jax.console import COUNT, Real, Spec, Whole, naming
+from corm_jax.console import COUNT, SEED, Real, Spec, Whole, naming
 from corm_jax.errors import CormError
 from corm_jax.files import check_new, deliver, finish, write_json
 from corm_jax.limits import check_memory
 from corm_jax.plots import check_matplotlib
 from corm_jax.policies import parse
-from corm_jax.tables import show
+from corm_jax.stopping import Stopped
+from corm_jax.tables import Column, print_table, show
 from corm_jax.types import Policy
 from simulator import oracle, planner, plots
 from simulator.replay import FIDELITIES, Replay, replay, sweep
@@ -386,20 +387,18 @@ def _bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 @simulator.command("soak")
-@click.option("--decisions", type=float, default=1e6, show_default=True, help="stop after so many")
-@click.option("--cases", type=click.IntRange(1), help="stop after so many cases instead")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="of what is drawn")
-@click.option("--start", type=click.IntRange(0), default=0, show_default=True, help="the case to begin with")
+@click.option("--decisions", type=Real(1, math.inf), default=1e6, show_default=True, help="stop after so many")
+@click.option("--cases", type=COUNT, help="stop after so many cases instead")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="of what is drawn")
+@click.option("--start", type=Whole(0), default=0, show_default=True, help="the case to begin with")
 @click.option("--json", "json_file", type=_file, help="write the result here")
-def _soak(decisions, cases, seed, start, json_file) -> int:
+@console.overwrite_option
+def _soak(decisions, cases, seed, start, json_file, overwrite) -> int:
     """Hold random policies on random histories against the specification. Exit code 1 if any decision differs."""
     from simulator import soak
 
-    if not decisions >= 1:
-        raise CormError(f"--decisions must be a number from 1 up, not {decisions}")
-    if json_file:
-        check_writable(json_file)
-    tallies, seen, interrupted, begin = [], Counter(), False, time.perf_counter()
+    check_new({"--json": json_file}, overwrite)
+    tallies, seen, stopped, begin = [], Counter(), None, time.perf_counter()
     with console.progress_bar() as progress:
         task = progress.add_task("", total=cases or (decisions if np.isfinite(decisions) else None))
         try:
@@ -410,13 +409,14 @@ def _soak(decisions, cases, seed, start, json_file) -> int:
                 progress.update(task, completed=done, description=f"case {tally.index:,}: {tally.policy}")
                 if cases is None and done >= decisions:
                     break
-        except KeyboardInterrupt:
-            interrupted = True
+        except (Stopped, KeyboardInterrupt) as signal:  # the summary is printed all the same
+            stopped = signal
     following, rows = tallies[-1].index if tallies else start, soak.summary(tallies)
-    texts = [{name: value if name == "policy" else f"{value:,}" for name, value in row.items()} for row in rows]
     if rows:
+        columns = [Column(" ".join(name.split("_")), number=name != "policy") for name in rows[0]]
+        cells = [[value if isinstance(value, str) else f"{value:,}" for value in row.values()] for row in rows]
         title = f"seed {seed}, cases {start:,} to {following - 1:,}, {time.perf_counter() - begin:.0f} s"
-        print_table(title, {}, [*rows[0]], texts)
+        print_table(columns, cells, title=title)
     differences = [line for tally in tallies for line in tally.differences]
     for line in differences[:DIFFERENCES]:
         print(f"{line}; again: --seed {seed} --start {line.split()[1].rstrip(',')} --cases 1")
@@ -425,7 +425,7 @@ def _soak(decisions, cases, seed, start, json_file) -> int:
     print(f"to go on: --seed {seed} --start {following}")
     if json_file:
         report = {"seed": seed, "start": start, "next": following, "rows": rows, "differences": differences}
-        write_json(json_file, report)
-    if interrupted:
-        raise KeyboardInterrupt
+        deliver(json_file, lambda path: write_json(path, report), overwrite)
+    if stopped:
+        raise stopped
     return 1 if differences else 0

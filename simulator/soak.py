@@ -19,7 +19,8 @@ import numpy as np
 
 from corm_jax.attention import step
 from corm_jax.cache import begin_prompt, make_cache, per_layer
-from corm_jax.policies import POLICIES, Budget, Oneshot, Protect
+from corm_jax.policies import POLICIES, Budget, Oneshot, Protect, budget
+from corm_jax.policies.budget import has_own_budget
 from corm_jax.types import CacheSpec
 from simulator import invariants
 from simulator.checks import CLOSE
@@ -55,7 +56,8 @@ class Variant(NamedTuple):
     Attributes:
       name: of the policy, as in `corm_jax.POLICIES`.
       choices: its static options.
-      wrapped: "", or "budget" for `Budget` around `Protect`, or "oneshot" for `Oneshot` around both.
+      wrapped: "", or "budget" for `Budget` around `Protect`, or "oneshot" for `Oneshot` around both. A policy that has
+        a budget of its own gets a share for it instead of `Budget`.
       per_head: whether each number differs by head and layer.
       slots: `TIGHT` or `ROOMY`.
     """
@@ -233,9 +235,12 @@ def _policy(variant: Variant, rng: np.random.Generator) -> Any:
     policy = kind(**variant.choices, **numbers)
     if variant.wrapped:
         policy = Protect(policy=policy, sinks=whole(0, 2), recent=whole(0, 2))
-        absolute, none = rng.random() < 0.5, whole(0, 0)
-        tokens, per_mille = (policy.protected + whole(1, 6), none) if absolute else (none, whole(100, 800))
-        policy = Budget(policy=policy, tokens=tokens, per_mille=per_mille)
+        if has_own_budget(policy):
+            policy = budget(policy, whole(100, 800) / 1000)
+        else:
+            absolute, none = rng.random() < 0.5, whole(0, 0)
+            tokens, per_mille = (policy.protected + whole(1, 6), none) if absolute else (none, whole(100, 800))
+            policy = Budget(policy=policy, tokens=tokens, per_mille=per_mille)
     return Oneshot(policy=policy) if variant.wrapped == "oneshot" else policy
 
 
