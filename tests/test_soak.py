@@ -154,7 +154,7 @@ def test_command(simulator, monkeypatch, tmp_path):
 
     monkeypatch.setattr(soak, "soak", stand_in)
     report = tmp_path / "soak.json"
-    common = ("soak", "--seed", 7, "--start", 5, "--json", report, "--decisions")
+    common = ("soak", "--seed", 7, "--start", 5, "--json", report, "--overwrite", "--decisions")
     code, out, _ = simulator(*common, "3e4")
     result = json.loads(report.read_text())
     assert (code, result["next"], [row["policy"] for row in result["rows"]]) == (0, 16, ["corm", "all"])
@@ -174,11 +174,11 @@ def test_command(simulator, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--decisions", "nan"), "--decisions must be a number from 1 up, not nan"),
-        (("--decisions", "0"), "--decisions must be a number from 1 up, not 0.0"),
-        (("--decisions", "many"), "'many' is not a valid float"),
-        (("--cases", "0"), "0 is not in the range"),
-        (("--start", "-1"), "-1 is not in the range"),
+        (("--decisions", "nan"), "'--decisions': 'nan' is not a number from 1 to inf"),
+        (("--decisions", "0"), "'--decisions': '0' is not a number from 1 to inf"),
+        (("--decisions", "many"), "'--decisions': 'many' is not a number from 1 to inf"),
+        (("--cases", "0"), "'--cases': '0' is not a whole number from 1"),
+        (("--start", "-1"), "'--start': '-1' is not a whole number from 0"),
         (("--json", "nowhere/soak.json"), "there is no directory nowhere"),
     ],
 )
