@@ -3,6 +3,7 @@ import os
 import shutil
 import signal
 import sys
+from pathlib import Path
 
 import hypothesis
 import jax
@@ -14,6 +15,12 @@ from corm_jax import stopping
 # are polished, so one leg of .ci/run sets CORM_JAX_OPTIMIZED=1 for the tests of decisions.
 if not os.environ.get("CORM_JAX_OPTIMIZED"):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+
+# What was compiled is kept for other modules and the next run, by each worker alone: JAX writes entries in place.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    folder = Path(__file__).parent.parent / ".pytest_cache" / "compiled" / os.environ.get("PYTEST_XDIST_WORKER", "main")
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 hypothesis.settings.register_profile(
     "default", deadline=None, derandomize=True, max_examples=60, report_multiple_bugs=False
