@@ -99,7 +99,7 @@ def truth(name: str, value: Any) -> bool:
     return _one(name, value, bool, "true or false")
 
 
-def one_of(name: str, value: Any, choices: Sequence[str]) -> str:
+def one_of(name: str, value: Any, choices: tuple) -> str:
     """One of a few names; `CormError` for anything else."""
     if not isinstance(value, str) or value not in choices:
         raise CormError(f"{name} must be {' or '.join(choices)}, not {shown(value)}")
