@@ -81,7 +81,7 @@ def fit_window(
     n = len(tokens)
     if not 1 <= keys <= n:
         raise CormError(f"a text of {n} tokens cannot end with {keys} live keys a head: choose from 1 to {n}")
-    first = WidestGap(policy=corm)
+    first = WidestGap(policy=dataclasses.replace(corm, window=1, recent=1))
     empty = model.make_caches(first, batch=1, capacity=max(n, chunk), tokens=n)
     _, caches = prefill(model, first, empty, [tokens], chunk=chunk)
     gaps = np.stack([np.asarray(cache.state[1])[np.asarray(cache.position) >= 0] for cache in caches])

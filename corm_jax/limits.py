@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,7 +51,9 @@ def check_reading(
       CormError: names the bytes.
     """
     config = model.config
-    caches = jax.eval_shape(lambda: model.make_caches(policy, batch=1, capacity=capacity, pooled=pooled))
+    # Bytes are all that matters here: with one token to read, no policy protects more than there are slots.
+    make = partial(model.make_caches, policy, batch=1, capacity=capacity, pooled=pooled, tokens=1)
+    caches = jax.eval_shape(make)
     slots = max(per_layer_capacity(capacity, config.layers))
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in (*jax.tree.leaves(caches), *jax.tree.leaves(model)))
     check_memory(size, f"the model and caches of {slots:,} slots a head", fewer)

@@ -105,15 +105,16 @@ def can_evict(policy: Any, capacity: int = 4096) -> bool:
     """Whether `retain` drops a live key in some state out of many: random ones, late in a long text."""
     spec, rng = CacheSpec(KV_HEADS, capacity, TOKENS), np.random.default_rng(0)
     state, seen = jax.eval_shape(lambda: policy.init(spec)), 2**20
+    prompts = [1, seen // 2, seen, ENDLESS] * 2
 
     def draw(leaf):
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            return jnp.asarray(rng.integers(-seen, seen, leaf.shape).astype(leaf.dtype))
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):  # some whole numbers are clocks
+            numbers, clocks = rng.integers(-seen, seen, leaf.shape), rng.choice(prompts, leaf.shape)
+            return jnp.asarray(np.where(rng.random(leaf.shape) < 0.5, numbers, clocks).astype(leaf.dtype))
         return jnp.asarray(rng.normal(size=leaf.shape) * 10.0 ** rng.integers(-3, 4), leaf.dtype)
 
     position = jnp.asarray(np.stack([rng.choice(seen, capacity, replace=False) for _ in range(KV_HEADS)]), jnp.int32)
     retain = jax.jit(lambda state, prompt: policy.retain(state, Slots(position, jnp.int32(seen), prompt)))
-    prompts = [1, seen // 2, seen, ENDLESS] * 2
     return any(not retain(jax.tree.map(draw, state), jnp.int32(prompt)).all() for prompt in prompts)
 
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.errors import HypothesisException, NoSuchExample, Unsatisfiable
 
 from corm_jax.policies import Corm
-from corm_jax.types import Policy
+from corm_jax.types import Policy, broadcasts
 from simulator.checks import CHECKS, CORM, ENOUGH, evicts_something, specification, untried
 from simulator.construction import check_construction
 from simulator.invariants import InvariantError
@@ -33,6 +33,7 @@ CORM_JAX = Implementation()
 """The cache of `corm_jax`."""
 
 
+@broadcasts
 def check_policy(
     policy: Policy | st.SearchStrategy,
     reference: Reference | None = None,

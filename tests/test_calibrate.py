@@ -76,7 +76,7 @@ def test_no_other_assignment_of_that_size_loses_less(seed, target):
 def test_from_calibration_to_use(run_main, model, tmp_path):
     text, out = tmp_path / "text.txt", tmp_path / "profile.json"
     text.write_text(TEXT * 40, encoding="utf-8")
-    made = "calibrate", "--model", model, "--text", text, "--tokens", 300, "--out", out
+    made = "calibrate", "--model", model, "--text", text, "--tokens", 300, "--out", out, "--overwrite"
     code, printed, _ = run_main(cli.main, "corm", *made, "--target-live", 0.6)
     assert code == 0
     assert f"--policy corm:profile={out}" in printed
@@ -241,7 +241,7 @@ def test_a_damaged_file_is_refused(tmp_path, what, good, load, made):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--target-live", "0"], "--target-live must be in (0, 1]"),
+        (["--target-live", "0"], "'--target-live': '0' is not a number from"),
         (["--target-live", "0.5", "--tokens", "100"], "texts of at least 256 tokens"),
         (["--target-live", "0.01"], "no choice keeps as little as 0.01"),
         (["--target-live", "0.5", "--text", "nowhere.txt"], "cannot read 'nowhere.txt'"),

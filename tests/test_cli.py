@@ -215,7 +215,7 @@ def test_policies_are_listed(corm):
         (["compare", "--text", "{empty}"], "is empty"),
         (["compare", "--text", "{none}"], "cannot read"),
         (["compare", "--text", "{binary}"], "is not UTF-8 text"),
-        (["compare", "--text", "{text}", "--tokens", "99999"], "tokens, 99999 were asked for"),
+        (["compare", "--text", "{text}", "--tokens", "99999"], "tokens; 99,999 were asked for"),
         (["compare", "--text", "{text}", "--tokens", "1"], "'--tokens': '1' is not a whole number from 2"),
         (
             ["compare", "--tokens", "50", "--capacity", "20"],
@@ -235,7 +235,7 @@ def test_policies_are_listed(corm):
         (["generate", "--prompt", "a", "--model", "nothing"], "unknown model 'nothing'"),
         (["record", "--tokens", "9"], "Missing option '--out'"),
         (["record", "--out", "{none}", "--tokens", "0"], "'--tokens': '0' is not a whole number from 1"),
-        (["record", "--out", "{none}", "--text", "{text}", "--tokens", "99999"], "tokens, 99999 were asked for"),
+        (["record", "--out", "{none}", "--text", "{text}", "--tokens", "99999"], "tokens; 99,999 were asked for"),
         (["record", "--out", "{none}", "--text", "{empty}"], "is empty"),
         (["record", "--out", "{none}", "--store", "int8"], "'int8' is not one of 'float32', 'float16', 'bfloat16'"),
         (["record", "--out", "{none}", "--model", "nothing"], "unknown model 'nothing'"),

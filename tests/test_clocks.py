@@ -55,7 +55,9 @@ POLICIES = {
     "adakv": lambda start: AdaKV(budget=6, window=2, kernel=3),
     "oneshot": lambda start: oneshot(budget(TOVA(), 5)),
     "guards": lambda start: protect(budget(TOVA(), 6), sinks=start + 2, recent=1),
-    "guards without end": lambda start: protect(Corm(window=1, recent=1, multiple=ENDLESS), sinks=1, recent=ENDLESS),
+    "guards without end": lambda start: protect(
+        Corm(window=1, recent=1, multiple=ENDLESS), sinks=1, recent=ENDLESS - 2
+    ),
 }
 
 
@@ -75,7 +77,13 @@ def test_decisions_at_any_clock(name, seed, start, how):
     np.testing.assert_allclose(outputs.swapaxes(0, 1), [reading.outputs for reading in expected], atol=2e-5)
 
 
-LIMIT = jax.jit(lambda policy, seen: policy.limit(seen))
+@jax.jit
+def limit(seen, tokens, per_mille, sinks, recent):
+    """What a budget comes to, and what it protects: with numbers that are traced, which nothing refuses."""
+    policy = Budget(policy=protect(H2O(recent=3), sinks=sinks, recent=recent), tokens=tokens, per_mille=per_mille)
+    return policy.limit(seen), policy.protected
+
+
 ANY = st.one_of(st.integers(0, ENDLESS), st.integers(0, 3000), st.integers(ENDLESS - 3000, ENDLESS))
 
 
@@ -83,13 +91,16 @@ ANY = st.one_of(st.integers(0, ENDLESS), st.integers(0, 3000), st.integers(ENDLE
 @given(seen=ANY, per_mille=st.integers(0, 1000), tokens=ANY, sinks=ANY, recent=ANY)
 def test_a_share_of_any_clock(seen, per_mille, tokens, sinks, recent):
     """``tokens`` and so many thousandths of the clock, at least what is protected, and at most what there can be."""
-    policy = Budget(policy=protect(H2O(recent=3), sinks=sinks, recent=recent), tokens=tokens, per_mille=per_mille)
+    found, protected = limit(*map(jnp.int32, (seen, tokens, per_mille, sinks, recent)))
     least = min(3 + sinks + recent, ENDLESS)
-    assert policy.protected == least
-    expected = min(max(tokens + seen * per_mille // 1000, least), ENDLESS)
-    assert int(LIMIT(policy, jnp.int32(seen))) == expected
-    heads = protect(H2O(recent=3), sinks=np.array([sinks, 0], np.int32), recent=recent)
-    assert heads.protected.tolist() == [least, min(3 + recent, ENDLESS)]
+    assert int(protected) == least
+    assert int(found) == min(max(tokens + seen * per_mille // 1000, least), ENDLESS)
+
+
+def test_guards_beyond_the_end_of_the_clock_are_refused():
+    assert protect(H2O(recent=3), sinks=np.array([ENDLESS - 5, 0]), recent=2).protected.tolist() == [ENDLESS, 5]
+    with pytest.raises(CormError, match=f"would protect {ENDLESS + 1} keys of a head: at most {ENDLESS} can be"):
+        protect(H2O(recent=3), sinks=ENDLESS - 5, recent=3)
 
 
 def test_the_end_of_the_clock():

@@ -156,8 +156,6 @@ WRONG = {
     "an array that is static": (Ambiguous(), "Ambiguous is a pytree that JAX cannot take apart and put together (V"),
     "numbers for three heads": (Corm(window=np.array([3, 4, 5])), "Corm.window has the shape (3,): give a number, or "),
     "a policy without decoration in a budget": (Budget(policy=Plain(), tokens=4), "Plain is no pytree"),
-    "a class in a budget": (Budget(policy=Corm, tokens=4), "Corm is a class: give an object"),
-    "nothing in a budget": (Budget(policy=None, tokens=4), "NoneType has no `protected`"),
     "protected is a method": (built(protected=Sound.init), "has a `protected` that is a method: make it a @property"),
     "protected fails": (built(protected=fails), "has a `protected` that raises KeyError: 'size': expected a property"),
     "protected fails as if missing": (built(protected=fails_as_if_missing), "has a `protected` that raises AttributeE"),

@@ -157,8 +157,8 @@ def test_analyse(run_main, model, text, tmp_path):
     assert f"{means.mean():.3f} [{means.min():.3f}, {means.max():.3f}]" in re.sub(r"\s+", " ", printed)
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     for arguments, message in (
-        (("--tokens", 100), "--tokens must be at least 128, not 100"),
-        (("--tokens", -200), "--tokens must be at least 128, not -200"),
+        (("--tokens", 100), "'--tokens': '100' is not a whole number from 128"),
+        (("--tokens", -200), "'--tokens': '-200' is not a whole number from 128"),
         (("--out", tmp_path / "x.png"), "is where the picture goes"),
         (("--tokens", 10**9), "1,000,000,000 were asked for"),
     ):

@@ -139,7 +139,7 @@ def test_no_number_has_64_bits(policy):
         for pooled in (False, True):
             for tokens, count in ((1, 1), (1, np.int64(1)), (12, jnp.asarray(12))):
                 q = np.zeros((tokens, 2, 3, 8), np.float32)
-                cache = make_cache(policy, CacheSpec(2, 24, 8, pooled=pooled))
+                cache = begin_prompt(make_cache(policy, CacheSpec(2, 24, 8, pooled=pooled)), 12)
                 program = jax.make_jaxpr(step)(policy, cache, q, q[:, :, 0], q[:, :, 0], count)
                 assert not wide(program.jaxpr)
         layer = QKV(np.zeros((16, 2, 1, 4), np.float32), *np.zeros((2, 16, 2, 4), np.float32))

@@ -40,7 +40,8 @@ def test_conformance_by_pages(check):
 )
 def test_heads_with_sinks_and_budgets_of_their_own(seed, sinks, recent, tokens, chunk, capacity):
     """In a rectangle, in a pool, and in a replay: the keys of the specification."""
-    sinks, recent, tokens = (np.array(x, np.int32) for x in (sinks, recent, tokens))
+    sinks, recent = (np.array(x, np.int32) for x in (sinks, recent))
+    tokens = np.maximum(np.array(tokens, np.int32), sinks + recent)
     policy, columns = Budget(policy=protect(TOVA(), sinks=sinks, recent=recent), tokens=tokens), normal(seed)
     counts = chunks_of(TOKENS, chunk)
     for pooled in (False, True):

@@ -8,7 +8,6 @@ these the dtype and the shape are checked, since the values are unknown. A truth
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any, TypeVar, dataclass_transform, no_type_check
