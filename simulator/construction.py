@@ -22,7 +22,7 @@ import numpy as np
 from corm_jax import cache as cache_lib
 from corm_jax.attention import attend
 from corm_jax.policies import Full
-from corm_jax.types import EVERYTHING, FEW, CacheSpec
+from corm_jax.types import EVERYTHING, FEW, CacheSpec, iota
 from simulator.invariants import InvariantError
 from simulator.strategies import CHUNK, GROUP, KV_HEADS, TOKENS
 
@@ -205,9 +205,9 @@ class _Scene:
         if self.spec.pooled and self.tokens > FEW:
             cache, _ = cache_lib.paged(cache)
         slots = cache_lib.slots(cache)
-        q = jnp.zeros((self.tokens, KV_HEADS, GROUP, self.spec.head_dim))
+        q = jnp.zeros((self.tokens, KV_HEADS, GROUP, self.spec.head_dim), jnp.float32)
         visible = jnp.broadcast_to(slots.live, (self.tokens, *slots.position.shape))
-        return slots, attend(q, cache.k, cache.v, visible, jnp.arange(self.tokens) + 1, slots.owned)[1]
+        return slots, attend(q, cache.k, cache.v, visible, iota(self.tokens) + 1, slots.owned)[1]
 
     def _state(self) -> Any:
         state, slots = self._call("init", lambda: self.policy.init(self.spec)), self.spec.slots

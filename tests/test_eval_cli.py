@@ -159,10 +159,11 @@ def test_analyse(run_main, model, text, tmp_path):
     for arguments, message in (
         (("--tokens", 100), "'--tokens': '100' is not a whole number from 128"),
         (("--tokens", -200), "'--tokens': '-200' is not a whole number from 128"),
-        (("--out", tmp_path / "x.png"), "is where the picture goes"),
+        (("--out", tmp_path / "x.png"), "name the same file"),
         (("--tokens", 10**9), "1,000,000,000 were asked for"),
     ):
-        code, _, err = run_main(cli.main, "corm", "analyse", "--model", model, *texts, "--out", out, *arguments)
+        common = "--model", model, *texts, "--out", out, "--overwrite"
+        code, _, err = run_main(cli.main, "corm", "analyse", *common, *arguments)
         assert (code, err.count("\n"), message in err) == (2, 1, True), err
 
 

@@ -1,5 +1,6 @@
 """Traces on disk: what is written is read, a recording goes on where it stopped, and no bytes surprise the reader."""
 
+import errno
 import hashlib
 import json
 import os
@@ -219,6 +220,10 @@ def test_too_few_and_too_many_layers(tmp_path, half):
             writer.write(**trace.layer(2)._asdict())
 
 
+def refuses(**_):
+    raise PermissionError(errno.EACCES, "Permission denied")
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -226,14 +231,15 @@ def test_too_few_and_too_many_layers(tmp_path, half):
         ("none/trace", "there is no directory"),
         ("x" * 300, "cannot be used: .*File name too long"),
         ("trace", "cannot be used: .*Not a directory"),
-        ("other", "no permission"),
+        ("other", "Permission denied"),
     ],
 )
 def test_where_nothing_can_be_written(tmp_path, monkeypatch, name, message):
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to("nowhere")
     (tmp_path / ".trace.part").touch()
-    monkeypatch.setattr("os.access", lambda *_: name != "other")
+    if name == "other":
+        monkeypatch.setattr("tempfile.TemporaryFile", refuses)
     with pytest.raises(TraceError, match=message):
         Writer(tmp_path / name, sample("qkv").meta)
 
