@@ -80,7 +80,7 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def checkpoints(model, tmp_path_factory):
     """Copies of the model, each with a tokenizer that puts something else around a text."""
-    from tests.test_prompts import AROUND, byte_level
+    from tests.test_texts import AROUND, byte_level
 
     found = {}
     for name in AROUND:

@@ -23,7 +23,7 @@ from corm_jax.evaluation import recall
 from corm_jax.evaluation.records import CONFIG, RESULTS
 from corm_jax.tokenizer import Tokenizer
 from tests.test_checkpoint import TEXT
-from tests.test_prompts import byte_level
+from tests.test_texts import byte_level
 
 KILLS = 3
 TRAINING = {

@@ -286,6 +286,12 @@ def test_a_damaged_row_is_refused(tmp_path, kind):
     path.write_bytes(whole + b"\n" + json.dumps(good).encode() + b"\n")
     with pytest.raises(CormError, match="line 2, cannot be used: Invalid JSON"):
         read_rows(path.parent, run)
+    if kind == "perplexity":
+        path.write_bytes(whole + json.dumps(good | {"nll_by_position": [1.0, np.nan]}).encode() + b"\n")
+        with pytest.raises(
+            CormError, match="line 2, cannot be used: nll_by_position.1: Input should be a finite number"
+        ):
+            read_rows(path.parent, run)
     path.write_bytes(whole)
     with Records(tmp_path / "run", run) as records:
         for row in (good | {"kept": np.nan}, good | {"kept": 2.0}, {"policy": "full", "example": "x"}):

@@ -114,7 +114,7 @@ def check_free(folder: Path) -> None:
     except OSError as error:  # such as a name that is too long, or a file
         raise CormError(f"cannot use {folder}: {error.strerror}: choose another --out") from None
     # A kill may leave a lock and a part of a configuration.
-    if any(name != LOCK and not name.startswith(f".{CONFIG}.") for name in others):
+    if any(name != LOCK and not (name.startswith(".") and name.endswith(".part")) for name in others):
         raise CormError(f"{folder} exists and holds something else: choose another --out")
     if ours:
         read_run(folder)
@@ -174,7 +174,7 @@ def _lock(folder: Path):
 
 def _configure(folder: Path, run: Run) -> None:
     """Writes the configuration, or raises if there is another."""
-    for part in folder.glob(f".{CONFIG}.*"):
+    for part in folder.glob(".*.part"):
         part.unlink(missing_ok=True)
     if not (folder / CONFIG).exists():
         write_json(folder / CONFIG, asdict(run))
