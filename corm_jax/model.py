@@ -210,8 +210,9 @@ class Llama(nnx.Module):
           CormError: for caches of another model, policy or batch.
         """
         policies, config = cache.per_layer(policy, self.config.layers), self.config
-        if np.ndim(tokens) != 2:
-            raise CormError(f"tokens must be [batch, tokens], got the shape {np.shape(tokens)}")
+        if np.ndim(tokens) != 2 or not jnp.issubdtype(jnp.result_type(tokens), jnp.integer):
+            what = f"{jnp.result_type(tokens)} of the shape {np.shape(tokens)}"
+            raise CormError(f"tokens must be whole numbers [batch, tokens], got {what}")
         check_caches(policies, caches, config.kv_heads, config.head_dim, batch=len(tokens))
         count = check_count(count, *tokens.shape)
         x = self.embed(tokens)

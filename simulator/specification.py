@@ -88,7 +88,7 @@ def readings(
     )
 
 
-def rule_of(policy: Policy, head: int, layer: int = 0, layers: int = 1) -> rules.Rule:
+def rule_of(policy: Any, head: int, layer: int = 0, layers: int = 1) -> rules.Rule:
     """A fresh rule for one head of one layer."""
     fields = fields_of(policy, head, layer)
     if isinstance(policy, COMBINATORS):

@@ -303,7 +303,8 @@ def test_what_else_the_model_refuses():
         ([3], TWO, "count must be 2 whole numbers, one a row"),
         (3, TWO, "count must be 2 whole numbers, one a row"),
         ([3.0, 3.0], TWO, "count must be 2 whole numbers"),
-        ([3, 3], TWO[0], r"tokens must be \[batch, tokens\], got the shape \(3,\)"),
+        ([3, 3], np.ones((2, 3), np.float32), "tokens must be whole numbers .* got float32"),
+        ([3, 3], TWO[0], r"tokens must be whole numbers \[batch, tokens\], got int32 of the shape \(3,\)"),
     ):
         refused(message, MODEL, CORM, caches, jnp.array(tokens), jnp.array(count), chunk=1)
     for policy in ("tova", cj.TOVA, ["tova", "tova"], None):

@@ -396,3 +396,20 @@ def test_commands_say_that_nothing_is_evicted(spec, capsys):
         assert said.count("\n") == 1
         assert (replay(noise(layers=1, steps=30), cj.parse(spec)).live[..., -1] == 30).all()
         cj.parse(re.search(r"as in (\S+)", said)[1])
+
+
+def test_the_commands_do_say_it(run_main, model, tmp_path):
+    from corm_jax import cli
+    from simulator import cli as simulator
+
+    noise(layers=1, steps=20).save(tmp_path / "trace")
+    (tmp_path / "text").write_text("It was the best of times, it was the worst of times. " * 3)
+    common = "compare", "--model", model, "--text", tmp_path / "text", "--tokens", 12, "--policy", "tova"
+    for expected, main, *arguments in (
+        (1, simulator.main, "simulator", "replay", tmp_path / "trace", "--policy", "tova", "--no-errors"),
+        (0, simulator.main, "simulator", "replay", tmp_path / "trace", "--policy", "tova", "--capacity", 8),
+        (1, cli.main, "corm", *common),
+        (0, cli.main, "corm", *common, "--budget", 8),
+    ):
+        code, _, err = run_main(main, *arguments)
+        assert (code, err.count("note: tova has no budget, so that every key stays")) == (0, expected)

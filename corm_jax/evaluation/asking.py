@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from corm_jax.cache import usage
+from corm_jax.cache import per_layer_capacity, usage
 from corm_jax.generation import STRETCH, decode, prefill
 from corm_jax.model import Llama
 from corm_jax.types import Caches, Capacity, Policy, Usage
@@ -33,7 +33,8 @@ class Asked(NamedTuple):
 
 def ask(model: Llama, policy: Policy, prompt: Sequence[int], capacity: Capacity, chunk: int) -> Asked:
     """Reads a prompt into caches of so many slots, which have to be enough for it and for what it is asked."""
-    caches = model.make_caches(policy, batch=1, capacity=capacity, tokens=int(np.min(capacity)))
+    least = min(per_layer_capacity(capacity, model.config.layers))
+    caches = model.make_caches(policy, batch=1, capacity=capacity, tokens=least)
     logits, caches = prefill(model, policy, caches, [prompt], chunk=chunk)
     return Asked(logits, caches, usage(caches))
 

@@ -22,6 +22,8 @@ from corm_jax.types import CacheSpec, Observation, PerHead, Slots, largest
 class H2O:
     """On a budget, keep what has drawn most attention so far, and the newest.
 
+    Without a budget (`corm_jax.budget`) nothing is evicted before the slots run out.
+
     Args:
       recent: newest keys that never go. A number, or one for each head.
       score: ``"raw"``, the sum of the attention; ``"mean"``, the sum over the key's age in queries.

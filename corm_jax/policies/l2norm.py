@@ -15,7 +15,10 @@ from corm_jax.types import CacheSpec, Observation, Slots
 
 @policy
 class L2Norm:
-    """On a budget, keep the keys of lowest norm."""
+    """On a budget, keep the keys of lowest norm.
+
+    Without one (`corm_jax.budget`) nothing is evicted before the slots run out.
+    """
 
     needs = ("keys",)
 

@@ -8,6 +8,7 @@ these the dtype and the shape are checked, since the values are unknown. A truth
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any, TypeVar, dataclass_transform, no_type_check
@@ -98,11 +99,12 @@ def truth(name: str, value: Any) -> bool:
     return _one(name, value, bool, "true or false")
 
 
-def one_of(name: str, value: Any, choices: tuple) -> str:
+def one_of(name: str, value: Any, choices: Iterable) -> str:
     """One of a few names; `CormError` for anything else."""
-    if not isinstance(value, str) or value not in choices:
-        raise CormError(f"{name} must be {' or '.join(choices)}, not {shown(value)}")
-    return choices[choices.index(value)]
+    for one in choices:
+        if isinstance(value, str) and value == one:
+            return one
+    raise CormError(f"{name} must be {' or '.join(choices)}, not {shown(value)}")
 
 
 def is_share(size: Any) -> bool:

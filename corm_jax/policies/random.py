@@ -16,6 +16,8 @@ from corm_jax.types import CacheSpec, Observation, PerHead, Slots
 class Random:
     """On a budget, keep keys at random.
 
+    Without a budget (`corm_jax.budget`) nothing is evicted before the slots run out.
+
     Args:
       seed: of the draw. A number, or one for each head.
       recent: newest keys that never go.

@@ -20,6 +20,8 @@ from corm_jax.types import CacheSpec, Observation, PerHead, Slots
 class StreamingLLM:
     """Keep the first tokens and, on a budget, the newest.
 
+    Without a budget (`corm_jax.budget`) nothing is evicted before the slots run out.
+
     Args:
       sinks: how many of the first tokens stay. A number, or one for each head.
       positions: rotate by position in the text (``"original"``) or in the cache (``"cache"``).

@@ -15,7 +15,10 @@ from corm_jax.types import CacheSpec, Observation, Slots
 
 @policy
 class TOVA:
-    """On a budget, keep what the newest query attends to."""
+    """On a budget, keep what the newest query attends to.
+
+    Without one (`corm_jax.budget`) nothing is evicted before the slots run out.
+    """
 
     needs = ("attention",)
 
