@@ -31,7 +31,7 @@ from corm_jax.plan import Plan
 from corm_jax.policies import COMBINATORS, POLICIES, keys_of, lacks_window, on_budget, parse
 from corm_jax.prompts import Text, scored_from
 from corm_jax.tables import Column, print_table, show
-from corm_jax.types import Capacity, Policy
+from corm_jax.types import ENDLESS, Capacity, Policy
 
 # isort: split
 import click  # after the console, which says how to install it
@@ -463,6 +463,8 @@ class Sizes(NamedTuple):
 
     def check_memory(self, network: Llama, spec: str, policy: Policy, tokens: int, chunk: int, option: str) -> None:
         """Raises unless the caches for so many tokens, which ``option`` says, can fit into memory."""
+        if tokens > ENDLESS:
+            raise CormError(f"{tokens:,} tokens are beyond {ENDLESS:,}, where the clock ends: lower {option}")
         capacity = slots_for(policy, self.of_spec(spec), tokens, chunk)
         fewer = f"lower {option}" if self.of_spec(spec) is None else "lower --capacity"
         with naming({"--policy": spec, "--capacity": self.capacity}):

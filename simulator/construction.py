@@ -211,7 +211,7 @@ class _Scene:
 
     def _state(self) -> Any:
         state, slots = self._call("init", lambda: self.policy.init(self.spec)), self.spec.slots
-        for leaf in jax.tree.leaves(state):
+        for leaf in self._call("init", lambda: jax.tree.leaves(state)):
             if not isinstance(leaf, jax.Array):
                 self._refuse("init", f"gives a {type(leaf).__module__}.{type(leaf).__qualname__}")
             if leaf.shape[max(leaf.ndim - len(slots), 0) :] != slots:

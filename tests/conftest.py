@@ -46,6 +46,7 @@ def _forget():
 def run_main(monkeypatch, capsys):
     """Runs a command line in this process: exit code, output, errors."""
     monkeypatch.setattr("corm_jax.compiled.keep", lambda: None)
+    monkeypatch.setattr("corm_jax.console.FIRST", 3600.0)  # no lines of progress, however slow the machine is
     monkeypatch.setattr("os._exit", sys.exit)
 
     def run(main, *arguments):

@@ -122,7 +122,7 @@ def idle(monkeypatch, model):
             "simulator.cli.sweep",
             "simulator.cli.verify",
         ),
-        "simulator.planner.plan",
+        *("simulator.planner.plan", "simulator.soak.soak"),
     ):
         monkeypatch.setattr(name, reached)
 
@@ -321,6 +321,7 @@ def test_a_trace_that_does_not_fit_on_the_disk(run, places, monkeypatch):
 # Processes of their own: streams, signals, terminals
 
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+PROGRESS = re.compile(r"^(corm: note: .*|.*: [\d,]+ of [\d,]+, \d+ s(, compiling)?)\n", re.MULTILINE)
 MAIN = "import sys, corm_jax.cli as c; print('ready', file=sys.stderr, flush=True); c.main()"
 
 
@@ -340,7 +341,7 @@ def test_streams_that_are_closed_full_or_of_another_encoding():
     """One shell after the other, each with one command that takes no model."""
     _, out, err = shell(
         """
-        run policies | head -1 >&2; echo ${PIPESTATUS[0]}
+        run policies | true; echo ${PIPESTATUS[0]}
         run policies >/dev/full; echo $?
         run policies >&-; echo $?
         run fly 2>&-; echo $?
@@ -349,7 +350,7 @@ def test_streams_that_are_closed_full_or_of_another_encoding():
         """
     )
     assert out.split() == [b"141", b"2", b"0", b"2", b"0", b"0"]
-    assert err.splitlines()[1:] == ["corm: cannot use standard output: No space left on device"]
+    assert err.splitlines() == ["corm: cannot use standard output: No space left on device"]
 
 
 @pytest.fixture
@@ -387,8 +388,7 @@ def test_interrupted_at_any_moment(long_reading, tmp_path):
     for _, number, process in processes:
         out, err = process.communicate()
         word = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}[number]
-        errors = [line for line in err.splitlines() if not re.match(r"\S+: \d+ of \d+|corm: note: |loading ", line)]
-        assert (process.returncode, out, errors) == (128 + number, "", [f"corm: {word}"])
+        assert (process.returncode, out, PROGRESS.sub("", err)) == (128 + number, "", f"corm: {word}\n")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["longbench", "text.txt", "trace"]
 
 
@@ -572,7 +572,7 @@ def test_two_commands_share_compiled_programs_and_survive_damaged_ones(places, t
 
     def end(process):
         out, err = process.communicate()
-        assert (process.returncode, err) == (0, "")
+        assert (process.returncode, PROGRESS.sub("", err)) == (0, "")
         return re.sub(r"\d+\.\d$", "", out, flags=re.M)
 
     both = start(), start()

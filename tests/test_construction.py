@@ -1,6 +1,7 @@
 """Policies that are built wrongly, each named in one line with what was expected and the way out."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import flax.struct
 import jax
@@ -10,8 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corm_jax import H2O, POLICIES, TOVA, Budget, Corm, Full, StreamingLLM, parse, policy, protect
-from corm_jax.policies.wrapper import Wrapper
+from corm_jax import H2O, POLICIES, TOVA, Corm, Full, StreamingLLM, parse, policy, protect
 from simulator.construction import MEMBERS, check_construction
 from simulator.invariants import InvariantError
 from simulator.testing import check_policy, parametrize_checks
@@ -119,6 +119,13 @@ class Decides(Sound):
         return slots.live if slots.seen > self.size else slots.live & (slots.position > 0)
 
 
+@policy
+class Around(Sound):
+    """A wrapper that looks at nothing itself."""
+
+    policy: Any
+
+
 @property
 def fails(self):
     raise KeyError("size")
@@ -155,7 +162,9 @@ WRONG = {
     "text that is not static": (Text(), "Text.mode is 'fast', no number: make it static, as corm_jax.policies.options"),
     "an array that is static": (Ambiguous(), "Ambiguous is a pytree that JAX cannot take apart and put together (V"),
     "numbers for three heads": (Corm(window=np.array([3, 4, 5])), "Corm.window has the shape (3,): give a number, or "),
-    "a policy without decoration in a budget": (Budget(policy=Plain(), tokens=4), "Plain is no pytree"),
+    "one without decoration inside another": (Around(policy=Plain()), "Plain is no pytree"),
+    "a class inside another": (Around(policy=Corm), "Corm is a class: give an object"),
+    "nothing inside another": (Around(policy=None), "NoneType has no `protected`"),
     "protected is a method": (built(protected=Sound.init), "has a `protected` that is a method: make it a @property"),
     "protected fails": (built(protected=fails), "has a `protected` that raises KeyError: 'size': expected a property"),
     "protected fails as if missing": (built(protected=fails_as_if_missing), "has a `protected` that raises AttributeE"),
@@ -312,7 +321,7 @@ def verdict(one):
 def test_any_wrong_member_is_named(member, how, wrapped):
     """Nothing but a named error comes out, whatever stands in a member's place."""
     one = built(**{member: REPLACEMENTS[how]})
-    error = verdict(Wrapper(policy=one) if wrapped else one)
+    error = verdict(Around(policy=one) if wrapped else one)
     if error is None:
         assert how in HARMLESS.get(member, set())
     else:
