@@ -63,7 +63,7 @@ def places(tmp_path, model, data):
         "generate": ("--model", model, "--prompt", "a b"),
         "record": (*common, *out, "--tokens", 20),
         "calibrate": (*common, *out, "--target-live", 0.5, "--tokens", 280),
-        "analyse": (*common, *out, "--tokens", 64),
+        "analyse": (*common, *out, "--tokens", 128),
         "perplexity": (*common, *out, "--tokens", 40, "--policy", "full"),
         "agreement": (*common, *out, "--tokens", 40, "--policy", "full"),
         "recall": (*common, *out, "--policy", "full", "--task", "passkey"),
@@ -72,6 +72,7 @@ def places(tmp_path, model, data):
         "plot": (trace, "--out", tmp_path / "out"),
         "plan": (trace, "--out", tmp_path / "out"),
         **dict.fromkeys(("replay", "bounds", "check"), (trace,)),
+        "soak": (),
     }
 
 
