@@ -364,7 +364,7 @@ def long_reading(places):
         "--tokens",
         "280",
         *policies[:4],
-        *("--policy", "h2o:budget=9"),
+        *("--policy", "h2o:recent=4,budget=9"),
         *policies,
     ]
 
