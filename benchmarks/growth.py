@@ -15,12 +15,12 @@ import numpy as np
 from decode_speed import CORM, Contender, race
 
 import corm_jax as cj
-from corm_jax.console import progress_bar
+from corm_jax.command.console import progress_bar
 from corm_jax.files import write_json
-from corm_jax.generation import STRETCH
-from corm_jax.inputs import encode, text_from
-from corm_jax.perplexity import read
-from corm_jax.plan import Plan
+from corm_jax.model.generation import STRETCH
+from corm_jax.runs.inputs import encode, text_from
+from corm_jax.runs.perplexity import read
+from corm_jax.runs.plan import Plan
 
 
 def main() -> None:

@@ -16,9 +16,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import corm_jax as cj
-from corm_jax import smollm2
 from corm_jax.evaluation import longbench
 from corm_jax.evaluation.asking import answer, ask
+from corm_jax.model import smollm2
 
 
 def main() -> None:

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from corm_jax import Full, checkpoint, generate, smollm2
-from corm_jax.inputs import encode, text_from
-from corm_jax.perplexity import read
+from corm_jax import Full, generate
+from corm_jax.model import checkpoint, smollm2
+from corm_jax.runs.inputs import encode, text_from
+from corm_jax.runs.perplexity import read
 
 
 @click.command()

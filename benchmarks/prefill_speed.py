@@ -25,9 +25,9 @@ import numpy as np
 
 import corm_jax as cj
 from corm_jax.files import write_json
-from corm_jax.generation import STRETCH
-from corm_jax.inputs import encode, text_from
-from corm_jax.plan import Plan
+from corm_jax.model.generation import STRETCH
+from corm_jax.runs.inputs import encode, text_from
+from corm_jax.runs.plan import Plan
 
 GIB, MIB, TURNS = 2**30, 2**20, 3
 
@@ -59,7 +59,7 @@ def theirs(ids, kept: float | None) -> dict:
     import torch
     from transformers import AutoModelForCausalLM, DynamicCache
 
-    from corm_jax import smollm2
+    from corm_jax.model import smollm2
 
     def press():
         if kept is None:

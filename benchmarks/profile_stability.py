@@ -19,7 +19,7 @@ import numpy as np
 
 import corm_jax as cj
 from corm_jax.files import make_directory
-from corm_jax.inputs import encode, read_text
+from corm_jax.runs.inputs import encode, read_text
 from simulator import calibrate
 from simulator.calibrate import AGAIN, Cost, choose, chosen
 

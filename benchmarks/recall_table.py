@@ -23,10 +23,10 @@ from policy_table import SPECS, shown
 import corm_jax as cj
 from corm_jax.evaluation.intervals import bootstrap
 from corm_jax.files import write_json
-from corm_jax.fitting import fitted
-from corm_jax.perplexity import read
+from corm_jax.model.prompts import Text, inside
 from corm_jax.policies import keys_of
-from corm_jax.prompts import Text, inside
+from corm_jax.runs.fitting import fitted
+from corm_jax.runs.perplexity import read
 
 PAIRS, FILLER, CHUNK = 8, 24, 16
 

@@ -22,9 +22,9 @@ import numpy as np
 
 import corm_jax as cj
 from corm_jax.files import write_json
-from corm_jax.inputs import encode, text_from
-from corm_jax.perplexity import read
-from corm_jax.recording import record
+from corm_jax.runs.inputs import encode, text_from
+from corm_jax.runs.perplexity import read
+from corm_jax.runs.recording import record
 from simulator.recurrence import FOREVER
 from simulator.replay import FIDELITIES, replay
 from simulator.trace import Trace

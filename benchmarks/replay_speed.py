@@ -21,8 +21,8 @@ import jax
 
 import corm_jax as cj
 from corm_jax.files import write_json
-from corm_jax.inputs import encode, text_from
-from corm_jax.recording import record
+from corm_jax.runs.inputs import encode, text_from
+from corm_jax.runs.recording import record
 from simulator.replay import replay, sweep
 from simulator.storage import Writer
 from simulator.trace import Meta, Trace

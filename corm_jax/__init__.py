@@ -4,12 +4,15 @@
 >>> policy = cj.Corm(window=256, recent=256)
 """
 
-from corm_jax.attention import attend, step
-from corm_jax.cache import begin_prompt, make_cache, usage
-from corm_jax.checkpoint import load
+from corm_jax.core.attention import attend
+from corm_jax.core.cache import begin_prompt, end_prompt, make_cache, usage
+from corm_jax.core.slots import Slots
+from corm_jax.core.step import step
+from corm_jax.core.types import Caches, CacheSpec, LayerCache, Observation, Policy, Usage
 from corm_jax.errors import CacheOverflowError, CheckpointError, CheckpointWarning, CormError
-from corm_jax.generation import Generation, decode, generate, prefill, stream
-from corm_jax.model import Config, Llama
+from corm_jax.model.checkpoint import load
+from corm_jax.model.generation import Generation, decode, generate, prefill, stream
+from corm_jax.model.llama import Config, Llama
 from corm_jax.policies import (
     H2O,
     POLICIES,
@@ -33,7 +36,6 @@ from corm_jax.policies import (
     policy,
     protect,
 )
-from corm_jax.types import Caches, CacheSpec, LayerCache, Observation, Policy, Slots, Usage
 
 __version__ = "0.1.0"
 
@@ -72,6 +74,7 @@ __all__ = [
     "begin_prompt",
     "budget",
     "decode",
+    "end_prompt",
     "generate",
     "load",
     "make_cache",

@@ -41,12 +41,12 @@ from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from corm_jax.core.arrays import broadcasts, iota
 from corm_jax.errors import CormError
 from corm_jax.files import check_writable, whole_file
-from corm_jax.model import Llama
-from corm_jax.profile import Profile
-from corm_jax.recording import Recorded, record
-from corm_jax.types import broadcasts, iota
+from corm_jax.model.llama import Llama
+from corm_jax.policies.profile import Profile
+from corm_jax.runs.recording import Recorded, record
 from simulator.worth import scores, worth
 
 WINDOWS, RECENTS, MULTIPLES, SINKS, GROUP = range(4, 11), (32, 128, 512, 1024), range(7), 4, "mean"

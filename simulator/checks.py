@@ -16,10 +16,13 @@ import numpy as np
 from hypothesis import assume
 from hypothesis import strategies as st
 
-from corm_jax import cache as cache_lib
+from corm_jax.core import cache as cache_lib
+from corm_jax.core.arrays import EMPTY, ENDLESS
+from corm_jax.core.layout import Apart
+from corm_jax.core.slots import Slots
+from corm_jax.core.types import CacheSpec, LayerCache, traits
+from corm_jax.core.wrapper import Wrapper
 from corm_jax.policies import policy
-from corm_jax.policies.wrapper import Wrapper
-from corm_jax.types import EMPTY, ENDLESS, CacheSpec, LayerCache, Slots, traits
 from simulator import invariants
 from simulator.construction import check_construction
 from simulator.invariants import InvariantError
@@ -61,7 +64,7 @@ def _check_corm(function):
 
 @_check_enough(3)
 def construction(subject: Subject, data: st.DataObject) -> None:
-    """The policy is built as `corm_jax.types.Policy` says, see `simulator.construction`."""
+    """The policy is built as `corm_jax.core.types.Policy` says, see `simulator.construction`."""
     check_construction(subject.policy)
 
 
@@ -114,7 +117,9 @@ def can_evict(policy: Any, capacity: int = 4096) -> bool:
         return jnp.asarray(rng.normal(size=leaf.shape) * 10.0 ** rng.integers(-3, 4), leaf.dtype)
 
     position = jnp.asarray(np.stack([rng.choice(seen, capacity, replace=False) for _ in range(KV_HEADS)]), jnp.int32)
-    retain = jax.jit(lambda state, prompt: policy.retain(state, Slots(position, jnp.int32(seen), prompt)))
+    retain = jax.jit(
+        lambda state, prompt: policy.retain(state, Slots(position, jnp.int32(seen), prompt, Apart(KV_HEADS)))
+    )
     return any(not retain(jax.tree.map(draw, state), jnp.int32(prompt)).all() for prompt in prompts)
 
 
@@ -136,7 +141,7 @@ def ranks(subject: Subject, data: st.DataObject) -> None:
 def _unranked(policy, cache):
     """Which live slots are ranked NaN, now or when the next token comes."""
     view = cache_lib.slots(cache)
-    rank = [policy.rank(cache.state, view._replace(seen=view.seen + more)) for more in (0, 1)]
+    rank = [policy.rank(cache.state, dataclasses.replace(view, seen=view.seen + more)) for more in (0, 1)]
     return view.live & (jnp.isnan(rank[0]) | jnp.isnan(rank[1]))
 
 
@@ -152,7 +157,7 @@ def keys_in_their_slots(subject: Subject, data: st.DataObject) -> None:
             where = {"layer": 0, "head": int(head), "clock": case.tokens, "key": key}
             if (position[head] == key).sum() > 1:
                 raise InvariantError("keys_in_their_slots", "is in two slots", **where)
-            where_ = slot if subject.implementation.pooled else (head, slot)
+            where_ = head // (KV_HEADS // cache.position.shape[0]), slot
             for name, values in (("k", case.k), ("v", case.v)):
                 if not np.array_equal(getattr(cache, name)[where_], values[key, head]):
                     raise InvariantError("keys_in_their_slots", f"slot {slot} holds another {name}", **where)
@@ -162,8 +167,8 @@ def keys_in_their_slots(subject: Subject, data: st.DataObject) -> None:
 def histories(subject: Subject, data: st.DataObject) -> None:
     """No key before its time, none returns, never more than there are slots.
 
-    What the policy says of itself (`corm_jax.types.Traits`) is checked as well: the newest ``recent`` keys stay, and at
-    ``most`` so many.
+    What the policy says of itself (`corm_jax.core.types.Traits`) is checked as well: the newest ``recent`` keys stay,
+    and at ``most`` so many.
     """
     case, says = subject.draw(data), traits(subject.policy)
     for capacity in (None, subject.few):
@@ -172,7 +177,7 @@ def histories(subject: Subject, data: st.DataObject) -> None:
         invariants.none_returns(kept, case.clock)
         invariants.newest_live(kept, says.recent, case.clock)
         invariants.at_most(kept, says.most, case.clock)
-        if subject.implementation.pooled:
+        if subject.shares:
             invariants.within_pool(kept, KV_HEADS * (capacity or TOKENS + CHUNK), case.clock)
         else:
             invariants.within_capacity(kept, capacity or TOKENS + CHUNK, case.clock)
@@ -205,7 +210,7 @@ def specification(subject: Subject, data: st.DataObject) -> None:
         outputs = np.concatenate([out[:count] for out, count in zip(history.outputs, case.counts, strict=True)])
         expected = readings(
             policy, case.q[:n], case.k[:n], case.v[:n],
-            chunks=pieces, capacity=capacity, pooled=subject.implementation.pooled,
+            chunks=pieces, capacity=capacity, stores=subject.implementation.stores,
             prompt=case.prompt, reference=subject.reference,
         )  # fmt: skip
         assume(min(reading.margin for reading in expected) > CLOSE)
@@ -258,9 +263,8 @@ def chunks(subject: Subject, data: st.DataObject) -> None:
     rows = [np.concatenate([out[:count] for out, count in zip(history.outputs, each.counts, strict=True)])
             for history, each in ((pieces, case), (single, ones))]  # fmt: skip
     _close("chunks", rows[0], rows[1], "token by token")
-    live = np.asarray(pieces.cache.position) >= 0
-    for one, other in zip(jax.tree.leaves(pieces.cache.state), jax.tree.leaves(single.cache.state), strict=True):
-        difference = np.abs(np.asarray(one, np.float64) - np.asarray(other, np.float64))[..., live]
+    for one, other in zip(_key_by_key(pieces.cache), _key_by_key(single.cache), strict=True):
+        difference = np.abs(one - other)
         if not (difference <= 1e-4).all():
             raise InvariantError("chunks", f"the state differs by {difference.max():.3g} from token by token")
 
@@ -305,7 +309,7 @@ def head_order(subject: Subject, data: st.DataObject) -> None:
     of two heads does come first, if they rank alike.
     """
     case = subject.draw(data)
-    capacity = None if subject.implementation.pooled else subject.few
+    capacity = None if subject.shares else subject.few
     one = subject.read(case, capacity)
     other = subject._replace(
         policy=jax.tree.map(lambda x: x[::-1] if np.shape(x) == (KV_HEADS,) else x, subject.policy)
@@ -325,8 +329,8 @@ def layouts(subject: Subject, data: st.DataObject) -> None:
     case = dataclasses.replace(case, logits=case.logits + noise / 16)
     _assume_decided(subject, case, None)
     rectangle, pool = (
-        subject._replace(implementation=subject.implementation._replace(pooled=pooled)).read(case)
-        for pooled in (False, True)
+        subject._replace(implementation=subject.implementation._replace(stores=stores)).read(case)
+        for stores in (None, 1)
     )
     invariants.same_decisions("layouts", pool.kept, rectangle.kept, "in a rectangle", case.clock)
     _close("layouts", pool.outputs, rectangle.outputs, "those of a rectangle")
@@ -407,7 +411,7 @@ def replays_alike(subject: Subject, data: st.DataObject) -> None:
     A replay knows the capacity of a head, not that of a pool.
     """
     chunk, capacity = data.draw(st.sampled_from([(1, None), (CHUNK, subject.few)]))
-    capacity = None if subject.implementation.pooled else capacity
+    capacity = None if subject.shares else capacity
     case = subject.draw(data, counts=[min(chunk, max(TOKENS - chunk * i, 0)) for i in range(TOKENS)])
     steps = case.counts > 0
     _assume_decided(subject, case, capacity)  # they add up in another order
@@ -468,11 +472,20 @@ def _goes_on(name, subject, data, change, what) -> None:
 
 
 def _shuffled(cache: LayerCache, rng) -> LayerCache:
-    order = rng.permutation(cache.position.shape[-1])
+    size = cache.position.shape[-1]
+    order = rng.permutation(size)
+    twin = cache.twin
+    if twin is not None:
+        there = np.append(order.argsort(), size)  # where each slot goes; none, for what is beyond
+        store, slot = np.divmod(np.asarray(twin), size)
+        twin = jnp.asarray(
+            np.where(store < len(cache.position), store * size + there[slot], twin)[..., order], jnp.int32
+        )
     return cache._replace(
+        twin=twin,
         k=cache.k[..., order, :], v=cache.v[..., order, :], position=cache.position[..., order],
         state=jax.tree.map(lambda x: x[..., order], cache.state),
-        head=None if cache.head is None else cache.head[order],
+        layout=jax.tree.map(lambda x: x[..., order], cache.layout),
     )  # fmt: skip
 
 
@@ -487,8 +500,8 @@ def _littered(cache: LayerCache, rng) -> LayerCache:
         return jnp.where(empty, jnp.asarray(rubbish, leaf.dtype), leaf)
 
     k, v = (jnp.where(empty[..., None], rubbish, x) for rubbish, x in ((jnp.nan, cache.k), (1e30, cache.v)))
-    head = None if cache.head is None else jnp.where(empty, KV_HEADS - 1 - cache.head, cache.head)
-    return cache._replace(k=k, v=v, state=jax.tree.map(litter, cache.state), head=head)
+    layout = jax.tree.map(lambda head: jnp.where(empty, KV_HEADS - 1 - head, head), cache.layout)
+    return cache._replace(k=k, v=v, state=jax.tree.map(litter, cache.state), layout=layout)
 
 
 def _attended(kept: np.ndarray, case: Case) -> np.ndarray:
@@ -498,6 +511,15 @@ def _attended(kept: np.ndarray, case: Case) -> np.ndarray:
     of_step = np.searchsorted(case.clock, query[:, 0], side="right")
     start = (case.clock - case.counts)[of_step][:, None]
     return before[:, of_step] | ((key >= start) & (key <= query))
+
+
+def _key_by_key(cache: LayerCache) -> list[np.ndarray]:
+    """The state of live keys, head by head and in the order of the text: ``[..., keys]``, float64."""
+    position, head = (np.asarray(x).reshape(-1) for x in (cache.position, cache_lib.slots(cache).head))
+    order = np.lexsort((position, head))
+    order = order[position[order] >= 0]
+    leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(cache.state)]
+    return [leaf.reshape(*leaf.shape[:-2], -1)[..., order] for leaf in leaves]
 
 
 def _avals(tree) -> list[str]:

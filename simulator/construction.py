@@ -19,10 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from corm_jax import cache as cache_lib
-from corm_jax.attention import attend
+from corm_jax.core import cache as cache_lib
+from corm_jax.core.arrays import iota
+from corm_jax.core.attention import attend
+from corm_jax.core.types import EVERYTHING, CacheSpec
 from corm_jax.policies import Full
-from corm_jax.types import EVERYTHING, FEW, CacheSpec, iota
 from simulator.invariants import InvariantError
 from simulator.strategies import CHUNK, GROUP, KV_HEADS, TOKENS
 
@@ -35,12 +36,14 @@ MEMBERS = {
 }
 """What every policy has."""
 
-POLICY = "a policy, such as corm_jax.Corm(window=4, recent=2) or an object of your own class, see corm_jax.types.Policy"
+POLICY = (
+    "a policy, such as corm_jax.Corm(window=4, recent=2) or an object of your own class, see corm_jax.core.types.Policy"
+)
 
 SCENES = (
-    ("in a rectangle", CacheSpec(KV_HEADS, 2 * FEW, TOKENS), CHUNK),
-    ("in a pool", CacheSpec(KV_HEADS, 2 * FEW, TOKENS, pooled=True), CHUNK),
-    ("in the pages of a pool", CacheSpec(KV_HEADS, 2 * FEW, TOKENS, pooled=True), FEW + 1),
+    ("in a rectangle", CacheSpec(KV_HEADS, 16, TOKENS), CHUNK),
+    ("in a pool", CacheSpec(KV_HEADS, 16, TOKENS, stores=1), 1),
+    ("in a chunk on a pool", CacheSpec(KV_HEADS, 16, TOKENS, stores=1), CHUNK),
 )
 """Where the functions of a policy are traced: in words, the cache, and how many queries come at once."""
 
@@ -53,7 +56,7 @@ _sound: set[Any] = set()
 
 
 def check_construction(policy: Any) -> None:
-    """Checks that a policy, and each that it wraps, is built as `corm_jax.types.Policy` says.
+    """Checks that a policy, and each that it wraps, is built as `corm_jax.core.types.Policy` says.
 
     Raises:
       InvariantError: named ``construction``, for the first thing that is wrong.
@@ -106,7 +109,7 @@ def _check_pytree(name: str, policy: Any) -> Any:
         if not isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float) or not _numeric(leaf):
             _refuse(
                 field,
-                f"is {leaf!r}, no number: make it static, as corm_jax.policies.options.choice does, or a field with "
+                f"is {leaf!r}, no number: make it static, as corm_jax.core.options.choice does, or a field with "
                 'metadata={"static": True}',
             )
         if np.shape(leaf) not in ((), (KV_HEADS,)):
@@ -187,9 +190,7 @@ class _Scene:
     def check(self) -> None:
         slots, observation = jax.eval_shape(self._slots)
         state, shape = self._state(), slots.position.shape
-        if self.spec.slots != shape:  # gathered into pages
-            lead = len(self.spec.slots)
-            state = jax.tree.map(lambda x: jax.ShapeDtypeStruct((*x.shape[:-lead], *shape), x.dtype), state)
+        state = jax.tree.map(lambda x: jax.ShapeDtypeStruct((*x.shape[:-2], *shape), x.dtype), state)
         after = self._traced("observe", state, observation, slots)
         if _avals(after) != _avals(state):
             self._refuse("observe", f"turns a state of {_avals(state)} into {_avals(after)}")
@@ -202,12 +203,14 @@ class _Scene:
     def _slots(self):
         """The slots that a policy meets, and what it observes there."""
         cache = cache_lib.make_cache(Full(), self.spec)
-        if self.spec.pooled and self.tokens > FEW:
-            cache, _ = cache_lib.paged(cache)
-        slots = cache_lib.slots(cache)
+        slots, k = cache_lib.slots(cache), cache.k
+        if self.tokens > 1:
+            opened = slots.layout.opened(slots.position)
+            slots = dataclasses.replace(slots, position=opened.take(slots.position), layout=opened.layout)
+            k = opened.take(k, rows=True)
         q = jnp.zeros((self.tokens, KV_HEADS, GROUP, self.spec.head_dim), jnp.float32)
         visible = jnp.broadcast_to(slots.live, (self.tokens, *slots.position.shape))
-        return slots, attend(q, cache.k, cache.v, visible, iota(self.tokens) + 1, slots.owned)[1]
+        return slots, attend(q, k, k, visible, iota(self.tokens) + 1, slots.layout)[1]
 
     def _state(self) -> Any:
         state, slots = self._call("init", lambda: self.policy.init(self.spec)), self.spec.slots

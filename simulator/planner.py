@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from corm_jax.cache import per_layer
+from corm_jax.core.cache import per_layer
 from corm_jax.errors import CormError
-from corm_jax.plan import Plan
 from corm_jax.policies import parse
+from corm_jax.runs.plan import Plan
 from simulator.replay import Replay, replay
 from simulator.trace import Trace
 

@@ -86,13 +86,14 @@ def important_keys(
     important, margin = set(), math.inf
     for i in rows[0]:
         n = t if threshold == "position" else len(rows[0])
-        alphas = [row[i] for row in rows]
-        if group == "mean":
-            alphas = [math.fsum(alphas) / len(alphas)]
+        each = [row[i] for row in rows]
+        alphas = [math.fsum(each) / len(each)] if group == "mean" else each
         for alpha in alphas:
             ratio = alpha * n / multiple
             if abs(ratio - 1) < 1e-12:  # a tie in exact arithmetic: equal logits on all n keys
                 ratio = 1
+                if group == "mean" and max(each) - min(each) > 1e-12:  # p and 1 - p, say: in float32 no tie
+                    margin = 0.0
             else:
                 margin = min(margin, abs(ratio - 1))
             if ratio >= 1:

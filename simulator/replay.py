@@ -3,14 +3,14 @@
 A trace holds what a model attended to with a full cache. Replaying goes through it token by token (or chunk by chunk)
 with the same policy objects as the model's own cache, under `jax.lax.scan`, one layer at a time. There are no slots to
 manage: key i has slot i, and a key that goes only gets a date. So this is also an independent account of what
-`corm_jax.cache` should do.
+`corm_jax.core.cache` should do.
 
 Three fidelities, from the cheapest to the truth:
 
 - ``recorded``: attention as recorded; evicted keys drop out, the others keep their probabilities.
 - ``renormalized``: softmax over the survivors, recomputed from q and k. Exact for the layer as such; what evictions
   change in the queries of later layers is left out.
-- ``live``: the model itself with the policy in its cache (`corm_jax.perplexity`), which is no replay.
+- ``live``: the model itself with the policy in its cache (`corm_jax.runs.perplexity`), which is no replay.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,12 +22,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from corm_jax.attention import counts_in_cache
-from corm_jax.cache import per_layer, prompt_of, slots_for
+from corm_jax.core.cache import per_layer, prompt_of, slots_for
+from corm_jax.core.exact import FOREVER, planned
+from corm_jax.core.options import is_share, whole
+from corm_jax.core.step import counts_in_cache
+from corm_jax.core.types import Policy
 from corm_jax.errors import CormError
-from corm_jax.policies.options import is_share, whole
-from corm_jax.types import Policy
-from simulator.recurrence import FOREVER, read
+from simulator.recurrence import read
 from simulator.trace import QKV, Rows, Trace
 
 FIDELITIES = ("renormalized", "recorded")
@@ -257,12 +258,17 @@ def _checked(
 
 def _run(trace, policies, compiled, fidelity, capacity, chunk, prompt, errors, progress) -> Replay:
     meta = trace.meta
-    block = -(-BLOCK // chunk) * chunk
-    padding = -meta.steps % block
+
+    def by_step(x):  # [..., padded, kv_heads, group] -> [..., q_heads, steps]
+        return np.moveaxis(x.reshape(*x.shape[:-2], -1), -2, -1)[..., : meta.steps]
+
     layers = []
     for index, policy in enumerate(policies):
+        block, moments = planned(policy) if chunk == 1 else (-(-BLOCK // chunk) * chunk, None)
+        padding = -meta.steps % block
         layer = _padded(trace.layer(index), meta.kv_heads, padding)
-        layers.append(
+        until, lost, needed, mass, error = jax.tree.map(
+            np.asarray,
             compiled(
                 policy,
                 layer,
@@ -272,19 +278,16 @@ def _run(trace, policies, compiled, fidelity, capacity, chunk, prompt, errors, p
                 jnp.int32(prompt),
                 chunk=chunk,
                 block=block,
+                moments=moments,
                 fidelity=fidelity,
                 errors=errors and isinstance(layer, QKV),
-            )
+            ),
         )
-        jax.block_until_ready(layers[-1])
+        until, lost, needed = (x[..., : meta.steps] for x in (until, lost, needed))
+        layers.append((until, lost, needed, by_step(mass), None if error is None else by_step(error)))
         progress(index + 1)
     until, lost, needed, mass, error = jax.tree.map(lambda *x: np.stack(x), *layers)
-
-    def by_step(x):  # [..., steps, kv_heads, group] -> [..., q_heads, steps]
-        return np.moveaxis(x.reshape(*x.shape[:-2], -1), -2, -1)[..., : meta.steps]
-
-    until, lost, needed = (x[..., : meta.steps] for x in (until, lost, needed))
-    return Replay(until, lost, by_step(mass), None if error is None else by_step(error), needed)
+    return Replay(until, lost, mass, error, needed)
 
 
 def _padded(layer: QKV | Rows, kv_heads: int, padding: int) -> QKV | Rows:
@@ -296,7 +299,7 @@ def _padded(layer: QKV | Rows, kv_heads: int, padding: int) -> QKV | Rows:
     return QKV(*(np.pad(x, ((0, padding), *((0, 0),) * (x.ndim - 1))) for x in (q, layer.k, layer.v)))
 
 
-_STATIC = ("chunk", "block", "fidelity", "errors")
+_STATIC = ("chunk", "block", "moments", "fidelity", "errors")
 _compiled = jax.jit(read, static_argnames=_STATIC)
 
 

@@ -429,7 +429,7 @@ def read(
     *,
     chunks: Sequence[int] | None = None,
     capacity: int | None = None,
-    pooled: bool = False,
+    stores: int | None = None,
     prompt: float | Mapping[int, float] = math.inf,
     frequencies: np.ndarray | None = None,
     start: int = 0,
@@ -441,7 +441,8 @@ def read(
       queries: ``[tokens, kv_heads, group, head_dim]``.
       keys, values: ``[tokens, kv_heads, head_dim]``.
       chunks, capacity: as in `simulator.reference.corm_messages`.
-      pooled: the heads share their slots, ``capacity`` for each.
+      stores: the heads share so many sets of slots, equally many heads each, ``capacity`` for each head; None: each
+        has its own.
       prompt: the clock at which the prompt ends, if anybody said; or, for several prompts, that of each by the clock at
         which it begins, where a chunk must begin too.
       frequencies: radians a token for each pair of a head. Queries and keys then come unrotated, and are rotated by
@@ -459,7 +460,8 @@ def read(
         for rule in rules:
             if start in prompts or start == first:
                 rule.begins(prompts.get(start, math.inf))
-        for sharing in [range(heads)] if pooled else [[head] for head in range(heads)]:
+        each = heads // (stores or heads)
+        for sharing in [range(first_, first_ + each) for first_ in range(0, heads, each)]:
             held = [live[head] for head in sharing]
             short = 0 if capacity is None else max(sum(map(len, held)) + (size - capacity) * len(sharing), 0)
             for head, before, after in zip(

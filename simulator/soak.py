@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from corm_jax.attention import step
-from corm_jax.cache import begin_prompt, make_cache, per_layer
+from corm_jax.core.cache import begin_prompt, make_cache, per_layer
+from corm_jax.core.step import step
+from corm_jax.core.types import CacheSpec
 from corm_jax.policies import POLICIES, Budget, Oneshot, Protect, budget
 from corm_jax.policies.budget import has_own_budget
-from corm_jax.types import CacheSpec
 from simulator import invariants
 from simulator.checks import CLOSE
 from simulator.invariants import InvariantError
@@ -119,7 +119,7 @@ class Case(NamedTuple):
       chunk: how many, if they are the same in each step but the last; None otherwise.
       prompt: how many of the tokens are the prompt.
       slots: a head.
-      pooled: whether the heads share them.
+      stores: sets of slots, which the heads share; None: each has its own.
     """
 
     index: int
@@ -132,7 +132,7 @@ class Case(NamedTuple):
     chunk: int | None
     prompt: int
     slots: int
-    pooled: bool
+    stores: int | None
 
     @property
     def here(self) -> Any:
@@ -188,7 +188,7 @@ def soak(seed: int = 0, start: int = 0, cases: int | None = None) -> Iterator[Ta
 def case(seed: int, index: int) -> Case:
     """A case. What its batch has in common follows from the index, all else is drawn."""
     turn, which = divmod(index // BATCH, len(VARIANTS))
-    variant, pooled, chunk = VARIANTS[which], (turn + which) % 2 == 1, (1, CHUNK, None)[(turn // 2 + which) % 3]
+    variant, stores, chunk = VARIANTS[which], (None, 1)[(turn + which) % 2], (1, CHUNK, None)[(turn // 2 + which) % 3]
     rng = np.random.default_rng([seed, index])
     policy, layer = _policy(variant, rng), int(rng.integers(LAYERS))
     tokens = int(rng.integers(LEAST, TOKENS, endpoint=True))
@@ -203,11 +203,11 @@ def case(seed: int, index: int) -> Case:
     else:
         q, k = (rng.normal(size=shape) for shape in shapes)
         q *= rng.choice([0.5, 2, 6])
-    if pooled:  # between heads equal numbers are sums in another order
+    if stores:  # between heads equal numbers are sums in another order
         q = q * (1 + np.arange(KV_HEADS)[:, None, None] / 16)
     q, k, v = (x.astype(np.float32) for x in (q, k, rng.normal(size=k.shape)))
     prompt = int(rng.integers(1, tokens, endpoint=True))
-    return Case(index, policy, layer, q, k, v, counts, chunk, prompt, variant.slots, pooled)
+    return Case(index, policy, layer, q, k, v, counts, chunk, prompt, variant.slots, stores)
 
 
 def _policy(variant: Variant, rng: np.random.Generator) -> Any:
@@ -270,7 +270,7 @@ def _tally(cases: list[Case]) -> Tally:
                 if isinstance(found, Exception):
                     raise InvariantError(account, f"{type(found).__name__}: {found}") from found
             _compare("cache", one, expected, *cached[row])
-            if one.chunk and not (one.pooled and one.capacity):
+            if one.chunk and not (one.stores and one.capacity):
                 _compare("replay", one, expected, *_replayed(one))
         except Exception as error:
             kind = "" if isinstance(error, InvariantError) else f"replay: {type(error).__name__}: "
@@ -292,7 +292,7 @@ def _or_error(function: Callable[[Any], Any], argument: Any) -> Any:
 def _specified(one: Case) -> list[Reading]:
     q, k, v = (x.astype(np.float64) for x in (one.q, one.k, one.v))
     return readings(
-        one.policy, q, k, v, chunks=[int(n) for n in one.counts if n], capacity=one.capacity, pooled=one.pooled,
+        one.policy, q, k, v, chunks=[int(n) for n in one.counts if n], capacity=one.capacity, stores=one.stores,
         prompt=one.prompt, layer=one.layer, layers=LAYERS,
     )  # fmt: skip
 
@@ -326,7 +326,7 @@ def _cached(cases: list[Case]) -> list[tuple[np.ndarray, np.ndarray]]:
     policies = jax.tree.map(lambda *x: jnp.stack([jnp.asarray(leaf) for leaf in x]), *[one.here for one in full])
     q, k, v = (np.stack([_padded(getattr(one, name)) for one in full]) for name in ("q", "k", "v"))
     counts, prompt = (np.array([getattr(one, name) for one in full], np.int32) for name in ("counts", "prompt"))
-    spec = CacheSpec(KV_HEADS, full[0].slots, HEAD_DIM, pooled=full[0].pooled)
+    spec = CacheSpec(KV_HEADS, full[0].slots, HEAD_DIM, stores=full[0].stores)
     position, overflow = map(np.asarray, _read(policies, q, k, v, counts, prompt, spec=spec))
     held = (position[..., None] == np.arange(TOKENS)).any(-2).swapaxes(1, 2)  # [batch, kv_heads, steps, keys]
     return [(held[row], overflow[row]) for row in range(len(cases))]
@@ -363,5 +363,5 @@ def _padded(x: np.ndarray) -> np.ndarray:
 
 def _where(one: Case) -> str:
     pieces = f"chunks of {one.chunk}" if one.chunk else f"pieces of {' '.join(str(n) for n in one.counts if n)}"
-    layout = f"{'a pool' if one.pooled else 'a rectangle'} of {one.slots} slots a head"
+    layout = f"{'a pool' if one.stores else 'a rectangle'} of {one.slots} slots a head"
     return f"{len(one.k)} tokens in {pieces}, a prompt of {one.prompt}, {layout}"

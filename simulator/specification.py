@@ -9,9 +9,9 @@ import jax
 import numpy as np
 
 from corm_jax import policies
-from corm_jax.cache import whole_prompt
+from corm_jax.core.cache import whole_prompt
+from corm_jax.core.types import Policy
 from corm_jax.errors import CormError
-from corm_jax.types import Policy
 from simulator import rules
 from simulator.reference import Reading, corm_messages
 
@@ -59,7 +59,7 @@ def readings(
     *,
     chunks: Sequence[int] | None = None,
     capacity: int | None = None,
-    pooled: bool = False,
+    stores: int | None = None,
     prompt: float = math.inf,
     layer: int = 0,
     layers: int = 1,
@@ -70,7 +70,8 @@ def readings(
     Args:
       q: ``[tokens, kv_heads, group, head_dim]``; k, v: ``[tokens, kv_heads, head_dim]``.
       chunks, capacity: as in `simulator.reference.corm_messages`.
-      pooled: the heads share their slots, ``capacity`` for each: a matter of rules, which know the layer as a whole.
+      stores: the heads share so many sets of slots, ``capacity`` for each head: a matter of rules, which know the layer
+        as a whole.
       prompt: how many of the tokens are the prompt, if anybody said.
       layer, layers: which layer it is, of how many.
       reference: a specification of one head to ask instead.
@@ -79,12 +80,12 @@ def readings(
       CormError: for a policy that nobody specified.
     """
     how, heads = {"chunks": chunks, "capacity": capacity}, range(q.shape[1])
-    shared = pooled and capacity is not None
+    shared = stores is not None and capacity is not None
     if not shared and (reference := reference or WHOLE.get(type(policy))):
         how |= {"prompt": prompt} if whole_prompt(policy) else {}
         return [reference(q[:, h], k[:, h], v[:, h], **how, **fields_of(policy, h, layer)) for h in heads]
     return rules.read(
-        [rule_of(policy, head, layer, layers) for head in heads], q, k, v, pooled=pooled, prompt=prompt, **how
+        [rule_of(policy, head, layer, layers) for head in heads], q, k, v, stores=stores, prompt=prompt, **how
     )
 
 

@@ -160,7 +160,7 @@ def hyperparameters(kind: type, *, per_head: bool = False, **given: Any) -> st.S
     """Values for the fields of a policy's dataclass, small enough that something happens in `TOKENS` tokens.
 
     By the kind of their default, whole numbers run from 1 to 5, others from 0.1 to 0.9, truth values are both, choices
-    those of `corm_jax.policies.options.choice`. What is ``given`` is used instead: a value, or a strategy. With
+    those of `corm_jax.core.options.choice`. What is ``given`` is used instead: a value, or a strategy. With
     ``per_head`` what is not static is an array with a number for each head, ``[KV_HEADS]``.
 
     Raises:

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
 
-from corm_jax.attention import step
-from corm_jax.cache import begin_prompt, make_cache, slots
+from corm_jax.core.arrays import EMPTY, ENDLESS, iota
+from corm_jax.core.cache import begin_prompt, make_cache, slots
+from corm_jax.core.step import step
+from corm_jax.core.types import CacheSpec, LayerCache
 from corm_jax.policies import oneshot
-from corm_jax.types import EMPTY, ENDLESS, CacheSpec, LayerCache, iota
 from simulator.specification import Reference
 from simulator.strategies import CHUNK, KV_HEADS, TOKENS, Case, cases
 
@@ -21,12 +22,12 @@ from simulator.strategies import CHUNK, KV_HEADS, TOKENS, Case, cases
 class Implementation(NamedTuple):
     """A cache to be tested: `corm_jax.make_cache` and `corm_jax.step`, or functions that do the same.
 
-    If it is ``pooled``, the heads of a layer share their slots.
+    The heads of a layer share so many ``stores`` of slots; None: each has its own.
     """
 
     make_cache: Callable = make_cache
     step: Callable = step
-    pooled: bool = False
+    stores: int | None = None
 
 
 class History(NamedTuple):
@@ -59,10 +60,15 @@ class Subject(NamedTuple):
     reference: Reference | None
 
     def draw(self, data: st.DataObject, counts: Sequence[int] | None = None) -> Case:
-        """A case. In a pool the heads' logits differ a little: ties between heads would hang on the order of slots."""
+        """A case. Heads that share slots have logits that differ a little: ties would hang on the order of slots."""
         case = data.draw(cases(counts=counts))
         factor = 1 + np.arange(KV_HEADS, dtype=np.float32)[:, None, None, None] / 16
-        return dataclasses.replace(case, logits=case.logits * factor) if self.implementation.pooled else case
+        return dataclasses.replace(case, logits=case.logits * factor) if self.shares else case
+
+    @property
+    def shares(self) -> bool:
+        """Whether heads share slots."""
+        return self.implementation.stores not in (None, KV_HEADS)
 
     @property
     def few(self) -> int:
@@ -72,7 +78,7 @@ class Subject(NamedTuple):
     def cache(self, capacity: int | None = None, prompt: int | np.ndarray = ENDLESS, **batch: int) -> LayerCache:
         """An empty cache; without a capacity, one in which nothing overflows."""
         enough = max(TOKENS + CHUNK, int(np.max(self.policy.protected)))
-        shape = CacheSpec(KV_HEADS, capacity or enough, TOKENS, pooled=self.implementation.pooled)
+        shape = CacheSpec(KV_HEADS, capacity or enough, TOKENS, stores=self.implementation.stores)
         return begin_prompt(self.implementation.make_cache(self.policy, shape, **batch), prompt)
 
     def read(self, case: Case, capacity: int | None = None) -> History:
@@ -96,8 +102,10 @@ class Subject(NamedTuple):
 
 def by_head(cache: LayerCache) -> jax.Array:
     """What positions a head holds: ``[kv_heads, slots]``, in a pool `EMPTY` where another owns the slot."""
-    owned = slots(cache).owned
-    return cache.position if owned is None else jnp.where(owned, cache.position, EMPTY)
+    stores, _ = cache.position.shape
+    each = jnp.repeat(cache.position, cache.layout.kv_heads // stores, 0)
+    own = jnp.repeat(slots(cache).head, cache.layout.kv_heads // stores, 0) == iota(cache.layout.kv_heads)[:, None]
+    return jnp.where(own, each, EMPTY)
 
 
 @partial(jax.jit, static_argnames="step")

@@ -20,8 +20,9 @@ from hypothesis import HealthCheck, Phase, find, given, settings
 from hypothesis import strategies as st
 from hypothesis.errors import HypothesisException, NoSuchExample, Unsatisfiable
 
+from corm_jax.core.arrays import broadcasts
+from corm_jax.core.types import Policy
 from corm_jax.policies import Corm
-from corm_jax.types import Policy, broadcasts
 from simulator.checks import CHECKS, CORM, ENOUGH, evicts_something, specification, untried
 from simulator.construction import check_construction
 from simulator.invariants import InvariantError

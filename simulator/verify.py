@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from corm_jax.attention import step
-from corm_jax.cache import begin_prompt, make_cache, per_layer
+from corm_jax.core.arrays import ENDLESS, iota
+from corm_jax.core.cache import begin_prompt, make_cache, per_layer
+from corm_jax.core.step import step
+from corm_jax.core.types import CacheSpec, Policy
 from corm_jax.errors import CormError
 from corm_jax.policies import Corm
-from corm_jax.types import ENDLESS, CacheSpec, Policy, iota
 from simulator import invariants
 from simulator.invariants import InvariantError
 from simulator.replay import Replay, replay

@@ -29,8 +29,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from corm_jax.model import Llama
-from corm_jax.types import broadcasts, iota
+from corm_jax.core.arrays import broadcasts, iota
+from corm_jax.model.llama import Llama
 
 SINKS, WINDOW = 4, 128
 

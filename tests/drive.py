@@ -1,14 +1,15 @@
 """A layer of a cache, driven token by token or chunk by chunk, beside the same of the specification."""
 
 from functools import partial
-from unittest.mock import patch
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from corm_jax import attention, cache
-from corm_jax.types import ENDLESS, CacheSpec
+from corm_jax.core import cache
+from corm_jax.core.arrays import ENDLESS
+from corm_jax.core.step import step
+from corm_jax.core.types import CacheSpec
 from simulator import rules
 from simulator.specification import rule_of
 from simulator.subject import by_head
@@ -23,21 +24,12 @@ def normal(seed, scale=2.0):
     return tuple((factor * rng.normal(size=shape)).astype(np.float32) for factor, shape in zip((scale, 1, 1), SHAPES))  # noqa: B905
 
 
-def step_by_pages(*arguments):
-    """`corm_jax.step` in a pool whose keys are gathered into small pages, as those for long chunks are."""
-    with patch.object(attention, "FEW", 0), patch.object(cache, "PAGE", 2):
-        return attention.step(*arguments)
-
-
-STEPS = {False: attention.step, True: attention.step, "by pages": step_by_pages}
-
-
-def in_cache(policy, q, k, v, counts, *, capacity=TOKENS + CHUNK, pooled=False, prompts=None, start=0):
+def in_cache(policy, q, k, v, counts, *, capacity=TOKENS + CHUNK, stores=None, prompts=None, start=0):
     """Outputs ``[tokens, ...]``, the keys of each head after each step, and the cache at the end.
 
     Args:
       counts: tokens of each step: all at most 1, or at most CHUNK.
-      pooled: False, True or "by pages".
+      stores: sets of slots; None: one for each head.
       prompts: the clock at which a prompt ends, by the clock at which it begins.
       start: what the clock shows before the first token.
     """
@@ -46,7 +38,7 @@ def in_cache(policy, q, k, v, counts, *, capacity=TOKENS + CHUNK, pooled=False, 
     ends = [max((begin, end) for begin, end in (prompts or {}).items() if begin <= t)[1] if prompts else ENDLESS
             for t in clock]  # fmt: skip
     padded = (np.concatenate([x, np.full((CHUNK, *x.shape[1:]), 7, x.dtype)]) for x in (q, k, v))
-    chunk, static = (1 if chunk == 1 else CHUNK), {"capacity": capacity, "pooled": pooled}
+    chunk, static = (1 if chunk == 1 else CHUNK), {"capacity": capacity, "stores": stores}
     ends = np.array(ends, np.int32)
     outputs, position, last = _in_cache(policy, *padded, counts, ends, np.int32(start), chunk=chunk, **static)
     rows = np.concatenate([out[:count] for out, count in zip(np.asarray(outputs), counts, strict=True)])
@@ -54,24 +46,24 @@ def in_cache(policy, q, k, v, counts, *, capacity=TOKENS + CHUNK, pooled=False, 
     return rows, held, last
 
 
-@partial(jax.jit, static_argnames=("chunk", "capacity", "pooled"))
-def _in_cache(policy, q, k, v, counts, ends, start, *, chunk, capacity, pooled):
-    layer = cache.make_cache(policy, CacheSpec(k.shape[1], capacity, k.shape[2], k.dtype, bool(pooled)))
+@partial(jax.jit, static_argnames=("chunk", "capacity", "stores"))
+def _in_cache(policy, q, k, v, counts, ends, start, *, chunk, capacity, stores):
+    layer = cache.make_cache(policy, CacheSpec(k.shape[1], capacity, k.shape[2], k.dtype, stores))
     layer = cache.begin_prompt(layer, 1)  # where it really ends is set below, before each step
 
     def body(carry, xs):
         layer, at = carry
         count, prompt = xs
         pieces = (jax.lax.dynamic_slice_in_dim(x, at, chunk) for x in (q, k, v))
-        output, layer = STEPS[pooled](policy, layer._replace(prompt=prompt), *pieces, count)
+        output, layer = step(policy, layer._replace(prompt=prompt), *pieces, count)
         return (layer, at + count), (output, by_head(layer))
 
     (layer, _), (outputs, position) = jax.lax.scan(body, (layer._replace(seen=start), jnp.int32(0)), (counts, ends))
     return outputs, position, layer
 
 
-def in_numpy(policy, q, k, v, counts, *, capacity=None, pooled=False, prompts=None, start=0):
+def in_numpy(policy, q, k, v, counts, *, capacity=None, stores=None, prompts=None, start=0):
     """The readings of the specification, head by head."""
     heads = [rule_of(policy, head) for head in range(q.shape[1])]
-    how = {"capacity": capacity, "pooled": bool(pooled), "start": start}
+    how = {"capacity": capacity, "stores": stores, "start": start}
     return rules.read(heads, q, k, v, chunks=counts, prompt=prompts or {}, **how)

@@ -1,8 +1,12 @@
 """Hypothesis strategies for small attention heads, and what the tests do with them."""
 
+import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
 
+from corm_jax.core.arrays import ENDLESS
+from corm_jax.core.layout import Apart, Shared
+from corm_jax.core.slots import Slots
 from simulator import rules
 
 TOKENS = 20  # every head is padded to this, so that one compile serves all examples of a shape
@@ -60,3 +64,12 @@ def padded(x, multiple):
 def live_sets(position):
     """The positions that one head's slots hold."""
     return {int(p) for p in position if p >= 0}
+
+
+def slots_of(position, owner=None, seen=30, prompt=ENDLESS, heads=2):
+    """The view of a rectangle ``[kv_heads, slots]``, or of a pool ``[slots]`` with the head that owns each slot."""
+    position = jnp.asarray(position, jnp.int32)
+    if owner is None:
+        return Slots(position, jnp.int32(seen), jnp.int32(prompt), Apart(len(position)))
+    layout = Shared(jnp.asarray(owner, jnp.int32)[None], heads)
+    return Slots(position[None], jnp.int32(seen), jnp.int32(prompt), layout)

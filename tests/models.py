@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from corm_jax import Config, Llama
-from corm_jax.positions import Rope
+from corm_jax.core.positions import Rope
 
 
 def tiny(kv_heads=2, layers=2, tied=True, dtype=jnp.float32, seed=0, vocab=97):

@@ -5,7 +5,7 @@ import pytest
 
 from corm_jax import Corm, CormError
 from corm_jax.evaluation import analysis
-from corm_jax.recording import record
+from corm_jax.runs.recording import record
 from simulator.replay import replay
 from simulator.trace import Trace
 from tests.models import tiny

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import corm_jax as cj
-from corm_jax.cache import slots_for
-from corm_jax.perplexity import read
-from corm_jax.policies.wrapper import Wrapper
-from corm_jax.types import Traits, traits
+from corm_jax.core.cache import slots_for
+from corm_jax.core.types import Traits, traits
+from corm_jax.core.wrapper import Wrapper
+from corm_jax.runs.perplexity import read
 from simulator.testing import check_policy
 from tests.mistakes import refused
 from tests.models import tiny
@@ -60,7 +60,7 @@ def test_a_text_is_read_from_any_array():
         ([1, 97], "token id 97 is outside the vocabulary of 97"),
     ):
         refused(message, read, MODEL, cj.Full(), wrong)
-    for options in ({"chunk": 1.5}, {"capacity": 8.0}, {"prompt": 2.0}, {"overflow": "ignore"}, {"pooled": "no"}):
+    for options in ({"chunk": 1.5}, {"capacity": 8.0}, {"prompt": 2.0}, {"overflow": "ignore"}, {"stores": "no"}):
         refused(next(iter(options)), read, MODEL, cj.Full(), IDS[0], **options)
 
 
@@ -108,7 +108,7 @@ def test_what_are_no_token_ids(prompts, message):
     + [{"top_p": wrong} for wrong in (0, 1.5, float("nan"), "a", None, True)]
     + [{"seed": wrong} for wrong in (1.5, None, "a", True, 2**64)]
     + [{"overflow": wrong} for wrong in ("", None, True, "Error")]
-    + [{"pooled": wrong} for wrong in ("no", None, 1)]
+    + [{"stores": wrong} for wrong in ("no", 0, 1.5, 3)]
     + [{"capacity": wrong} for wrong in ([8], [8, 8, 8], [8, 0], [8, 1.5])],
     ids=str,
 )
@@ -161,7 +161,7 @@ WRONG = {
     "too little room": (lambda: cache_of(cj.Corm()), r"capacity 16 cannot hold .* never gives up.*\(256 keys\)"),
     "too little room in a step": (lambda: step(cj.Corm(), cache_of()), r"capacity 16 cannot hold .* \(256 keys\)"),
     "too little room in a pool": (
-        lambda: cache_of(cj.Corm(recent=[5, 28]), pooled=True), r"capacity 16 cannot hold .* \(17 keys\)",
+        lambda: cache_of(cj.Corm(recent=[5, 28]), stores=1), r"capacity 16 cannot hold .* \(17 keys\)",
     ),
     "a cache of integers": (lambda: cache_of(dtype=jnp.int8), "a cache holds floating-point numbers"),
     "a cache of nothing": (lambda: cache_of(dtype=None), "a cache holds floating-point numbers"),
@@ -172,7 +172,8 @@ WRONG = {
     "heads": (lambda: cache_of(kv_heads=True), "kv_heads must be a whole number"),
     "batch": (lambda: cache_of(batch=0), "batch must be a whole number from 1"),
     "batch of 2.0": (lambda: cache_of(batch=2.0), "batch must be a whole number from 1"),
-    "pooled": (lambda: cache_of(pooled="yes"), "pooled must be true or false, not 'yes'"),
+    "stores": (lambda: cache_of(stores="yes"), "stores must be a whole number from 1 to 2147483647, not 'yes'"),
+    "stores that heads cannot share": (lambda: cache_of(stores=3), "2 key-value heads cannot share 3 stores evenly"),
     "a tuple for a shape": (lambda: cj.make_cache(CORM, (2, 16, 8)), "must be a CacheSpec"),
     "a batch of queries": (
         lambda: step(q=QKV["q"][None]),
@@ -190,7 +191,7 @@ WRONG = {
     "whole numbers": (lambda: step(q=jnp.ones((3, 2, 4, 8), int)), "q must hold floating-point numbers, not int32"),
     "a list": (lambda: step(k=[[1.0]]), "k must be an array .*, not a list"),
     "a batch of caches": (lambda: step(cache=cache_of(batch=3)), "the cache is one of a batch of 3.*use jax.vmap"),
-    "a batch of pools": (lambda: step(cache=cache_of(batch=3, pooled=True)), "a batch of 3"),
+    "a batch of pools": (lambda: step(cache=cache_of(batch=3, stores=1)), "a batch of 3"),
     "all layers": (lambda: step(cache=(cache_of(), cache_of())), "several layers: take each by itself"),
     "no cache": (lambda: step(cache=3), "the cache must be the LayerCache of one layer"),
     "a name": (lambda: cj.step("tova", cache_of(), **QKV, count=3), "a policy must be an object such as"),
@@ -389,9 +390,9 @@ def test_no_wrapper_loses_what_a_policy_says_of_itself(policy):
     assert traits(cj.oneshot(policy)) == own._replace(whole_prompt=True, most=None)
     assert traits(Wrapper(policy=policy)) == own
     if "budget" not in repr(policy):
-        assert traits(cj.Budget(policy=policy, tokens=300)) == own._replace(most=300)
-        assert traits(cj.Budget(policy=policy, per_mille=300)) == own
-        assert traits(cj.Budget(policy=cj.budget(policy, 290), tokens=300)) == own._replace(most=290)
+        assert traits(cj.Budget(policy=policy, tokens=300)) == own._replace(most=300, moments=0)
+        assert traits(cj.Budget(policy=policy, per_mille=300)) == own._replace(moments=0)
+        assert traits(cj.Budget(policy=cj.budget(policy, 290), tokens=300)) == own._replace(most=290, moments=0)
     for wrap in (protected, cj.oneshot(policy), cj.oneshot(cj.oneshot(protected))):
         assert wrap.needs == own.needs
         assert wrap.positions == own.positions
@@ -441,3 +442,24 @@ def test_overflow_of_an_earlier_call_is_no_error():
     np.testing.assert_array_equal(cj.usage(caches).overflow, before)
     with pytest.raises(cj.CacheOverflowError, match="layer 0 ran out of its 20 slots a head"):
         cj.prefill(MODEL, patient, caches, [list(range(30))], overflow="error")
+
+
+def test_usage_is_of_the_caches_of_a_model():
+    one = cache_of()
+    for wrong in (one, (one,), [None], (cache_of(batch=2), 3)):
+        refused("usage takes a tuple of caches", cj.usage, wrong)
+
+
+def test_slots_for_all_tokens_are_enough_for_any_policy():
+    """Of 300 keys that are protected only as many come as there are tokens."""
+    spec, policy = cj.CacheSpec(2, 16, 8), cj.Corm(recent=300)
+    assert cj.make_cache(policy, spec, tokens=16).position.shape == (2, 16)
+    refused("capacity 16 cannot hold", cj.make_cache, policy, spec, tokens=17)
+
+
+def test_logits_of_another_vocabulary():
+    caches = MODEL.make_caches(cj.Full(), batch=1, capacity=8)
+    numbers = jnp.int32(1), jnp.zeros(0, jnp.int32), jnp.float32(0), jnp.float32(1)
+    wrong = jnp.zeros((1, MODEL.config.vocab - 1))
+    arguments = MODEL, cj.Full(), caches, wrong, jax.random.key(0), jnp.zeros(1, bool), *numbers
+    refused("logits must have the shape", cj.decode, *arguments, steps=1)

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from corm_jax import CormError, cli, parse
-from corm_jax.plan import Plan
-from corm_jax.profile import WHOLE, Profile
-from corm_jax.recording import record
+from corm_jax import CormError, parse
+from corm_jax.command import cli
+from corm_jax.policies.profile import WHOLE, Profile
+from corm_jax.runs.plan import Plan
+from corm_jax.runs.recording import record
 from simulator import calibrate
 from simulator.replay import replay
 from simulator.trace import Trace

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from corm_jax import CheckpointError, checkpoint
-from corm_jax.gguf import _LAYER
+from corm_jax import CheckpointError
+from corm_jax.model import checkpoint
+from corm_jax.model.gguf import _LAYER
 from tests.test_model import hugging_face, logits_of, ours
 
 TEXT = "It was the best of times, it was the worst of times. 'It's naïve,' said he; 12345 — 日本 \U0001f600\n\n  x"

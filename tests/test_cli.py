@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from corm_jax import cli, recording
+from corm_jax.command import cli
+from corm_jax.runs import recording
 from simulator.trace import Trace
 from tests.test_checkpoint import TEXT, byte_level_tokenizer
 

@@ -29,15 +29,15 @@ from corm_jax import (
     step,
     usage,
 )
+from corm_jax.core.arrays import ENDLESS
 from corm_jax.policies import Budget
-from corm_jax.types import ENDLESS
 from tests.drive import CHUNK, KV_HEADS, TOKENS, in_cache, in_numpy, normal
 from tests.heads import chunks_of
 from tests.models import tiny
 
 # Where float32 stops counting, where a thousandth of the clock, and a clock for each head, exceed int32; and the end.
 STARTS = [2**24 - 5, 2**31 // 1000 - 5, 2**31 // KV_HEADS - 5, 2**31 - 1 - TOKENS - CHUNK]
-HOW = [(1, 9, False), (CHUNK, 9, "by pages")]
+HOW = [(1, 9, None), (CHUNK, 9, 1)]
 POLICIES = {
     "full": lambda start: Full(),
     "share": lambda start: budget(Full(), 1.0),
@@ -65,9 +65,9 @@ POLICIES = {
 @settings(max_examples=16)
 @given(seed=st.integers(0, 2**16), start=st.sampled_from(STARTS), how=st.sampled_from(HOW))
 def test_decisions_at_any_clock(name, seed, start, how):
-    chunk, capacity, pooled = how
+    chunk, capacity, stores = how
     policy, columns, counts = POLICIES[name](start), normal(seed), chunks_of(TOKENS, chunk)
-    options = {"capacity": capacity, "pooled": pooled, "start": start, "prompts": {start: start + 12}}
+    options = {"capacity": capacity, "stores": stores, "start": start, "prompts": {start: start + 12}}
     expected = in_numpy(policy, *columns, counts, **options)
     assume(min(reading.margin for reading in expected) > 1e-4)
     outputs, held, last = in_cache(policy, *columns, counts, **options)

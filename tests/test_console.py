@@ -15,9 +15,10 @@ import click
 import jax
 import pytest
 
-from corm_jax import cli, compiled, console, inputs, limits
-from corm_jax.console import Real, Whole
+from corm_jax.command import cli, compiled, console, limits
+from corm_jax.command.console import Real, Whole
 from corm_jax.errors import CormError
+from corm_jax.runs import inputs
 from simulator import cli as simulator_cli
 from simulator import synthetic
 from tests.test_checkpoint import TEXT
@@ -113,9 +114,14 @@ def idle(monkeypatch, model):
         raise ReachedError("the work was reached")
 
     loaded = inputs.load(model, "float32")
-    monkeypatch.setattr("corm_jax.inputs.load", lambda *_: loaded)
+    monkeypatch.setattr("corm_jax.runs.inputs.load", lambda *_: loaded)
     for name in (
-        *("corm_jax.cli.read", "corm_jax.cli.fitted", "corm_jax.cli.stream", "corm_jax.recording.resume"),
+        *(
+            "corm_jax.command.cli.read",
+            "corm_jax.command.cli.fitted",
+            "corm_jax.command.cli.stream",
+            "corm_jax.runs.recording.resume",
+        ),
         *("simulator.calibrate.calibrate", "corm_jax.evaluation.suite.Suite.run", "corm_jax.evaluation.recall.tasks"),
         *(
             "corm_jax.evaluation.analysis.analyse",
@@ -191,7 +197,7 @@ def test_the_largest_and_the_smallest_that_are_allowed(run, places, tmp_path):
 
 
 def test_what_cannot_fit_into_memory_names_the_bytes(run, places, monkeypatch):
-    monkeypatch.setattr("corm_jax.cli.read", lambda *_, **__: pytest.fail("something was allocated"))
+    monkeypatch.setattr("corm_jax.command.cli.read", lambda *_, **__: pytest.fail("something was allocated"))
     compare = ("compare", *places["compare"], "--policy", "full")
     code, _, err = run("corm", *compare, "--capacity", 2**31 - 1)
     slots = r"--policy full, --capacity 2147483647: the model and caches of 2,147,483,647 slots a head"
@@ -239,7 +245,7 @@ def test_out_of_memory_is_an_error_in_one_line(run, places, monkeypatch):
     def exhausted(*_, **__):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nallocating 9 bytes")
 
-    monkeypatch.setattr("corm_jax.cli.stream", exhausted)
+    monkeypatch.setattr("corm_jax.command.cli.stream", exhausted)
     code, _, err = run("corm", "generate", *places["generate"])
     assert (code, err.count("\n")) == (2, 1)
     assert err.startswith("corm: out of memory: RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes: ask for fewer")
@@ -314,7 +320,7 @@ def test_two_recordings_in_one_place(run, places, tmp_path):
 def test_a_trace_that_does_not_fit_on_the_disk(run, places, monkeypatch):
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    monkeypatch.setattr("corm_jax.recording.resume", lambda *_, **__: pytest.fail("a layer was read"))
+    monkeypatch.setattr("corm_jax.runs.recording.resume", lambda *_, **__: pytest.fail("a layer was read"))
     code, _, err = run("corm", "record", *places["record"])
     assert (code, "--out" in err, "are free: make room, or lower --tokens" in err) == (2, True, True)
 
@@ -323,12 +329,12 @@ def test_a_trace_that_does_not_fit_on_the_disk(run, places, monkeypatch):
 
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
 PROGRESS = re.compile(r"^(corm: note: .*|.*: [\d,]+ of [\d,]+, \d+ s(, compiling)?)\n", re.MULTILINE)
-MAIN = "import sys, corm_jax.cli as c; print('ready', file=sys.stderr, flush=True); c.main()"
+MAIN = "import sys, corm_jax.command.cli as c; print('ready', file=sys.stderr, flush=True); c.main()"
 
 
 def shell(command, **environment):
     """Runs a line of shell, in which ``$corm`` is the command line."""
-    corm = f"{sys.executable} -c 'from corm_jax.cli import main; main()'"
+    corm = f"{sys.executable} -c 'from corm_jax.command.cli import main; main()'"
     ran = subprocess.run(
         ["bash", "-c", f'corm="{corm}"; run() {{ eval "$corm" "$@"; }}; {command}'],
         env=ENVIRONMENT | {"JAX_ENABLE_COMPILATION_CACHE": "false"} | environment,
@@ -397,7 +403,7 @@ def test_an_exception_that_is_lost_in_a_callback():
     """JAX runs Python at garbage collections: what is raised there is printed and forgotten, unless somebody looks."""
     code = """
 import os, signal, time
-from corm_jax.stopping import stoppable
+from corm_jax.command.stopping import stoppable
 class Busy:
     def __del__(self):
         os.kill(os.getpid(), signal.SIGINT)
@@ -417,7 +423,7 @@ with stoppable("it"):
 def test_a_process_that_does_not_listen_is_ended():
     code = """
 import os, signal, time
-from corm_jax.stopping import stoppable
+from corm_jax.command.stopping import stoppable
 with stoppable("it"):
     os.kill(os.getpid(), signal.SIGTERM)
     while True:
@@ -438,7 +444,7 @@ def test_on_a_real_terminal(columns):
     main, other = pty.openpty()
     fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     process = subprocess.Popen(
-        [sys.executable, "-c", "from corm_jax.cli import main; main()", "policies"],
+        [sys.executable, "-c", "from corm_jax.command.cli import main; main()", "policies"],
         env={name: value for name, value in ENVIRONMENT.items() if name != "COLUMNS"},
         stdout=other,
         stderr=other,

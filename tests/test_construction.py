@@ -159,7 +159,7 @@ WRONG = {
     "registered by JAX": (Registered(jnp.int32(3)), "Registered may be taken for another class of the same fields"),
     "registered by flax": (Flax(), "Flax may be taken for another class of the same fields"),
     "a pytree that validates": (Validating(), "Validating is a pytree that JAX cannot take apart and put together (Ty"),
-    "text that is not static": (Text(), "Text.mode is 'fast', no number: make it static, as corm_jax.policies.options"),
+    "text that is not static": (Text(), "Text.mode is 'fast', no number: make it static, as corm_jax.core.options"),
     "an array that is static": (Ambiguous(), "Ambiguous is a pytree that JAX cannot take apart and put together (V"),
     "numbers for three heads": (Corm(window=np.array([3, 4, 5])), "Corm.window has the shape (3,): give a number, or "),
     "one without decoration inside another": (Around(policy=Plain()), "Plain is no pytree"),
@@ -193,7 +193,7 @@ WRONG = {
     ),
     "a state in the rectangle's shape": (
         built(init=lambda self, spec: jnp.zeros((spec.kv_heads, spec.capacity))),
-        "has a `init` that gives float32[2, 16] for slots [32], in a pool: expected init(self, spec)",
+        "has a `init` that gives float32[2, 16] for slots [1, 32], in a pool: expected init(self, spec)",
     ),
     "a state with slots in front": (
         built(init=lambda self, spec: jnp.zeros((*spec.slots, 3))), "gives float32[2, 16, 3] for slots [2, 16]"

@@ -20,9 +20,10 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_rope_utils import RopeParameters
 from transformers.utils import logging
 
-from corm_jax import CheckpointError, Full, checkpoint
-from corm_jax.gguf import Metadata
-from corm_jax.huggingface import HARMLESS
+from corm_jax import CheckpointError, Full
+from corm_jax.model import checkpoint
+from corm_jax.model.gguf import Metadata
+from corm_jax.model.huggingface import HARMLESS
 from tests.test_checkpoint import write_gguf
 from tests.test_model import LLAMA3, hugging_face
 

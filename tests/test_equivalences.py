@@ -10,21 +10,18 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from corm_jax import attention
+from corm_jax.core import attention
+from corm_jax.core.layout import Apart
+from corm_jax.core.slots import Slots
+from corm_jax.core.types import CacheSpec, Observation
 from corm_jax.policies import Corm
-from corm_jax.types import ENDLESS, CacheSpec, Observation, Slots
 from simulator.verify import drive
-from tests.heads import HEAD_DIM, TOKENS, heads, padded
-
-
-def attended(q, k, v, visible, seen, watched):
-    output, observation = attention.attend(q, k, v, visible, seen, watched=watched)
-    return output, observation.weights
-
+from tests.heads import HEAD_DIM, TOKENS, heads, padded, slots_of
 
 LOWEST = jax.jit(Slots.lowest)
+LOWEST_FEW = jax.jit(partial(Slots.lowest, most=4))
 NEIGHBOURS = jax.jit(Slots.neighbours, static_argnums=(2, 3))
-ATTEND, ATTEND_IN_BLOCKS = (jax.jit(partial(attended, watched=watched)) for watched in (True, False))
+ATTEND, ATTEND_IN_BLOCKS = jax.jit(attention.attend), jax.jit(attention.attended, static_argnums=0)
 
 
 def columns(head, chunk=1):
@@ -48,7 +45,7 @@ def test_importance_is_one_comparison_with_the_logsumexp(seed, scale, window):
     np.testing.assert_array_equal(logits >= logsumexp - jnp.log(t), ratio >= 1)
 
     fused = Observation(jnp.exp(logits - logsumexp), jnp.ones_like(logsumexp), causal, dense.seen)
-    slots = Slots(jnp.arange(TOKENS)[None], jnp.int32(TOKENS), jnp.int32(ENDLESS))
+    slots = slots_of(np.arange(TOKENS)[None], seen=TOKENS)
     policy = Corm(window=window, recent=1)
     never = policy.init(CacheSpec(1, TOKENS, HEAD_DIM))
     last = policy.observe(never, dense, slots)
@@ -78,15 +75,16 @@ def test_which_are_lowest(rank, empty, counts):
     position = np.stack([np.random.default_rng(head).permutation(30) for head in range(2)]).astype(np.int32)
     position[np.isin(np.arange(60).reshape(2, 30), list(empty))] = -1
     rank = np.array(rank, np.int32)
-    slots = Slots(jnp.asarray(position), jnp.int32(30), jnp.int32(ENDLESS))
+    slots = slots_of(position)
     found = np.asarray(LOWEST(slots, jnp.asarray(rank), jnp.array(counts)))
     order = np.random.default_rng(0).permutation(60)
-    owned = jnp.arange(2)[:, None] == np.repeat([0, 1], 30)[order]
-    pool = Slots(jnp.asarray(position.reshape(-1)[order]), slots.seen, slots.prompt, owned)
-    shared = LOWEST(pool, jnp.asarray(rank.reshape(-1)[order]), jnp.array(counts))
-    np.testing.assert_array_equal(shared, found.reshape(-1)[order])
+    pool = slots_of(position.reshape(-1)[order], np.repeat([0, 1], 30)[order])
+    shared = LOWEST(pool, jnp.asarray(rank.reshape(-1)[order])[None], jnp.array(counts))
+    np.testing.assert_array_equal(shared[0], found.reshape(-1)[order])
+    few = LOWEST_FEW(slots, jnp.asarray(rank), jnp.array(counts) % 5)
+    np.testing.assert_array_equal(few, LOWEST(slots, jnp.asarray(rank), jnp.array(counts) % 5))
     places = np.asarray(slots.place()).reshape(-1)[order]
-    np.testing.assert_array_equal(np.asarray(pool.place())[pool.live], places[pool.live])
+    np.testing.assert_array_equal(np.asarray(pool.place())[pool.live], places[pool.live[0]])
     every = sorted((rank[h, i], position[h, i], h, i) for h, i in np.argwhere(position >= 0))
     for head, count in enumerate(counts):
         expected = [i for _, _, h, i in every if h == head][:count]
@@ -106,7 +104,7 @@ def test_blocks_cover_every_slot_once(slots):
     k, v = (jnp.asarray(rng.normal(size=(2, slots, HEAD_DIM)), jnp.float32) for _ in range(2))
     visible = jnp.ones((TOKENS, 2, slots), bool)
     with patch.object(attention, "BLOCK", 64):
-        output, _ = jax.jit(partial(attended, watched=False))(q, k, v, visible, jnp.arange(1, TOKENS + 1))
+        output = jax.jit(lambda *x: attention.attended(Apart(2), *x))(q, k, v, visible)
     logits = np.einsum("thgd,hcd->thgc", q, k, dtype=np.float64) / HEAD_DIM**0.5
     alpha = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     np.testing.assert_allclose(output, np.einsum("thgc,hcd->thgd", alpha, v), atol=2e-6)
@@ -126,17 +124,16 @@ def test_neighbours_are_of_ones_own_head(tokens, radius, seed, empty):
         near = (position[head] >= 0) & (np.abs(position[head] - position[head, slot]) <= radius)
         own = values[head][near]
         expected[head, slot] = sorted([*own, *[-1.0] * (2 * radius + 1 - len(own))])
-    rectangle = Slots(jnp.asarray(position), jnp.int32(tokens), jnp.int32(ENDLESS))
+    rectangle = slots_of(position, seen=tokens)
     order = rng.permutation(2 * tokens)
-    owned = jnp.arange(2)[:, None] == np.repeat([0, 1], tokens)[order]
-    pool = Slots(jnp.asarray(position.reshape(-1)[order]), rectangle.seen, rectangle.prompt, owned)
+    pool = slots_of(position.reshape(-1)[order], np.repeat([0, 1], tokens)[order], seen=tokens)
     around = np.asarray(NEIGHBOURS(rectangle, jnp.asarray(values), radius, -1.0))
-    shared = np.asarray(NEIGHBOURS(pool, jnp.asarray(values.reshape(-1)[order]), radius, -1.0))
+    shared = np.asarray(NEIGHBOURS(pool, jnp.asarray(values.reshape(-1)[order])[None], radius, -1.0))
     assert around.shape == (2 * radius + 1, 2, tokens)
     for (head, slot), own in expected.items():
         assert sorted(around[:, head, slot].tolist()) == own
         (where,) = np.flatnonzero(order == head * tokens + slot)
-        assert sorted(shared[:, where].tolist()) == own
+        assert sorted(shared[:, 0, where].tolist()) == own
 
 
 def test_keys_in_bfloat16_are_scored_in_float32():
@@ -151,7 +148,7 @@ def test_keys_in_bfloat16_are_scored_in_float32():
 
 @given(seed=st.integers(0, 2**16), share=st.sampled_from([0.0, 0.02, 0.5, 1.0]), filled=st.integers(0, 200))
 def test_attention_nobody_looks_at_goes_block_by_block(seed, share, filled):
-    """The same output, whatever is live; the weights that it returns are zeros."""
+    """The same output, whatever is live."""
     rng = np.random.default_rng(seed)
     q = jnp.asarray(3 * rng.normal(size=(TOKENS, 2, 2, HEAD_DIM)), jnp.float32)
     k, v = (jnp.asarray(rng.normal(size=(2, 200, HEAD_DIM)), jnp.float32) for _ in range(2))
@@ -159,6 +156,5 @@ def test_attention_nobody_looks_at_goes_block_by_block(seed, share, filled):
     seen = jnp.arange(1, TOKENS + 1)
     plain, _ = ATTEND(q, k, v, visible, seen)
     with patch.object(attention, "BLOCK", 64):
-        output, weights = ATTEND_IN_BLOCKS(q, k, v, visible, seen)
+        output = ATTEND_IN_BLOCKS(Apart(2), q, k, v, visible)
     np.testing.assert_allclose(output, plain, atol=2e-6)
-    assert not weights.any()

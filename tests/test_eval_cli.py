@@ -18,10 +18,10 @@ import torch
 from tokenizers import pre_tokenizers, trainers
 from transformers import LlamaForCausalLM
 
-from corm_jax import cli
+from corm_jax.command import cli
 from corm_jax.evaluation import recall
 from corm_jax.evaluation.records import CONFIG, RESULTS
-from corm_jax.tokenizer import Tokenizer
+from corm_jax.model.tokenizer import Tokenizer
 from tests.test_checkpoint import TEXT
 from tests.test_texts import byte_level
 
@@ -342,7 +342,7 @@ def test_data_that_cannot_be_used(evaluate, data, tmp_path, file, content, messa
 def test_killed_again_and_again(model, text, tmp_path):
     """Kills at random moments, and the file is what it is without."""
     arguments = ["eval", "perplexity", "--model", model, "--text", str(text), "--tokens", "48", "--limit", "6"]
-    command = [sys.executable, "-c", "from corm_jax.cli import main; main()", *arguments, *POLICIES, "--out"]
+    command = [sys.executable, "-c", "from corm_jax.command.cli import main; main()", *arguments, *POLICIES, "--out"]
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled")}
     environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     subprocess.run([*command, str(tmp_path / "whole")], env=environment, check=True, capture_output=True)

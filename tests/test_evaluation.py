@@ -12,15 +12,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from corm_jax import Corm, CormError, Full, generate, parse
-from corm_jax.chat import ChatTemplate
-from corm_jax.checkpoint import Tokenizer
 from corm_jax.evaluation import agreement, longbench, recall, summary, texts
 from corm_jax.evaluation.asking import answer, answer_nll, ask
 from corm_jax.evaluation.intervals import bootstrap
 from corm_jax.evaluation.records import CONFIG, LOCK, RESULTS, Records, check_free, read_rows, read_run
 from corm_jax.evaluation.report import report
 from corm_jax.evaluation.rows import FORMAT, Run
-from corm_jax.perplexity import read
+from corm_jax.model.chat import ChatTemplate
+from corm_jax.model.checkpoint import Tokenizer
+from corm_jax.runs.perplexity import read
 from tests.models import tiny
 from tests.test_checkpoint import TEXT, byte_level_tokenizer
 

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 
 from corm_jax import Corm, CormError
-from corm_jax.fitting import TOLERANCE, WidestGap, fit_window
-from corm_jax.perplexity import read
+from corm_jax.runs.fitting import TOLERANCE, WidestGap, fit_window
+from corm_jax.runs.perplexity import read
 from simulator.replay import replay
 from simulator.trace import Trace
 from simulator.verify import drive

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corm_jax import CacheOverflowError, Corm, CormError, Full, decode, generate, oneshot, parse, prefill, stream, usage
-from corm_jax.cache import slots_for
-from corm_jax.generation import sample
+from corm_jax.core.cache import slots_for
+from corm_jax.model.generation import sample
 from tests.heads import live_sets
 from tests.models import tiny
 
@@ -92,7 +92,7 @@ def test_one_compile_whatever_the_prompt():
         generate(model, policy, [prompt], max_new_tokens=40, capacity=350, **options)
         return [about["fun_name"] for about in compiled]
 
-    first = run(Corm(window=8, recent=4), 5)
+    first = run(Corm(window=20, recent=4), 5)
     assert first.count("jit(_prefill_block)") == 1
     assert first.count("jit(decode)") == 1
     assert run(Corm(window=50, recent=2), 300, temperature=0.7, top_p=0.5, end=[], seed=3) == []
@@ -109,6 +109,18 @@ def test_decoding_goes_on_where_the_prompt_ended():
         assert int(logits[0].argmax()) == tokens[cut]
     _, caches = read(policy, [prompt + tokens], 64)
     assert kept(caches, 0) == kept(generated.caches, 0)
+
+
+def test_a_prompt_is_read_in_the_chunks_asked_for():
+    """A chunk of 30 tokens needs room for all of them beside what is live; single tokens fit."""
+    policy, prompt = Corm(window=4, recent=2), [np.random.default_rng(5).integers(0, 97, 60).tolist()]
+    lost = {
+        chunk: int(
+            usage(generate(MODEL, policy, prompt, max_new_tokens=1, capacity=32, chunk=chunk).caches).overflow.sum()
+        )
+        for chunk in (1, 30)
+    }
+    assert lost[1] == 0 < lost[30]
 
 
 def test_rows_stop_at_their_own_end():

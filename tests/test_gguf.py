@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from corm_jax import CheckpointError, checkpoint, huggingface
+from corm_jax import CheckpointError
+from corm_jax.model import checkpoint, huggingface
 from tests.test_checkpoint import tokens, write_gguf
 from tests.test_model import LLAMA3, hugging_face, logits_of, ours
 

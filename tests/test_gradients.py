@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from corm_jax import CacheSpec, Corm, Full, attention, begin_prompt, make_cache, parse
-from corm_jax.attention import read
-from corm_jax.positions import Rope
-from corm_jax.types import ENDLESS
+from corm_jax import CacheSpec, Corm, Full, begin_prompt, make_cache, parse
+from corm_jax.core import attention
+from corm_jax.core.arrays import ENDLESS
+from corm_jax.core.positions import Rope
+from corm_jax.core.step import read
 from tests.drive import CHUNK, KV_HEADS, TOKENS, in_numpy, normal
 from tests.heads import chunks_of
 from tests.models import tiny
@@ -30,16 +31,16 @@ SPECS = [
     "h2o:recent=2,budget=6,sinks=1,oneshot=true",
 ]
 CHUNKS = TOKENS // 2
-CASES = [(spec, CHUNKS, False) for spec in SPECS]  # `full` and its kin block by block
-CASES += [(spec, 1, True) for spec in SPECS[::2]]
-CASES += [(spec, CHUNKS, True) for spec in SPECS[1::2]]  # in a pool by pages
-CASES += [(spec, 1, False) for spec in SPECS[:2]]
+CASES = [(spec, CHUNKS, None) for spec in SPECS]  # `full` and its kin block by block
+CASES += [(spec, 1, 1) for spec in SPECS[::2]]
+CASES += [(spec, CHUNKS, 1) for spec in SPECS[1::2]]  # in a pool
+CASES += [(spec, 1, None) for spec in SPECS[:2]]
 WEIGHTS = np.random.default_rng(5).normal(size=(TOKENS, KV_HEADS, 2, 4)).astype(np.float32)
 
 
-def through_the_cache(policy, q, k, v, chunk, pooled):
-    cache = begin_prompt(make_cache(policy, CacheSpec(KV_HEADS, TOKENS, 4, pooled=pooled)), 12)
-    outputs, _, _ = read(policy, cache, q, k, v, jnp.int32(TOKENS), chunk=chunk)
+def through_the_cache(policy, q, k, v, chunk, stores):
+    cache = begin_prompt(make_cache(policy, CacheSpec(KV_HEADS, TOKENS, 4, stores=stores)), 12)
+    outputs, *_ = read(policy, cache, q, k, v, jnp.int32(TOKENS), chunk=chunk)
     return (outputs * WEIGHTS).sum()
 
 
@@ -62,13 +63,13 @@ def seen_by(readings, counts):
     return seen
 
 
-@pytest.mark.parametrize(("spec", "chunk", "pooled"), CASES)
-def test_gradients_are_those_of_what_was_seen(spec, chunk, pooled, monkeypatch):
+@pytest.mark.parametrize(("spec", "chunk", "stores"), CASES)
+def test_gradients_are_those_of_what_was_seen(spec, chunk, stores, monkeypatch):
     monkeypatch.setattr(attention, "BLOCK", 8)  # so that those who do not look at attention go block by block
     policy, columns, counts = parse(spec), normal(2), chunks_of(TOKENS, chunk)
     readings = in_numpy(policy, *columns, counts, prompts={0: 12})
     assert min(reading.margin for reading in readings) > 1e-4
-    run = jax.jit(jax.grad(partial(through_the_cache, chunk=chunk, pooled=pooled), argnums=(1, 2, 3)))
+    run = jax.jit(jax.grad(partial(through_the_cache, chunk=chunk, stores=stores), argnums=(1, 2, 3)))
     found = run(policy, *columns)
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         wide = [jnp.asarray(x, jnp.float64) for x in columns]
@@ -83,7 +84,7 @@ def test_forwards_as_well_and_twice(monkeypatch):
     monkeypatch.setattr(attention, "BLOCK", 8)
     columns = normal(3)
     direction = tuple(np.ones_like(x) for x in columns)
-    loss = partial(through_the_cache, Full(), chunk=CHUNKS, pooled=False)
+    loss = partial(through_the_cache, Full(), chunk=CHUNKS, stores=None)
     value, slope = jax.jit(lambda *x: jax.jvp(loss, x, direction))(*columns)
     gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*columns)
     np.testing.assert_allclose(value, jax.jit(loss)(*columns), rtol=1e-5)
@@ -101,7 +102,7 @@ def test_positions_in_the_cache(monkeypatch):
 
     @jax.jit
     def loss(*columns):
-        outputs, _, _ = read(policy, cache, *columns, jnp.int32(TOKENS), frequencies, chunk=CHUNK - 1)
+        outputs, *_ = read(policy, cache, *columns, jnp.int32(TOKENS), frequencies, chunk=CHUNK - 1)
         return (outputs * WEIGHTS).sum()
 
     for at in range(3):
@@ -114,14 +115,14 @@ def test_positions_in_the_cache(monkeypatch):
         np.testing.assert_allclose((gradient * direction[at]).sum(), (higher - lower) / 2e-2, rtol=2e-2)
 
 
-@pytest.mark.parametrize("pooled", [False, True])
-def test_through_a_model(pooled, monkeypatch):
+@pytest.mark.parametrize("stores", [None, 1])
+def test_through_a_model(stores, monkeypatch):
     """The gradients of all weights, where nothing is evicted: by blocks, by pages, and token by token the same."""
     monkeypatch.setattr(attention, "BLOCK", 8)
     model, tokens = tiny(), jnp.asarray(np.random.default_rng(0).integers(0, 97, (2, 20)), jnp.int32)
 
     def loss(model, policy, chunk):
-        caches = model.make_caches(policy, batch=2, capacity=20, pooled=pooled)
+        caches = model.make_caches(policy, batch=2, capacity=20, stores=stores)
         x, _, _ = model(policy, caches, tokens[:, :-1], jnp.full(2, 19, jnp.int32), chunk=chunk)
         scores = jax.nn.log_softmax(model.logits(x))
         return -jnp.take_along_axis(scores, tokens[:, 1:, None], axis=-1).mean()

@@ -13,7 +13,8 @@ from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
 from transformers import LlamaForCausalLM
 
-from corm_jax import CheckpointError, CheckpointWarning, CormError, checkpoint, huggingface
+from corm_jax import CheckpointError, CheckpointWarning, CormError
+from corm_jax.model import checkpoint, huggingface
 from tests.test_checkpoint import byte_level_tokenizer, tokens
 from tests.test_model import LINEAR, hugging_face, logits_of, ours
 

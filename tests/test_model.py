@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from corm_jax import Corm, Full, checkpoint
-from corm_jax.positions import Rope, rotate
+from corm_jax import Corm, Full
+from corm_jax.core.positions import Rope, rotate
+from corm_jax.model import checkpoint
 
 LLAMA3 = {
     "rope_type": "llama3",

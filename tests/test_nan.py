@@ -9,13 +9,15 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from corm_jax import CacheSpec, attention, budget, generate, make_cache, parse, step
+from corm_jax import CacheSpec, budget, generate, make_cache, parse, step
+from corm_jax.core import attention
+from corm_jax.core.layout import Apart, Paged, Shared
+from corm_jax.core.slots import Slots
 from corm_jax.policies import policy
-from corm_jax.types import ENDLESS, Slots
 from simulator.replay import replay
 from simulator.trace import Trace
 from tests.drive import CHUNK, KV_HEADS, TOKENS, in_cache, in_numpy, normal
-from tests.heads import chunks_of
+from tests.heads import chunks_of, slots_of
 from tests.models import tiny
 
 ALONE = [  # what one head holds is no matter to another
@@ -30,7 +32,7 @@ ALONE = [  # what one head holds is no matter to another
     "snapkv:budget=6,window=3,kernel=3",
 ]
 COUPLED = ["tova:budget=6", "adakv:budget=6,window=2,kernel=3"]
-HOW = [(1, TOKENS, False), (CHUNK, 9, False), (1, TOKENS, True), (CHUNK, TOKENS, "by pages")]
+HOW = [(1, TOKENS, None), (CHUNK, 9, None), (1, TOKENS, 1), (CHUNK, TOKENS, 1)]
 LOWEST, OF_LAYER = jax.jit(Slots.lowest), jax.jit(Slots.lowest_of_layer)
 
 
@@ -59,12 +61,12 @@ def test_a_head_keeps_it_to_itself(spec, seed, poison, how):
     And where heads know nothing of each other, those that are sound do what they did without; in a rectangle to the
     last bit, in a pool but for the order of slots, in which they are summed.
     """
-    chunk, capacity, pooled = how
+    chunk, capacity, stores = how
     policy_, clean, counts = parse(spec), normal(seed), chunks_of(TOKENS, chunk)
     q, k, v = (x.copy() for x in clean)
     for name, head, token, number in poison:
         {"q": q, "k": k, "v": v}[name][token, head, ..., 1] = number
-    options = {"pooled": pooled, "capacity": capacity, "prompts": {0: 12}}
+    options = {"stores": stores, "capacity": capacity, "prompts": {0: 12}}
     expected = in_numpy(policy_, q, k, v, counts, **options)
     assume(min(reading.margin for reading in expected) > 1e-4)
     outputs, held, last = in_cache(policy_, q, k, v, counts, **options)
@@ -78,7 +80,7 @@ def test_a_head_keeps_it_to_itself(spec, seed, poison, how):
         assert np.isfinite(outputs[:, head]).all()
         if spec in ALONE:
             assert held[head] == kept[head]
-            np.testing.assert_allclose(outputs[:, head], before[:, head], rtol=0, atol=1e-5 if pooled else 0)
+            np.testing.assert_allclose(outputs[:, head], before[:, head], rtol=0, atol=1e-5 if stores else 0)
 
 
 RANKS = st.sampled_from([np.nan, np.inf, -np.inf, -1.0, 0.0, 1.0])
@@ -97,10 +99,10 @@ def test_the_lowest_of_any_numbers(rank, empty, counts):
     total = np.where(np.isnan(rank), -np.inf, rank)
     every = sorted((total[h, i], position[h, i], h, i) for h, i in np.argwhere(position >= 0))
     order = np.random.default_rng(0).permutation(30)
-    owned = jnp.arange(2)[:, None] == np.repeat([0, 1], 15)[order]
+    owner = np.repeat([0, 1], 15)[order]
     for slots, ranks, place in (
-        (Slots(jnp.asarray(position), jnp.int32(15), jnp.int32(ENDLESS)), rank, np.arange(30)),
-        (Slots(jnp.asarray(position.flat[order]), jnp.int32(15), jnp.int32(ENDLESS), owned), rank.flat[order], order),
+        (slots_of(position), rank, np.arange(30)),
+        (slots_of(position.flat[order], owner), rank.flat[order][None], order),
     ):
         found = np.zeros(30, bool)
         found[place] = np.asarray(LOWEST(slots, jnp.asarray(ranks), jnp.array(counts))).reshape(-1)
@@ -143,11 +145,11 @@ def test_one_rank_that_is_no_number_costs_one_key():
     assert all(len(keys) == 4 for keys in held[0][4:])
 
 
-@pytest.mark.parametrize("pooled", [False, True])
-def test_a_row_of_a_batch_keeps_it_to_itself(pooled):
+@pytest.mark.parametrize("stores", [None, 1])
+def test_a_row_of_a_batch_keeps_it_to_itself(stores):
     """Every number of row 0 is NaN: row 1 goes on to the last bit, also in a loop that row 0 makes go on."""
     policy_ = parse("h2o:recent=2,budget=5")
-    caches = make_cache(policy_, CacheSpec(2, 8, 4, pooled=pooled), batch=2)
+    caches = make_cache(policy_, CacheSpec(2, 8, 4, stores=stores), batch=2)
     run = jax.jit(jax.vmap(partial(step, policy_)))
     other, spoilt = caches, caches
     for token in range(10):
@@ -166,38 +168,48 @@ def test_a_prompt_of_a_batch_keeps_it_to_itself():
     """Through the model: an embedding that is not a number, in one prompt of two."""
     model = tiny(tied=False)
     prompts, options = [[3, 50, 4, 9, 5], [1, 2, 3, 4, 5, 6, 7]], {"max_new_tokens": 8, "capacity": 20, "chunk": 4}
-    for pooled in (False, True):
-        clean = generate(model, parse("tova:budget=4"), prompts, pooled=pooled, **options).tokens
+    for stores in (None, 1):
+        clean = generate(model, parse("tova:budget=4"), prompts, stores=stores, **options).tokens
         embedding = model.embed.embedding[...]
         model.embed.embedding[...] = embedding.at[50].set(jnp.nan)
-        spoilt = generate(model, parse("tova:budget=4"), prompts, pooled=pooled, **options).tokens
+        spoilt = generate(model, parse("tova:budget=4"), prompts, stores=stores, **options).tokens
         model.embed.embedding[...] = embedding
         assert spoilt[1] == clean[1]
         assert spoilt[0] != clean[0]
 
 
-@pytest.mark.parametrize("watched", [True, False])
-@pytest.mark.parametrize("pooled", [True, False])
-def test_what_a_query_does_not_see_does_not_reach_it(pooled, watched, monkeypatch):
+@pytest.mark.parametrize(
+    ("layout", "watched"), [("apart", True), ("apart", False), ("shared", True), ("paged", True), ("paged", False)]
+)
+def test_what_a_query_does_not_see_does_not_reach_it(layout, watched, monkeypatch):
     """Invisible keys may hold anything, in slots that are empty, of another head, or ahead in the chunk."""
     monkeypatch.setattr(attention, "BLOCK", 16)
     rng = np.random.default_rng(0)
     q, k, v = rng.normal(size=(10, 2, 3, 8)), rng.normal(size=(2, 40, 8)), rng.normal(size=(2, 40, 8))
     visible = rng.random((10, 2, 40)) < 0.3
     visible[:, :, ::4] = False
-    owned = None
-    if pooled:
-        owned = jnp.arange(2)[:, None] == np.repeat([0, 1], 40)
-        k, v, visible = k.reshape(80, 8), v.reshape(80, 8), visible.reshape(10, 80)
+    whose = Apart(2)
+    if layout == "shared":
+        whose = Shared(jnp.repeat(jnp.arange(2), 40)[None], 2)
+        k, v, visible = k.reshape(1, 80, 8), v.reshape(1, 80, 8), visible.reshape(10, 1, 80)
+    if layout == "paged":
+        whose = Paged(jnp.array([0, 0, 1, 1]), 2)
+        k, v, visible = k.reshape(4, 20, 8), v.reshape(4, 20, 8), visible.reshape(10, 4, 20)
     q, k, v = (jnp.asarray(x, jnp.float32) for x in (q, k, v))
-    run = jax.jit(partial(attention.attend, watched=watched))
-    clean, _ = run(q, k, v, jnp.asarray(visible), jnp.arange(1, 11), owned)
+
+    @jax.jit
+    def run(q, k, v, visible):
+        if not watched:
+            return attention.attended(whose, q, k, v, visible), None
+        return attention.attend(q, k, v, visible, jnp.arange(1, 11), whose)
+
+    clean, _ = run(q, k, v, jnp.asarray(visible))
     for rubbish in (np.nan, np.inf, 1e38):
         for query in range(10):  # its own view of what is rubbish
             spoilt = jnp.where(visible[query][..., None], k, rubbish)
-            output, observation = run(q, spoilt, v, jnp.asarray(visible), jnp.arange(1, 11), owned)
+            output, observation = run(q, spoilt, v, jnp.asarray(visible))
             np.testing.assert_array_equal(output[query], clean[query])
-            assert jnp.isfinite(observation.probability).all()
+            assert not watched or jnp.isfinite(observation.probability).all()
 
 
 def test_a_replay_whose_logits_overflow():

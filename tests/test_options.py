@@ -10,8 +10,8 @@ import pytest
 
 import corm_jax as cj
 from corm_jax import CormError
+from corm_jax.core.types import traits
 from corm_jax.policies import choice, number, size, static
-from corm_jax.types import traits
 from simulator.replay import replay, sweep
 from simulator.specification import fields_of
 from simulator.subject import Implementation
@@ -132,6 +132,12 @@ def test_policies_of_users_are_checked_likewise():
             assert name in refused(None, Mine, **{name: value})
 
     @cj.policy
+    class Free(cj.Full):
+        size: int = static(3, "of whatever size")
+
+    assert [Free(size=size).size for size in (-(2**31), 2**31 - 1)] == [-(2**31), 2**31 - 1]
+
+    @cj.policy
     class Stricter(Mine):
         def __post_init__(self):
             if self.recent > self.words:
@@ -169,7 +175,17 @@ def test_a_number_is_the_same_however_it_is_spelled(kind, one):
 
 
 BAD = [True, "3", None, [], {}, 2**31, 2**70, -(2**31) - 1, float("nan"), float("inf"), 1 + 2j, object(), b"3"]
-BAD += [np.zeros((2, 2, 2), int), np.zeros((0, 2), int), [[1, 2], [3]], [True, 2], ["1"], np.array(["1"]), [None]]
+BAD += [
+    np.zeros((2, 2, 2), int),
+    np.zeros((0, 2), int),
+    [[1, 2], [3]],
+    [True, 2],
+    ["1"],
+    np.array(["1"]),
+    [None],
+    [1, None],
+    ["x", 2],
+]
 BAD += [np.datetime64("2020"), jax.random.key(0), jnp.array([1.0, jnp.nan]), np.float16(np.inf), [1, [2]]]
 
 
@@ -239,7 +255,7 @@ def test_one_for_each_head_of_each_layer(kind):
 @pytest.mark.parametrize("kind", [cj.Corm, cj.Scissorhands, cj.AdaKV])
 def test_one_for_each_head_in_a_pool(kind):
     policy = jax.tree.map(lambda x: np.asarray(x)[0], differing(kind))
-    check_policy(policy, implementation=Implementation(pooled=True), only="specification", examples=5)
+    check_policy(policy, implementation=Implementation(stores=1), only="specification", examples=5)
 
 
 def test_numbers_for_unequally_many_heads_or_layers():
@@ -385,7 +401,7 @@ def test_a_sweep_mixes_no_shares_and_numbers():
 
 @pytest.mark.parametrize("spec", ["tova", "h2o:recent=2", "l2norm:sinks=2", "full", "tova:budget=8", "corm"])
 def test_commands_say_that_nothing_is_evicted(spec, capsys):
-    from corm_jax.console import note_budgets
+    from corm_jax.command.console import note_budgets
 
     note_budgets([spec, spec])
     said = capsys.readouterr().err
@@ -399,7 +415,7 @@ def test_commands_say_that_nothing_is_evicted(spec, capsys):
 
 
 def test_the_commands_do_say_it(run_main, model, tmp_path):
-    from corm_jax import cli
+    from corm_jax.command import cli
     from simulator import cli as simulator
 
     noise(layers=1, steps=20).save(tmp_path / "trace")

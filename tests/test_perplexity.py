@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from corm_jax import Full, SnapKV
-from corm_jax.perplexity import read
+from corm_jax.runs.perplexity import read
 from tests.models import tiny
 
 TOKENS = np.random.default_rng(0).integers(0, 97, 100).tolist()

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from corm_jax import CormError, parse
-from corm_jax.perplexity import read
-from corm_jax.plan import Plan
+from corm_jax.runs.perplexity import read
+from corm_jax.runs.plan import Plan
 from simulator import planner
 from simulator.replay import Replay
 from simulator.synthetic import noise
@@ -111,7 +111,7 @@ def test_pools_of_their_own_size():
     tokens = np.random.default_rng(0).integers(0, model.config.vocab, 60).tolist()
     free = read(model, policy, tokens, chunk=4)
     capacity = [int(-(-(layer.sum(-1).max()) // model.config.kv_heads)) + 4 for layer in free.live]
-    pooled = read(model, policy, tokens, chunk=4, capacity=capacity, pooled=True)
+    pooled = read(model, policy, tokens, chunk=4, capacity=capacity, stores=1)
     np.testing.assert_array_equal(pooled.live, free.live)
     np.testing.assert_allclose(pooled.nll, free.nll, atol=1e-4)
     assert int(pooled.usage.overflow.sum()) == 0

@@ -8,16 +8,15 @@ import numpy as np
 import pytest
 
 from corm_jax import TOVA, AdaKV, Corm, CormError, Random, Scissorhands, SnapKV, budget, oneshot, parse, protect
-from corm_jax.cache import slots_for
+from corm_jax.core.cache import slots_for
 from corm_jax.policies import POLICIES, Budget, Protect, keys_of, on_budget
-from corm_jax.types import Slots
 from simulator.replay import replay, sweep
 from simulator.specification import readings, rule_of
 from simulator.synthetic import noise
 from simulator.testing import check_policy, parametrize_checks
 from simulator.trace import Trace
 from simulator.verify import drive, verify
-from tests.heads import chunks_of, live_sets
+from tests.heads import chunks_of, live_sets, slots_of
 from tests.test_nine_tokens import head, words
 
 SPECS = [
@@ -166,7 +165,7 @@ def test_nine_tokens_by_hand(spec, prompt):
 def test_equal_sums_are_equal_in_any_order():
     """The mean of 0.3, 0.7 and 0.9 is the same in whichever order they stand, so the older keys go."""
     scores = jnp.asarray([[0.3, 0.7, 0.9, 0.3, 0.7, 0.9, 0.3, 0.7, 0.0]], jnp.float32)
-    slots = Slots(jnp.arange(9)[None], jnp.int32(9), jnp.int32(9))
+    slots = slots_of(np.arange(9)[None], seen=9, prompt=9)
     pooled = SnapKV(budget=4, window=1, kernel=3, pool="mean").verdict(scores, slots)[0]
     assert np.isin(np.arange(9), [4, 5, 6, 8]).tolist() == (pooled[:9] >= 0).tolist()
     assert len(set(pooled[4:7].tolist())) == 1

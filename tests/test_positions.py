@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from corm_jax.positions import Rope
+from corm_jax.core.positions import Rope
 
 PLAIN = 10000.0 ** -(np.arange(4) / 4)
 

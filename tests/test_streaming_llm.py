@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from corm_jax import CacheSpec, CormError, Full, make_cache, parse, prefill, step
-from corm_jax.attention import read
-from corm_jax.positions import Rope
+from corm_jax.core.positions import Rope
+from corm_jax.core.step import read
 from simulator import rules
 from simulator.replay import replay
 from simulator.specification import rule_of
@@ -26,7 +26,7 @@ def test_positions_in_the_cache_are_those_of_the_specification(spec, chunk):
     rng, policy = np.random.default_rng(chunk), parse(spec)
     q, k, v = (3 * rng.normal(size=shape).astype(np.float32) for shape in ((24, 2, 3, 8), (24, 2, 8), (24, 2, 8)))
     cache = make_cache(policy, CacheSpec(kv_heads=2, capacity=7 + chunk, head_dim=8))
-    output, cache, _ = jax.jit(partial(read, policy, chunk=chunk))(cache, q, k, v, 24, frequencies=FREQUENCIES)
+    output, cache, *_ = jax.jit(partial(read, policy, chunk=chunk))(cache, q, k, v, 24, frequencies=FREQUENCIES)
     rules_ = [rule_of(policy, head) for head in range(2)]
     expected = rules.read(rules_, q, k, v, chunks=[chunk] * (24 // chunk), frequencies=FREQUENCIES)
     for head, reading in enumerate(expected):

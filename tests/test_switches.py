@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -27,12 +28,14 @@ from corm_jax import (
     kernel,
     make_cache,
     parse,
-    perplexity,
     protect,
     step,
 )
 from corm_jax import budget as on_budget
-from corm_jax.generation import decode
+from corm_jax.core.step import read
+from corm_jax.core.types import traits
+from corm_jax.model.generation import decode
+from corm_jax.runs import perplexity
 from simulator import calibrate, oracle, worth
 from simulator.recurrence import read as recurrence
 from simulator.replay import replay, sweep
@@ -73,17 +76,17 @@ def decisions():
     found, model, trace = {}, tiny(), noise(layers=1, steps=40)
     prompts, columns = [[3, 50, 4, 9, 5], list(range(1, 12))], normal(0)
     for index, policy in enumerate(POLICIES):
-        chunk, pooled = [(1, False), (3, "by pages"), (3, False), (1, True)][index % 4]
-        held = in_cache(policy, *columns, chunks_of(TOKENS, chunk), pooled=pooled, prompts={0: 12})[1]
+        chunk, stores = [(1, None), (3, 1), (3, None), (1, 1)][index % 4]
+        held = in_cache(policy, *columns, chunks_of(TOKENS, chunk), stores=stores, prompts={0: 12})[1]
         found[f"step {index}"] = [[sorted(keys) for keys in head] for head in held]
         if index % 4 == 1:
             found[f"replay {index}"] = replay(trace, policy, chunk=2, prompt=20, capacity=30).until.tolist()
-    for spec, pooled, options in (
-        (SPECS[1], False, {}),
-        (SPECS[-1], True, {"temperature": 1.0, "top_p": 0.9, "seed": 3}),
+    for spec, stores, options in (
+        (SPECS[1], None, {}),
+        (SPECS[-1], 1, {"temperature": 1.0, "top_p": 0.9, "seed": 3}),
     ):
-        options |= {"max_new_tokens": 4, "capacity": 24, "chunk": 4, "pooled": pooled, "end": [96]}
-        found[f"generate {pooled}"] = generate(model, parse(spec), prompts, **options).tokens
+        options |= {"max_new_tokens": 4, "capacity": 24, "chunk": 4, "stores": stores, "end": [96]}
+        found[f"generate {stores}"] = generate(model, parse(spec), prompts, **options).tokens
     grid = {"window": [2, 4], "recent": [1, 3]}
     found["sweep"] = sweep(trace, Corm, grid).until.tolist()
     found["oracle"] = oracle.bounds(trace, replay(trace, Corm(window=4, recent=2))).most.round(3).tolist()
@@ -94,8 +97,8 @@ def decisions():
 
 def without_jit():
     """Steps that are not compiled, so that JAX looks at every number on the way."""
-    for policy, tokens, pooled in ((UNEQUAL, 1, False), (Full(), 12, False), (parse(SPECS[-2]), 2, True)):
-        cache = begin_prompt(make_cache(policy, CacheSpec(2, 600, 4, pooled=pooled)), 9)
+    for policy, tokens, stores in ((UNEQUAL, 1, None), (Full(), 12, None), (parse(SPECS[-2]), 2, 1)):
+        cache = begin_prompt(make_cache(policy, CacheSpec(2, 600, 4, stores=stores)), 9)
         for start in range(0, 12, tokens):
             q, k, v = (jnp.asarray(x[start : start + tokens]) for x in normal(0))
             _, cache = step(policy, cache, q, k, v, jnp.int32(tokens))
@@ -136,15 +139,21 @@ def wide(jaxpr):
 def test_no_number_has_64_bits(policy):
     """Under JAX_ENABLE_X64 a step is the same program: none of its numbers is wider."""
     with jax.enable_x64(True):
-        for pooled in (False, True):
+        for stores in (None, 1):
             for tokens, count in ((1, 1), (1, np.int64(1)), (12, jnp.asarray(12))):
                 q = np.zeros((tokens, 2, 3, 8), np.float32)
-                cache = begin_prompt(make_cache(policy, CacheSpec(2, 24, 8, pooled=pooled)), 12)
+                cache = begin_prompt(make_cache(policy, CacheSpec(2, 24, 8, stores=stores)), 12)
                 program = jax.make_jaxpr(step)(policy, cache, q, q[:, :, 0], q[:, :, 0], count)
                 assert not wide(program.jaxpr)
+            for made in (cache.made, replace(cache.made, roomy=True)):
+                cache = cache._replace(made=made)
+                program = jax.make_jaxpr(partial(read, chunk=1))(policy, cache, q, q[:, :, 0], q[:, :, 0], np.int64(9))
+                assert not wide(program.jaxpr)
         layer = QKV(np.zeros((16, 2, 1, 4), np.float32), *np.zeros((2, 16, 2, 4), np.float32))
-        how = {"chunk": 2, "block": 8, "fidelity": "renormalized", "errors": True}
-        if "keys" not in getattr(policy, "needs", ()):
+        for chunk in (1, 2):
+            how = {"chunk": chunk, "block": 8, "moments": None, "fidelity": "renormalized", "errors": True}
+            if not np.any(traits(policy).moments):
+                how["moments"] = False
             numbers = jnp.float32(1), jnp.int32(16), jnp.int32(12), jnp.int32(9)
             assert not wide(jax.make_jaxpr(partial(recurrence, **how))(policy, layer, *numbers).jaxpr)
 
@@ -174,11 +183,11 @@ def products(function, *arguments):
 
 def in_layers():
     q, k = jnp.zeros((12, 2, 3, 8)), jnp.zeros((12, 2, 8))
-    for pooled in (False, True):
+    for stores in (None, 1):
         for tokens in (1, 12):
             for spec in ("full", "corm", "streaming_llm:positions=cache"):
                 policy = parse(spec)
-                cache = make_cache(policy, CacheSpec(2, 600, 8, pooled=pooled))
+                cache = make_cache(policy, CacheSpec(2, 600, 8, stores=stores))
                 arguments = q[:tokens], k[:tokens], k[:tokens], jnp.int32(tokens), np.ones(4, np.float32)
                 yield partial(step, policy), cache, *arguments
 
@@ -198,8 +207,9 @@ def in_models():
 
 def elsewhere():
     layer = QKV(np.zeros((16, 2, 1, 4), np.float32), *np.zeros((2, 16, 2, 4), np.float32))
-    how = {"chunk": 2, "block": 8, "fidelity": "renormalized", "errors": True}
-    yield partial(recurrence, Corm(), **how), layer, jnp.float32(1), jnp.int32(16), None, jnp.int32(9)
+    for chunk, moments in ((2, None), (1, None), (1, False)):
+        how = {"chunk": chunk, "block": 8, "moments": moments, "fidelity": "renormalized", "errors": True}
+        yield partial(recurrence, Corm(), **how), layer, jnp.float32(1), jnp.int32(16), None, jnp.int32(9)
     yield oracle._attention, jnp.zeros((16, 2, 4)), jnp.zeros((16, 4)), jnp.float32(1)
     model = tiny()
     yield worth.mixed, model.layers[0], jnp.zeros((1, 8, 32)), jnp.zeros((8, 2, 2, 8)), jnp.float32(1)
@@ -225,21 +235,21 @@ def test_16_bits_are_multiplied_as_they_are():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "activations", "pooled"),
+    ("dtype", "activations", "stores"),
     [
-        (jnp.float16, jnp.float16, False),
-        (jnp.float16, jnp.float32, True),
-        (jnp.float16, jnp.bfloat16, False),
-        (jnp.bfloat16, jnp.bfloat16, True),
-        (jnp.bfloat16, jnp.float32, False),
+        (jnp.float16, jnp.float16, None),
+        (jnp.float16, jnp.float32, 1),
+        (jnp.float16, jnp.bfloat16, None),
+        (jnp.bfloat16, jnp.bfloat16, 1),
+        (jnp.bfloat16, jnp.float32, None),
     ],
 )
-def test_caches_of_16_bits(dtype, activations, pooled):
+def test_caches_of_16_bits(dtype, activations, stores):
     """Keys and values are rounded when they are stored; the rest is attention over what is stored, in float32."""
     policy, columns = parse("h2o:recent=2,budget=6"), [jnp.asarray(x, activations) for x in normal(0)]
     stored = [columns[0], *(x.astype(dtype) for x in columns[1:])]
-    cache = make_cache(policy, CacheSpec(2, 9, 4, dtype, pooled))
-    wide_cache = make_cache(policy, CacheSpec(2, 9, 4, jnp.float32, pooled))
+    cache = make_cache(policy, CacheSpec(2, 9, 4, dtype, stores))
+    wide_cache = make_cache(policy, CacheSpec(2, 9, 4, jnp.float32, stores))
     run = jax.jit(step)
     for token in range(TOKENS):
         some = [x[token : token + 1] for x in columns]
@@ -255,8 +265,8 @@ def test_caches_of_16_bits(dtype, activations, pooled):
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 def test_models_of_16_bits(dtype):
     model, prompt = tiny(dtype=dtype, layers=1), list(range(1, 20))
-    pooled = dtype == jnp.float16
-    result = generate(model, parse("snapkv:budget=12,window=4"), [prompt], max_new_tokens=4, chunk=16, pooled=pooled)
+    stores = 1 if dtype == jnp.float16 else None
+    result = generate(model, parse("snapkv:budget=12,window=4"), [prompt], max_new_tokens=4, chunk=16, stores=stores)
     assert result.caches[0].k.dtype == dtype
     assert len(result.tokens[0]) == 4
     assert int((result.caches[0].position >= 0).sum()) == 2 * (12 + 4)

@@ -9,12 +9,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 
-from corm_jax import CormError, cli
+from corm_jax import CormError
+from corm_jax.command import cli
 from corm_jax.evaluation import longbench, recall, texts
 from corm_jax.evaluation.suite import Suite
-from corm_jax.generation import Blocks
-from corm_jax.prompts import Text, inside, scored_from
-from corm_jax.tokenizer import Tokenizer
+from corm_jax.model.generation import Blocks
+from corm_jax.model.prompts import Text, inside, scored_from
+from corm_jax.model.tokenizer import Tokenizer
 from simulator import calibrate
 from tests.test_checkpoint import TEXT, byte_level_tokenizer
 

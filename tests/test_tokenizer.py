@@ -16,11 +16,12 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Inner
 from transformers import AutoTokenizer
 
-from corm_jax import CheckpointError, CormError, chat_render, checkpoint
-from corm_jax.chat import ChatTemplate
+from corm_jax import CheckpointError, CormError
 from corm_jax.errors import CheckpointWarning
-from corm_jax.gguf_tokenizer import WORDS
-from corm_jax.tokenizer import Tokenizer
+from corm_jax.model import chat_render, checkpoint
+from corm_jax.model.chat import ChatTemplate
+from corm_jax.model.gguf_tokenizer import WORDS
+from corm_jax.model.tokenizer import Tokenizer
 from tests.test_checkpoint import TEXT, byte_level_tokenizer, write_gguf
 from tests.test_model import hugging_face
 
@@ -641,7 +642,7 @@ def test_a_template_in_this_process():
 
 
 def test_notes_of_the_command_line(model, run_main, tmp_path):
-    from corm_jax.cli import main
+    from corm_jax.command.cli import main
 
     folder = shutil.copytree(model, tmp_path / "model")
     (folder / "generation_config.json").write_text("{}")

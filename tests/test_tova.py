@@ -8,13 +8,12 @@ from hypothesis import strategies as st
 
 from corm_jax import TOVA, budget, protect
 from corm_jax.policies import Budget
-from corm_jax.types import ENDLESS, Slots
 from simulator.replay import replay
 from simulator.subject import Implementation
 from simulator.testing import parametrize_checks
 from simulator.trace import Trace
-from tests.drive import TOKENS, in_cache, in_numpy, normal, step_by_pages
-from tests.heads import chunks_of
+from tests.drive import TOKENS, in_cache, in_numpy, normal
+from tests.heads import chunks_of, slots_of
 
 UNEQUAL = budget(protect(TOVA(), sinks=np.array([0, 2], np.int32)), 5)
 
@@ -24,8 +23,8 @@ def test_conformance(check):
     check()
 
 
-@parametrize_checks(UNEQUAL, implementation=Implementation(step=step_by_pages, pooled=True), examples=3)
-def test_conformance_by_pages(check):
+@parametrize_checks(UNEQUAL, implementation=Implementation(stores=1), examples=3)
+def test_conformance_in_a_pool(check):
     check()
 
 
@@ -44,9 +43,8 @@ def test_heads_with_sinks_and_budgets_of_their_own(seed, sinks, recent, tokens, 
     tokens = np.maximum(np.array(tokens, np.int32), sinks + recent)
     policy, columns = Budget(policy=protect(TOVA(), sinks=sinks, recent=recent), tokens=tokens), normal(seed)
     counts = chunks_of(TOKENS, chunk)
-    for pooled in (False, True):
-        pooled = "by pages" if pooled and chunk > 1 else pooled
-        how = {"pooled": pooled} | ({"capacity": capacity} if capacity else {})
+    for stores in (None, 1):
+        how = {"stores": stores} | ({"capacity": capacity} if capacity else {})
         expected = in_numpy(policy, *columns, counts, **how)
         assume(min(reading.margin for reading in expected) > 1e-4)
         outputs, held, last = in_cache(policy, *columns, counts, **how)
@@ -71,9 +69,8 @@ POSITIONS = {  # the same keys, head by head and in a pool; token 0 is missing i
 def test_a_mean_by_hand(name):
     """Token 0: 4 and nothing; token 1: 2 and 6."""
     position, owner, value = POSITIONS[name]
-    owned = None if owner is None else jnp.asarray(owner) == jnp.arange(2)[:, None]
-    slots = Slots(jnp.asarray(position, jnp.int32), jnp.int32(2), jnp.int32(ENDLESS), owned)
-    mean = np.asarray(slots.mean_over_heads(jnp.asarray(value, jnp.float32)))
+    slots = slots_of(position, owner, seen=2)
+    mean = np.asarray(slots.mean_over_heads(jnp.asarray(value, jnp.float32).reshape(slots.position.shape)))
     assert {(int(p), float(x)) for p, x in zip(position.flat, mean.flat, strict=True) if p >= 0} == {(0, 2.0), (1, 4.0)}
 
 
@@ -81,6 +78,6 @@ def test_what_is_not_a_number_counts_as_nothing():
     """Of two heads one says NaN: the other's 6 is half of the mean, in a rectangle and out of step."""
     for position in ([[0, 1], [0, 1]], [[0, 1], [1, 0]]):
         value = np.where(np.array(position) == 1, np.array([[np.nan], [6.0]]), 1.0)
-        slots = Slots(jnp.asarray(position, jnp.int32), jnp.int32(2), jnp.int32(ENDLESS))
+        slots = slots_of(position, seen=2)
         mean = np.asarray(slots.mean_over_heads(jnp.asarray(value, jnp.float32)))
         assert mean.tolist() == np.where(np.array(position) == 1, 3.0, 1.0).tolist()

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from corm_jax import Full, parse, perplexity
+from corm_jax import Full, parse
+from corm_jax.runs import perplexity
 from simulator import worth
 from tests.models import tiny
 

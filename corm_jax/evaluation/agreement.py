@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from corm_jax.cache import expect, prompt_of, slots_for, usage
-from corm_jax.model import Llama
-from corm_jax.perplexity import cut
+from corm_jax.core.cache import expect, prompt_of, slots_for, usage
+from corm_jax.core.types import Caches, Policy, Usage
+from corm_jax.model.llama import Llama
 from corm_jax.policies import Full
-from corm_jax.types import Caches, Policy, Usage
+from corm_jax.runs.perplexity import cut
 
 
 class Agreement(NamedTuple):
@@ -90,7 +90,7 @@ def blocks(model: Llama, policy: Policy, tokens: Sequence[int], prompt: int | No
     parts, _, counts = cut(tokens, prompt, model.config.vocab, chunk)
     capacity = slots_for(policy, None, len(tokens), chunk)
     caches = model.make_caches(policy, batch=1, capacity=capacity, tokens=len(tokens))
-    caches = expect(caches, np.array([prompt], np.int32))
+    caches = expect(policy, caches, np.array([len(tokens)], np.int32), np.array([prompt], np.int32))
     for part, count in zip(parts, counts, strict=True):
         block = Block(*_read(model, policy, caches, part[None], count, chunk=chunk))
         yield block

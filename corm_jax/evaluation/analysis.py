@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from corm_jax.core.arrays import broadcasts, iota
 from corm_jax.errors import CormError
-from corm_jax.model import Llama
-from corm_jax.recording import record
-from corm_jax.types import broadcasts, iota
+from corm_jax.model.llama import Llama
+from corm_jax.runs.recording import record
 
 DISTANCES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 WINDOWS = (64, 128, 256, 512)

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from corm_jax.cache import per_layer_capacity, usage
-from corm_jax.generation import STRETCH, decode, prefill
-from corm_jax.model import Llama
-from corm_jax.types import Caches, Capacity, Policy, Usage
+from corm_jax.core.cache import per_layer_capacity, usage
+from corm_jax.core.types import Caches, Capacity, Policy, Usage
+from corm_jax.model.generation import STRETCH, decode, prefill
+from corm_jax.model.llama import Llama
 
 ANSWER = 32
 """Tokens of an answer that go through the model at once, rounded up to a multiple of the chunk."""

@@ -13,9 +13,11 @@ import click
 import numpy as np
 from rich.markup import escape
 
-from corm_jax import console, inputs, plots
-from corm_jax.cache import slots_for
-from corm_jax.console import COUNT, SEED, Budget, Real, Spec, Whole
+from corm_jax.command import console, plots
+from corm_jax.command.console import COUNT, SEED, Budget, Real, Spec, Whole
+from corm_jax.command.tables import Column, print_table, show
+from corm_jax.core.cache import slots_for
+from corm_jax.core.types import Policy
 from corm_jax.errors import CormError
 from corm_jax.evaluation import agreement as agreements
 from corm_jax.evaluation import analysis
@@ -30,13 +32,12 @@ from corm_jax.evaluation.suite import Suite, checksum, memory, surroundings
 from corm_jax.evaluation.summary import MEASURES, lines
 from corm_jax.evaluation.texts import read_texts, stretches
 from corm_jax.files import check_new, deliver, finish, write_json
-from corm_jax.model import Llama
-from corm_jax.perplexity import read
+from corm_jax.model.llama import Llama
+from corm_jax.model.prompts import scored_from
+from corm_jax.model.tokenizer import Tokenizer
 from corm_jax.policies import parse
-from corm_jax.prompts import scored_from
-from corm_jax.tables import Column, print_table, show
-from corm_jax.tokenizer import Tokenizer
-from corm_jax.types import Policy
+from corm_jax.runs import inputs
+from corm_jax.runs.perplexity import read
 
 SMALL_CHUNK = 1024
 """A chunk that may be longer than any prompt."""

@@ -15,8 +15,8 @@ from typing import Any, ClassVar, NamedTuple
 
 from corm_jax.errors import CormError
 from corm_jax.files import STRICT, parse_json, read_json
-from corm_jax.prompts import Text
-from corm_jax.tokenizer import Tokenizer
+from corm_jax.model.prompts import Text
+from corm_jax.model.tokenizer import Tokenizer
 
 KINDS = {
     "single-document QA": ("qasper", "multifieldqa_en", "narrativeqa"),

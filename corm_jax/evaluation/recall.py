@@ -18,8 +18,8 @@ from typing import NamedTuple
 import numpy as np
 
 from corm_jax.errors import CormError
-from corm_jax.prompts import Text, inside
-from corm_jax.tokenizer import Tokenizer
+from corm_jax.model.prompts import Text, inside
+from corm_jax.model.tokenizer import Tokenizer
 
 DULL = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
 CITIES = ("Lisbon", "Oslo", "Nairobi", "Lima", "Kyoto", "Quebec", "Havana", "Perth", "Cairo", "Riga", "Dakar", "Seoul")

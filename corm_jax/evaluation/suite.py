@@ -9,11 +9,11 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import numpy as np
 
+from corm_jax.core.types import Policy, Usage
 from corm_jax.evaluation.records import Records
-from corm_jax.fitting import fitted
-from corm_jax.model import Llama
+from corm_jax.model.llama import Llama
 from corm_jax.policies import keys_of, lacks_window, parse
-from corm_jax.types import Policy, Usage
+from corm_jax.runs.fitting import fitted
 
 
 @runtime_checkable

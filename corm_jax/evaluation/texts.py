@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from corm_jax import inputs
 from corm_jax.errors import CormError
-from corm_jax.prompts import Text
-from corm_jax.tokenizer import Tokenizer
+from corm_jax.model.prompts import Text
+from corm_jax.model.tokenizer import Tokenizer
+from corm_jax.runs import inputs
 
 CHARACTERS = 2**21
 """What is taken of a data set of the hub: no more than that are loaded."""
@@ -24,8 +24,8 @@ class Document(NamedTuple):
 def stretches(tokenizer: Tokenizer, texts: Mapping[str, str], tokens: int, limit: int | None) -> list[Document]:
     """Each text cut into stretches of so many tokens, the first ``limit`` of each; what is left over is left out.
 
-    Each stretch is a `corm_jax.prompts.Text.part`: it begins as a text does, and that counts. Its number in the id is
-    that of its first token in the text.
+    Each stretch is a `corm_jax.model.prompts.Text.part`: it begins as a text does, and that counts. Its number in the
+    id is that of its first token in the text.
 
     Raises:
       CormError: for a text that is shorter, or stretches of a single token.

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+from corm_jax.core.options import choice, number, policy, size, static
+from corm_jax.core.types import Policy
 from corm_jax.errors import CormError
 from corm_jax.policies.adakv import AdaKV
 from corm_jax.policies.adaptive_corm import AdaptiveCorm
@@ -12,7 +14,7 @@ from corm_jax.policies.full import Full
 from corm_jax.policies.h2o import H2O
 from corm_jax.policies.l2norm import L2Norm
 from corm_jax.policies.oneshot import Oneshot, oneshot
-from corm_jax.policies.options import choice, number, policy, size, static
+from corm_jax.policies.profile import Profile
 from corm_jax.policies.protect import Protect, protect
 from corm_jax.policies.pyramidkv import PyramidKV
 from corm_jax.policies.random import Random
@@ -20,8 +22,6 @@ from corm_jax.policies.scissorhands import Scissorhands
 from corm_jax.policies.snapkv import SnapKV
 from corm_jax.policies.streaming_llm import StreamingLLM
 from corm_jax.policies.tova import TOVA
-from corm_jax.profile import Profile
-from corm_jax.types import Policy
 
 POLICIES: dict[str, type[Any]] = {
     "full": Full,
@@ -58,7 +58,7 @@ def parse(spec: str) -> Policy:
 
     Beside its own options every policy takes ``budget``, ``sinks``, ``recent`` and ``oneshot``: see `budget`,
     `protect` and `oneshot`. ``corm:profile=FILE`` is CORM with a window for each head, and
-    ``corm:profile=smollm2-135m`` one that comes with the package: see `corm_jax.profile`.
+    ``corm:profile=smollm2-135m`` one that comes with the package: see `corm_jax.policies.profile`.
 
     >>> parse("corm:window=64,recent=32,group=mean")
     Corm(window=64, recent=32, multiple=1, threshold='position', group='mean', eager=False)

@@ -13,9 +13,9 @@ half a key a head.
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from corm_jax.policies.options import number, policy
+from corm_jax.core.options import number, policy
+from corm_jax.core.slots import PerHead, Slots
 from corm_jax.policies.snapkv import SnapKV
-from corm_jax.types import PerHead, Slots
 
 
 @policy

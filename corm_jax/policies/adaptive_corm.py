@@ -23,9 +23,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from corm_jax.core.options import number, policy
+from corm_jax.core.slots import PerHead, Slots
+from corm_jax.core.types import CacheSpec, Observation
 from corm_jax.policies.corm import NEVER, Corm
-from corm_jax.policies.options import number, policy
-from corm_jax.types import CacheSpec, Observation, PerHead, Slots
 
 
 class Returns(NamedTuple):
@@ -90,7 +91,7 @@ class AdaptiveCorm:
     def retain(self, state: Returns, slots: Slots) -> Bool[Array, "*slots"]:
         returns = slots.total(jnp.where(slots.live, state.count, 0))
         whole = (slots.seen - jnp.asarray(self.trial) - 1) // jnp.asarray(self.patience) < returns  # no large products
-        return slots.live & ((slots.spread(whole.astype(jnp.int32)) > 0) | self.corm.retain(state.last, slots))
+        return slots.live & (slots.spread(whole) | self.corm.retain(state.last, slots))
 
     def rank(self, state: Returns, slots: Slots) -> Int[Array, "*slots"]:
         return self.corm.rank(state.last, slots)

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from corm_jax.errors import CormError
-from corm_jax.policies.options import (
+from corm_jax.core.arrays import ENDLESS
+from corm_jax.core.options import (
     INT32,
     combined,
     concrete,
@@ -25,13 +25,18 @@ from corm_jax.policies.options import (
     settled_size,
     thousandths,
 )
-from corm_jax.policies.wrapper import Wrapper, innermost
-from corm_jax.types import ENDLESS, PerHead, Policy, Slots, State, Traits, check_policy
+from corm_jax.core.slots import PerHead, Slots
+from corm_jax.core.types import Policy, State, Traits, check_policy
+from corm_jax.core.wrapper import Wrapper, innermost
+from corm_jax.errors import CormError
 
 
 @policy
 class Budget(Wrapper):
     """A policy on a budget: see `budget`, which makes it.
+
+    A step evicts at most as many keys of a head as it adds, which is enough for a budget that held before. Single
+    tokens do not catch up with a budget that is lowered in the middle of a text.
 
     Attributes:
       policy: the policy.
@@ -61,6 +66,7 @@ class Budget(Wrapper):
     @property
     def traits(self) -> Traits:
         inner = super().traits
+        inner = inner._replace(moments=0)
         known = concrete(self.tokens) and concrete(self.per_mille) and concrete(inner.protected)
         if inner.whole_prompt or not known or np.any(self.per_mille):
             return inner._replace(most=None if inner.whole_prompt else inner.most)
@@ -70,10 +76,10 @@ class Budget(Wrapper):
     def retain(self, state: State, slots: Slots) -> Bool[Array, "*slots"]:
         keep = slots.live & self.policy.retain(state, slots)
         rest = slots.only(keep)
-        over = rest.total(rest.live) - self.limit(slots.seen)
-        if self.traits.whole_prompt:
-            over = jnp.where(slots.seen < slots.prompt, 0, over)
-        return keep & ~rest.lowest(self.policy.rank(state, rest), over)
+        over, most = rest.total(rest.live) - self.limit(slots.seen), slots.arrived  # since it held before they came
+        if self.traits.whole_prompt and slots.reading:
+            over, most = jnp.where(slots.seen < slots.prompt, 0, over), None
+        return keep & ~rest.lowest(self.policy.rank(state, rest), over, most)
 
     def limit(self, seen: Int[Array, ""]) -> Int[Array, "..."]:
         """How many keys of a head may stay after ``seen`` tokens."""

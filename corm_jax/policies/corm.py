@@ -12,7 +12,7 @@ empty exactly if ``last[i] <= t - w``. The paper leaves grouped-query attention,
 the options below and the overflow rule (the least recently important key goes first, the newest r never) fill that in.
 With a ``multiple`` m above the paper's 1 fewer keys are important, which makes room for a wider window.
 
-Verdicts are float32: ``weight t / total >= m``, where the weights of equal logits are equal and their total is exact,
+Verdicts are float32: ``weight >= m total / t``, where the weights of equal logits are 1 and their total is exact,
 so that exact ties are ties as long as t < 2^24. Beyond, t is rounded to 24 bits, by at most 6e-8 of itself, which is no
 more than alpha is rounded: a verdict hangs on it only where alpha t / m is as near to 1.
 """
@@ -20,8 +20,10 @@ more than alpha is rounded: a verdict hangs on it only where alpha t / m is as n
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from corm_jax.policies.options import choice, number, policy
-from corm_jax.types import CacheSpec, Observation, PerHead, Slots
+from corm_jax.core.arrays import ENDLESS
+from corm_jax.core.options import choice, number, policy
+from corm_jax.core.slots import PerHead, Slots
+from corm_jax.core.types import CacheSpec, Observation
 
 NEVER = jnp.iinfo(jnp.int32).min
 PROTECTED = jnp.iinfo(jnp.int32).max
@@ -67,17 +69,31 @@ class Corm:
         found = self.important(observation, slots)
         return jnp.maximum(state, jnp.where(found, observation.seen, NEVER).max(0))
 
+    @property
+    def moments(self) -> PerHead:
+        return self.window
+
+    def moment(self, state: Int[Array, "*slots"], slots: Slots) -> Int[Array, "*slots"]:
+        """max(last + w, position + r + 1, w): the clock at which the key goes, unless it is important by then."""
+        window, recent = slots.spread(self.window), slots.spread(self.recent)
+        eager = slots.spread(self.eager)
+        forgotten = jnp.where(state > 0, jnp.minimum(state, ENDLESS - window) + window, 0)
+        old = jnp.minimum(slots.position, ENDLESS - 1 - recent) + recent + 1
+        return jnp.maximum(jnp.maximum(forgotten, old), jnp.where(eager, 0, window))
+
     def important(self, observation: Observation, slots: Slots) -> Bool[Array, "tokens *slots"]:
         """Which keys each query found important."""
         n = observation.seen if self.threshold == "position" else slots.spread(slots.total(observation.visible))
-        ratio = observation.weights * n.astype(jnp.float32) / observation.total  # alpha n
-        least = slots.spread(self.multiple).astype(jnp.float32)
+        least, n = slots.spread(self.multiple).astype(jnp.float32), n.astype(jnp.float32)
+        if self.group == "any":
+            return (observation.weights >= least * observation.total / n).any(0)
+        ratio = observation.weights * (n / observation.total)  # alpha n
         # The mean as a sum of slices: a reduction over the leading axis makes XLA on the CPU transpose, which is slow.
-        return (ratio >= least).any(0) if self.group == "any" else sum(ratio) / len(ratio) >= least
+        return sum(ratio) / len(ratio) >= least
 
     def retain(self, state: Int[Array, "*slots"], slots: Slots) -> Bool[Array, "*slots"]:
         window = slots.spread(self.window)
-        eager = slots.spread(jnp.asarray(self.eager, jnp.int32)) > 0
+        eager = slots.spread(self.eager)
         minor = (state <= slots.seen - window) & ((slots.seen >= window) | eager)
         return slots.live & (~minor | slots.newest(self.recent))
 

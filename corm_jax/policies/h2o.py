@@ -14,8 +14,10 @@ queries' whole attention, one query more or less is no longer noticed.
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from corm_jax.policies.options import choice, number, policy
-from corm_jax.types import CacheSpec, Observation, PerHead, Slots, largest
+from corm_jax.core.arrays import largest
+from corm_jax.core.options import choice, number, policy
+from corm_jax.core.slots import PerHead, Slots
+from corm_jax.core.types import CacheSpec, Observation
 
 
 @policy

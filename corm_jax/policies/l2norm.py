@@ -8,9 +8,10 @@ In layer 0 a token's keys all have one norm, up to the rounding of its rotation,
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from corm_jax.core.options import policy
+from corm_jax.core.slots import Slots
+from corm_jax.core.types import CacheSpec, Observation
 from corm_jax.errors import CormError
-from corm_jax.policies.options import policy
-from corm_jax.types import CacheSpec, Observation, Slots
 
 
 @policy

@@ -1,10 +1,14 @@
 """The one-shot prompt: any policy, made to read the whole prompt before it evicts anything."""
 
-from jaxtyping import Array, Bool
+from dataclasses import replace
 
-from corm_jax.policies.options import policy
-from corm_jax.policies.wrapper import Wrapper
-from corm_jax.types import Policy, Slots, State, Traits
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from corm_jax.core.options import policy
+from corm_jax.core.slots import Slots
+from corm_jax.core.types import Policy, State, Traits
+from corm_jax.core.wrapper import Wrapper
 
 
 @policy
@@ -15,8 +19,12 @@ class Oneshot(Wrapper):
     def traits(self) -> Traits:
         return super().traits._replace(whole_prompt=True, most=None)
 
+    def moment(self, state: State, slots: Slots) -> Int[Array, "*slots"]:
+        return jnp.maximum(self.policy.moment(state, slots), slots.prompt)
+
     def retain(self, state: State, slots: Slots) -> Bool[Array, "*slots"]:
-        return slots.live & ((slots.seen < slots.prompt) | self.policy.retain(state, slots))
+        inner = replace(slots, arrived=None) if slots.reading else slots  # all that came since the prompt began
+        return slots.live & ((slots.seen < slots.prompt) | self.policy.retain(state, inner))
 
 
 def oneshot(policy: Policy) -> Oneshot:

@@ -1,13 +1,17 @@
 """Protection: any policy, made to keep the first tokens, the newest, or both."""
 
+from dataclasses import replace
+
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Num
+from jaxtyping import Array, Bool, Int, Num
 
+from corm_jax.core.arrays import ENDLESS, largest
+from corm_jax.core.options import INT32, combined, concrete, number, policy
+from corm_jax.core.slots import PerHead, Slots
+from corm_jax.core.types import Policy, State, Traits
+from corm_jax.core.wrapper import Wrapper
 from corm_jax.errors import CormError
-from corm_jax.policies.options import INT32, combined, concrete, number, policy
-from corm_jax.policies.wrapper import Wrapper
-from corm_jax.types import PerHead, Policy, Slots, State, Traits, largest
 
 
 @policy
@@ -32,7 +36,14 @@ class Protect(Wrapper):
         )
 
     def retain(self, state: State, slots: Slots) -> Bool[Array, "*slots"]:
-        return slots.live & (self.policy.retain(state, slots) | self._safe(slots))
+        inner = replace(slots, arrived=None)  # what it would evict may stay, and be too much ever after
+        return slots.live & (self.policy.retain(state, inner) | self._safe(slots))
+
+    def moment(self, state: State, slots: Slots) -> Int[Array, "*slots"]:
+        recent = slots.spread(self.recent)
+        old = jnp.minimum(slots.position, ENDLESS - 1 - recent) + recent + 1
+        when = jnp.maximum(self.policy.moment(state, slots), old)
+        return jnp.where(slots.position < slots.spread(self.sinks), ENDLESS, when)
 
     def rank(self, state: State, slots: Slots) -> Num[Array, "*slots"]:
         rank = self.policy.rank(state, slots)

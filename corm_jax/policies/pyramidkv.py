@@ -12,9 +12,9 @@ that exactly L b are left. A layer that gets more than the prompt has keeps all 
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from corm_jax.policies.options import number, policy
+from corm_jax.core.options import number, policy
+from corm_jax.core.slots import PerHead
 from corm_jax.policies.snapkv import SnapKV
-from corm_jax.types import PerHead
 
 
 @policy

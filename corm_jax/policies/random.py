@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, UInt
 
-from corm_jax.policies.options import number, policy
-from corm_jax.types import CacheSpec, Observation, PerHead, Slots
+from corm_jax.core.options import number, policy
+from corm_jax.core.slots import PerHead, Slots
+from corm_jax.core.types import CacheSpec, Observation
 
 
 @policy

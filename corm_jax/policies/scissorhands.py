@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, UInt
 
+from corm_jax.core.options import first_below, held, is_share, number, policy, size, static
+from corm_jax.core.slots import PerHead, Slots
+from corm_jax.core.types import CacheSpec, Observation
 from corm_jax.errors import CormError
-from corm_jax.policies.options import first_below, held, is_share, number, policy, size, static
-from corm_jax.types import CacheSpec, Observation, PerHead, Slots
 
 
 @policy

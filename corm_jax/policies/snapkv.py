@@ -18,15 +18,18 @@ among all keys before the last w that are still there. What was scored before is
 State: one score a slot, since the cache knows N before the last w queries come, and the N to which it belongs.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from corm_jax.core.arrays import anywhere, largest
+from corm_jax.core.options import choice, first_below, held, number, policy, size, static
+from corm_jax.core.slots import PerHead, Slots
+from corm_jax.core.types import CacheSpec, Observation
 from corm_jax.errors import CormError
-from corm_jax.policies.options import choice, first_below, held, number, policy, size, static
-from corm_jax.types import CacheSpec, Observation, PerHead, Slots, largest
 
 GONE = -1.0
 
@@ -76,10 +79,10 @@ class SnapKV:
         judges = (t > begin) & (t <= slots.prompt)
         attention = jnp.where(judges, observation.probability.mean(0), 0.0).sum(0)
         scores = self._current(state, slots) + attention
-        ends = ((t == slots.prompt) & (t <= slots.seen)).any()
-        # Where a batch's rows end apart, a loop runs only then; jax.lax.cond under jax.vmap would run at every step.
-        done = jnp.zeros((), bool)
-        scores, _ = jax.lax.while_loop(lambda x: x[1], lambda x: (self.verdict(x[0], slots), done), (scores, ends))
+        if slots.reading:
+            ends = ((t == slots.prompt) & (t <= slots.seen)).any()
+            verdict = partial(jnp.where, ends)  # no other row of a batch
+            scores = jax.lax.cond(anywhere(ends), lambda: verdict(self.verdict(scores, slots), scores), lambda: scores)
         return Scores(scores, jnp.broadcast_to(slots.prompt, scores.shape))
 
     def verdict(self, scores: Float[Array, "*slots"], slots: Slots) -> Float[Array, "*slots"]:

@@ -12,8 +12,9 @@ since a recorded trace holds keys that are rotated already.
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from corm_jax.policies.options import choice, number, policy
-from corm_jax.types import CacheSpec, Observation, PerHead, Slots
+from corm_jax.core.options import choice, number, policy
+from corm_jax.core.slots import PerHead, Slots
+from corm_jax.core.types import CacheSpec, Observation
 
 
 @policy

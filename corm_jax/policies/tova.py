@@ -9,8 +9,9 @@ is what is attended to. The newest token is a candidate like any other.
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from corm_jax.policies.options import policy
-from corm_jax.types import CacheSpec, Observation, Slots
+from corm_jax.core.options import policy
+from corm_jax.core.slots import Slots
+from corm_jax.core.types import CacheSpec, Observation
 
 
 @policy
@@ -21,6 +22,7 @@ class TOVA:
     """
 
     needs = ("attention",)
+    independent = False
 
     @property
     def protected(self) -> int:

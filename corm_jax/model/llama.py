@@ -15,10 +15,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from corm_jax import attention, cache, positions
-from corm_jax.arguments import check_caches, check_count
+from corm_jax.core import cache, positions, step
+from corm_jax.core.arguments import check_caches, check_count
+from corm_jax.core.arrays import broadcasts, iota
+from corm_jax.core.options import integer
+from corm_jax.core.types import Caches, CacheSpec, Capacity, LayerCache, Policy
 from corm_jax.errors import CormError
-from corm_jax.types import Caches, CacheSpec, Capacity, LayerCache, Policy, broadcasts, iota
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,13 +80,18 @@ class Attention(nnx.Module):
         policy: Policy,
         count: Int[Array, " batch"],
         chunk: int,
-    ) -> tuple[Float[Array, "batch tokens dim"], LayerCache, Int[Array, "batch chunks kv_heads"]]:
+    ) -> tuple[
+        Float[Array, "batch tokens dim"],
+        LayerCache,
+        Int[Array, "batch chunks kv_heads"],
+        Int[Array, "batch blocks"],
+    ]:
         batch, tokens, _ = x.shape
-        later = attention.counts_in_cache(policy)
+        later = step.counts_in_cache(policy)
         q, k, v = self.project(x, None if later else cache.seen[:, None] + iota(tokens)[None])
-        read = jax.vmap(partial(attention.read, chunk=chunk), in_axes=(None, 0, 0, 0, 0, 0, None))
-        output, cache, live = read(policy, cache, q, k, v, count, self.frequencies if later else None)
-        return self.out(output.reshape(batch, tokens, -1)), cache, live
+        read = jax.vmap(partial(step.read, chunk=chunk), in_axes=(None, 0, 0, 0, 0, 0, None))
+        output, cache, live, passes = read(policy, cache, q, k, v, count, self.frequencies if later else None)
+        return self.out(output.reshape(batch, tokens, -1)), cache, live, passes
 
     @property
     def frequencies(self) -> np.ndarray:
@@ -130,7 +137,7 @@ class Layer(nnx.Module):
         self.feed_forward_norm, self.feed_forward = _Norm(config, dtype, rngs), FeedForward(config, dtype, rngs)
 
     def __call__(self, x, cache, policy, count, chunk):
-        output, cache, live = self.attention(self.attention_norm(x), cache, policy, count, chunk)
+        output, cache, live, _ = self.attention(self.attention_norm(x), cache, policy, count, chunk)
         x = x + output
         return x + self.feed_forward(self.feed_forward_norm(x)), cache, live
 
@@ -165,7 +172,7 @@ class Llama(nnx.Module):
         *,
         batch: SupportsIndex,
         capacity: Capacity,
-        pooled: bool = False,
+        stores: SupportsIndex | None = None,
         tokens: SupportsIndex | None = None,
     ) -> Caches:
         """Empty caches, one a layer.
@@ -174,11 +181,12 @@ class Llama(nnx.Module):
           policy: one for all layers, or a sequence with one for each.
           batch: rows.
           capacity: slots a key-value head; for all layers, or a sequence with one for each.
-          pooled: whether the heads of a layer share their slots.
+          stores: sets of slots a layer; 1 is a pool, which its heads share. None: one for each head.
           tokens: how many will be read at most, if that is known: see `corm_jax.make_cache`.
         """
         sizes = cache.per_layer_capacity(capacity, self.config.layers)
-        specs = [CacheSpec(self.config.kv_heads, size, self.config.head_dim, self.dtype, pooled) for size in sizes]
+        shared = None if stores is None else integer("stores", stores)
+        specs = [CacheSpec(self.config.kv_heads, size, self.config.head_dim, self.dtype, shared) for size in sizes]
         policies = cache.per_layer(policy, self.config.layers)
         pairs = zip(policies, specs, strict=True)
         return tuple(cache.make_cache(one, spec, batch, tokens=tokens) for one, spec in pairs)

@@ -8,15 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from corm_jax.arguments import Tokens, token_ids
+from corm_jax.core.arguments import Tokens, token_ids
+from corm_jax.core.options import integer
+from corm_jax.core.slots import Slots
+from corm_jax.core.types import CacheSpec, Observation, Policy, State, Traits
+from corm_jax.core.wrapper import Wrapper, name_of
 from corm_jax.errors import CormError
-from corm_jax.generation import prefill
-from corm_jax.model import Llama
-from corm_jax.perplexity import read
+from corm_jax.model.generation import prefill
+from corm_jax.model.llama import Llama
 from corm_jax.policies import SELF_SIZED, Corm, lacks_window, on_budget, parse, policy
-from corm_jax.policies.options import integer
-from corm_jax.policies.wrapper import Wrapper, name_of
-from corm_jax.types import CacheSpec, Observation, Policy, Slots, State, Traits
+from corm_jax.runs.perplexity import read
 
 TOLERANCE = 0.02
 """How near to the goal is near enough."""
@@ -73,7 +74,7 @@ def fit_window(
       progress: called with the number of passes done.
 
     Raises:
-      CormError: for a goal outside 1 to the number of tokens, and as `corm_jax.perplexity.read`.
+      CormError: for a goal outside 1 to the number of tokens, and as `corm_jax.runs.perplexity.read`.
     """
     if not isinstance(corm, Corm):
         raise CormError(f"a window can be searched for Corm, not for {name_of(corm)}")

@@ -14,14 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from pydantic import model_validator
 
-from corm_jax import directory_tokenizer
-from corm_jax.checkpoint import EMBEDDING, HEAD, Source, Tensor
+from corm_jax.core.positions import Rope
 from corm_jax.errors import CheckpointError
 from corm_jax.files import read_json
-from corm_jax.model import Config
-from corm_jax.positions import Rope
-from corm_jax.schema import Count, Number, Schema, missing
-from corm_jax.tokenizer import Tokenizer
+from corm_jax.model import directory_tokenizer
+from corm_jax.model.checkpoint import EMBEDDING, HEAD, Source, Tensor
+from corm_jax.model.llama import Config
+from corm_jax.model.schema import Count, Number, Schema, missing
+from corm_jax.model.tokenizer import Tokenizer
 
 WAY_OUT = "only Llamas are supported (Llama 2 and 3, Vicuna, SmolLM2), in a directory as transformers saves it"
 

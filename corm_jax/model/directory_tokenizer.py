@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from corm_jax.chat import ChatTemplate
 from corm_jax.errors import CheckpointError, CheckpointWarning
 from corm_jax.files import read_json
-from corm_jax.tokenizer import Tokenizer, damage
+from corm_jax.model.chat import ChatTemplate
+from corm_jax.model.tokenizer import Tokenizer, damage
 
 FILES = (
     "tokenizer.json",

@@ -10,13 +10,13 @@ from pydoc_data.topics import topics
 
 import jax.numpy as jnp
 
-from corm_jax import checkpoint
-from corm_jax.console import progress_bar
+from corm_jax.command.console import progress_bar
 from corm_jax.errors import CheckpointWarning, CormError
-from corm_jax.model import Llama
+from corm_jax.model import checkpoint
+from corm_jax.model.llama import Llama
+from corm_jax.model.prompts import Text
+from corm_jax.model.tokenizer import Tokenizer
 from corm_jax.policies import profile_of
-from corm_jax.prompts import Text
-from corm_jax.tokenizer import Tokenizer
 
 LARGEST = 2**28
 """Bytes of a text file: about 70 million tokens."""
@@ -54,7 +54,7 @@ def encode(network: Llama, tokenizer: Tokenizer, words: str, name: str, tokens: 
     """The first ``tokens`` token ids of a text that is called ``name``, with what the tokenizer puts first.
 
     Raises:
-      CormError: as `corm_jax.prompts.Text.part`.
+      CormError: as `corm_jax.model.prompts.Text.part`.
     """
     ids = Text(tokenizer, words, f"the text {name!r}").part(tokens)
     note_context(network, tokens)

@@ -13,9 +13,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
-from corm_jax.chat import ChatTemplate
 from corm_jax.errors import CheckpointError, CheckpointWarning
-from corm_jax.tokenizer import Tokenizer, damage
+from corm_jax.model.chat import ChatTemplate
+from corm_jax.model.tokenizer import Tokenizer, damage
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """GGUF's types of tokens."""

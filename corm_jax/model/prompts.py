@@ -9,7 +9,7 @@ The token ids of texts are made here and nowhere else.
 """
 
 from corm_jax.errors import CormError
-from corm_jax.tokenizer import Tokenizer
+from corm_jax.model.tokenizer import Tokenizer
 
 
 class Text:

@@ -14,13 +14,13 @@ from typing import Any, NoReturn
 
 import jax
 
-from corm_jax import compiled
-from corm_jax.cache import prompt_of
+from corm_jax.command import compiled
+from corm_jax.command.stopping import stoppable
+from corm_jax.core.cache import prompt_of
+from corm_jax.core.types import Policy
 from corm_jax.errors import CormError
 from corm_jax.files import reason
 from corm_jax.policies import keeps_everything, keys_of, parse
-from corm_jax.stopping import stoppable
-from corm_jax.types import Policy
 
 try:
     import click

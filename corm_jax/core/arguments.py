@@ -13,11 +13,11 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Int
 
-from corm_jax import cache as cache_lib
+from corm_jax.core import cache as cache_lib
+from corm_jax.core.options import concrete, numbers_of, shown
+from corm_jax.core.types import Caches, LayerCache, Policy, check_policy, traits
+from corm_jax.core.wrapper import name_of
 from corm_jax.errors import CormError
-from corm_jax.policies.options import concrete, numbers_of, shown
-from corm_jax.policies.wrapper import name_of
-from corm_jax.types import Caches, LayerCache, Policy, check_policy, traits
 
 Tokens: TypeAlias = Sequence[int] | Sequence[np.integer] | Sequence[jax.Array] | np.ndarray | jax.Array
 """The token ids of one text."""
@@ -85,7 +85,7 @@ def check_caches(policies: Sequence[Policy], caches: Caches, kv_heads: int, head
         raise CormError(f"there are caches for {len(caches)} layers, and the model has {len(policies)}: make new ones")
     for layer, (policy, cache) in enumerate(zip(policies, caches, strict=True)):
         check_cache(cache, batch)
-        found = cache.overflow.shape[-1], cache.k.shape[-1]
+        found = cache.layout.kv_heads, cache.k.shape[-1]
         if found != (kv_heads, head_dim):
             raise CormError(
                 f"the cache of layer {layer} is for {found[0]} key-value heads of {found[1]} numbers, the model has "
@@ -178,7 +178,7 @@ def _check_state(policy: Policy, cache: LayerCache) -> None:
             f"the cache holds a state of {_shapes(found)}, and {name} keeps {_shapes(expected)}: make one with "
             "make_cache(policy, spec)"
         )
-    if traits(policy).whole_prompt and made and not made.prompt:
+    if traits(policy).whole_prompt and made and made.prompt == "unknown":
         raise CormError(
             f"{name} waits for the end of the prompt: say how many tokens it has, with "
             "cache = corm_jax.begin_prompt(cache, tokens), before they are read"

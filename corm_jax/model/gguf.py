@@ -17,13 +17,13 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from corm_jax.checkpoint import Source, Tensor
+from corm_jax.core.positions import Rope
 from corm_jax.errors import CheckpointError
 from corm_jax.files import first_error
-from corm_jax.model import Config
-from corm_jax.positions import Rope
-from corm_jax.schema import Count, Number, Schema, missing
-from corm_jax.tokenizer import Tokenizer
+from corm_jax.model.checkpoint import Source, Tensor
+from corm_jax.model.llama import Config
+from corm_jax.model.schema import Count, Number, Schema, missing
+from corm_jax.model.tokenizer import Tokenizer
 
 _GLOBAL = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER = {

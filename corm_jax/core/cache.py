@@ -1,12 +1,13 @@
-"""Key-value caches of fixed capacity: make, insert, evict, usage. The only code that writes slots.
+"""Key-value caches of fixed capacity: make, insert, usage. The only code that writes slots.
 
-Attention does not care in which order keys are stored. So nothing is ever shifted or gathered: a key that goes
-only loses its position, and a key that comes takes any free slot of its head. Shapes stay static, and one
-compiled step serves a sequence of any length.
+Attention does not care in which order keys are stored. So nothing is ever shifted: a key that is evicted only loses its
+position, and a key that comes takes any free slot of its store. Shapes stay static, and one compiled step serves a
+sequence of any length.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, SupportsIndex
 
 import jax
@@ -14,29 +15,25 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from corm_jax.errors import CormError
-from corm_jax.policies.options import concrete, integer, numbers_of, shown, truth
-from corm_jax.policies.wrapper import Wrapper, name_of
-from corm_jax.types import (
-    EMPTY,
-    ENDLESS,
+from corm_jax.core.arrays import EMPTY, ENDLESS, anywhere, iota, ordered
+from corm_jax.core.exact import planned
+from corm_jax.core.layout import of_stores
+from corm_jax.core.options import concrete, integer, numbers_of, shown
+from corm_jax.core.slots import Slots
+from corm_jax.core.types import (
     Caches,
     CacheSpec,
     Capacity,
     LayerCache,
     Made,
     Policy,
-    Slots,
     State,
     Usage,
-    broadcasts,
     check_policy,
-    iota,
     traits,
 )
-
-PAGE = 128
-"""Slots of a page, unless the cache is small. Does not change results."""
+from corm_jax.core.wrapper import Wrapper, name_of
+from corm_jax.errors import CormError
 
 RUN = 32
 """Slots that are searched together for free ones. Does not change results."""
@@ -64,8 +61,8 @@ def make_cache(
     >>> from corm_jax.policies import Full
     >>> make_cache(Full(), CacheSpec(kv_heads=2, capacity=8, head_dim=4), batch=3).k.shape
     (3, 2, 8, 4)
-    >>> make_cache(Full(), CacheSpec(kv_heads=2, capacity=8, head_dim=4, pooled=True)).k.shape
-    (16, 4)
+    >>> make_cache(Full(), CacheSpec(kv_heads=2, capacity=8, head_dim=4, stores=1)).k.shape
+    (1, 16, 4)
     """
     check_policy(policy)
     spec = _checked(spec)
@@ -81,7 +78,8 @@ def make_cache(
         seen=jnp.zeros((), jnp.int32),
         prompt=jnp.full((), ENDLESS, jnp.int32),
         overflow=jnp.zeros(spec.kv_heads, jnp.int32),
-        head=jnp.zeros(spec.slots, jnp.int32) if spec.pooled else None,
+        layout=of_stores(*spec.slots, spec.kv_heads),
+        twin=None if traits(policy).independent else jnp.zeros((spec.kv_heads, *spec.slots), jnp.int32),
         made=made,
     )
     if batch is None:
@@ -100,7 +98,13 @@ def _checked(spec: CacheSpec) -> CacheSpec:
         floating = False
     if not floating:
         raise CormError(f"a cache holds floating-point numbers such as float32 or bfloat16, not {shown(spec.dtype)}")
-    return spec._replace(pooled=truth("pooled", spec.pooled), **sizes)
+    stores = spec.kv_heads if spec.stores is None else integer("stores", spec.stores)
+    if sizes["kv_heads"] % stores:
+        raise CormError(
+            f"{sizes['kv_heads']} key-value heads cannot share {stores} stores evenly: give a divisor, such "
+            "as 1, a pool for the layer"
+        )
+    return spec._replace(stores=stores, **sizes)
 
 
 def check_heads(policy: Policy, spec: CacheSpec) -> None:
@@ -122,11 +126,11 @@ def check_protected(policy: Policy, spec: CacheSpec, made: Made | None) -> None:
 
 def protected_slots(policy: Policy, spec: CacheSpec) -> int:
     """How many slots a head the keys take that the policy never gives up; 0 if that is traced."""
-    protected = traits(policy).protected
+    protected, stores = traits(policy).protected, spec.slots[0]
     if not concrete(protected):
         return 0
-    each = np.broadcast_to(np.asarray(protected, np.int64), spec.kv_heads)
-    return -(-int(each.sum()) // spec.kv_heads) if spec.pooled else int(each.max())
+    each = np.broadcast_to(np.asarray(protected, np.int64), spec.kv_heads).reshape(stores, -1)
+    return -(-int(each.sum(1).max()) * stores // spec.kv_heads)
 
 
 def remembers(policy: Any) -> str:
@@ -136,85 +140,177 @@ def remembers(policy: Any) -> str:
     return type(policy).__name__
 
 
-@broadcasts
 def slots(cache: LayerCache) -> Slots:
     """The view of a cache that a policy gets."""
-    owned = None if cache.head is None else cache.head == iota(cache.overflow.shape[-1])[:, None]
-    return Slots(cache.position, cache.seen, cache.prompt, owned)
+    reading = cache.made is None or cache.made.prompt != "read"
+    return Slots(cache.position, cache.seen, cache.prompt, cache.layout, cache.twin, reading)
 
 
 def spec(cache: LayerCache) -> CacheSpec:
     """The shape of a cache of one sequence."""
-    kv_heads = cache.overflow.shape[-1]
-    capacity = cache.position.size // kv_heads
-    return CacheSpec(kv_heads, capacity, cache.k.shape[-1], cache.k.dtype, cache.head is not None)
+    stores, size = cache.position.shape
+    kv_heads = cache.layout.kv_heads
+    return CacheSpec(kv_heads, stores * size // kv_heads, cache.k.shape[-1], cache.k.dtype, stores)
 
 
-@broadcasts
-def insert(
-    policy: Policy,
-    cache: LayerCache,
-    k: Float[Array, "tokens kv_heads head_dim"],
-    v: Float[Array, "tokens kv_heads head_dim"],
-    count: Int[Array, ""],
-) -> LayerCache:
-    """Stores the first ``count`` of the given keys and values, and moves the clock on by as many.
+def fresh(policy: Policy, shape: CacheSpec) -> State:
+    """The state of a key that has just arrived: ``[..., 1, 1]``."""
+    return jax.tree.map(lambda leaf: leaf[..., :1, :1], policy.init(shape))
 
-    They take free slots first. When those run out the policy's lowest `rank` goes, of the head or, in a pool, of the
-    layer; among equals the oldest key, then that of the first head. Each such loss is counted in ``overflow``.
+
+def stored(
+    k: Float[Array, "tokens kv_heads head_dim"], v: Float[Array, "tokens kv_heads head_dim"], dtype: Any
+) -> tuple[Float[Array, "kv_heads tokens head_dim"], Float[Array, "kv_heads tokens head_dim"]]:
+    """Keys and values as a cache holds them.
 
     A cache holds no value that is not finite: what a query sees is all that it meets, and NaN times a weight of 0 would
     be NaN. The key of such a value becomes NaN instead, so that those who see it get NaN, and nobody else does.
     """
-    (tokens, kv_heads, _), shape = k.shape, spec(cache)
-    if tokens > shape.capacity:
-        raise CormError(
-            f"{tokens} new keys do not fit into {shape.capacity} slots: use a smaller chunk or more capacity"
-        )
-    stores = 1 if shape.pooled else kv_heads  # sets of slots, each with its own newcomers: token by token, head by head
-    each = kv_heads // stores
+    k, v = k.astype(dtype), v.astype(dtype)
+    sound = jnp.isfinite(v).all(-1, keepdims=True)
+    return jnp.where(sound, k, jnp.nan).swapaxes(0, 1), jnp.where(sound, v, 0).swapaxes(0, 1)
 
-    def by_store(x):  # [..., *slots] -> [..., stores, slots]
-        return x.reshape(*x.shape[: x.ndim - len(shape.slots)], stores, -1)
 
-    def newcomers(x):  # [tokens, kv_heads, ...] -> [stores, newcomers, ...]
-        return x.reshape(tokens, stores, each, *x.shape[2:]).swapaxes(0, 1).reshape(stores, -1, *x.shape[2:])
+def insert(
+    policy: Policy,
+    cache: LayerCache,
+    k: Float[Array, "kv_heads head_dim"],
+    v: Float[Array, "kv_heads head_dim"],
+    real: Bool[Array, ""],
+) -> LayerCache:
+    """Stores one key and value of each head, if they are ``real``, and moves the clock on.
 
-    view = slots(cache)._replace(seen=cache.seen + count)
-    held = view._replace(position=by_store(cache.position), owned=None)
-    short = held.total(held.live) + count * each - held.position.shape[1]
-    equals = () if cache.head is None else (by_store(cache.head),)
-    lost = held.lowest(by_store(policy.rank(cache.state, view)), short, tokens * each, *equals)
-    slot = _first(~held.live | lost, tokens * each)
-    arrives = iota(tokens * each) < count * each
-    target = jnp.where(arrives, slot, held.position.shape[1])  # out of bounds, so dropped
+    They take free slots. Where there is none, the key with the policy's lowest `rank` is evicted, of those that share
+    the store; among equals the oldest, then that of the first head. Each such loss is counted in ``overflow``.
+    """
+    view = replace(slots(cache), seen=cache.seen + real.astype(jnp.int32))
+    stores, size = cache.position.shape
+    each = cache.layout.kv_heads // stores
+    rank = jnp.where(view.live, ordered(policy.rank(cache.state, view)), jnp.iinfo(jnp.int32).min)
+    last = jnp.iinfo(jnp.int32).max
+    taken, slot = jnp.zeros_like(view.live), []
+    for _ in range(each):
+        first = ~taken
+        for key in (rank, cache.position, view.head)[: 3 if each > 1 else 1]:
+            first &= key == jnp.where(first, key, last).min(-1, keepdims=True)
+        # Free slots have the lowest rank, and the lowest position.
+        found = jax.lax.argmin(jnp.where(first, cache.position, last), 1, jnp.int32)
+        taken |= iota(size) == found[:, None]
+        slot.append(found)
+    taken &= real
+    slot = jnp.where(real, jnp.stack(slot, -1), size)  # out of bounds, so dropped
+    state = jax.tree.map(partial(jnp.where, taken), fresh(policy, spec(cache)), cache.state)
+    position = jnp.where(taken, cache.seen, cache.position)
+    overflow = cache.overflow + view.total(taken & view.live)
+    since, cache = cache.seen, cache._replace(position=position, state=state, seen=view.seen, overflow=overflow)
+    return twinned(_written(cache, k[:, None], v[:, None], slot), since, 1)
+
+
+def _written(cache, k, v, slot):
+    """The cache with the keys and values ``[kv_heads, tokens, head_dim]`` in these slots ``[stores, newcomers]``."""
+    (kv_heads, tokens, head_dim), stores = k.shape, len(slot)
     store = iota(stores)[:, None]
 
-    def write(buffer, value):
-        written = by_store(buffer).at[..., store, target].set(value.astype(buffer.dtype), mode="drop")
-        return written.reshape(buffer.shape)
+    def write(buffer, rows):
+        return buffer.at[store, slot].set(rows.reshape(stores, -1, head_dim), mode="drop")
 
-    def write_rows(buffer, rows):
-        stored = buffer.reshape(stores, -1, buffer.shape[-1])
-        return stored.at[store, target].set(newcomers(rows).astype(buffer.dtype), mode="drop").reshape(buffer.shape)
+    whose = jnp.repeat(iota(kv_heads), tokens).reshape(stores, -1)
+    return cache._replace(k=write(cache.k, k), v=write(cache.v, v), layout=cache.layout.given(slot, whose))
 
-    fresh, v = policy.init(shape), v.astype(cache.v.dtype)
-    sound = jnp.isfinite(v).all(-1, keepdims=True)
-    k, v = jnp.where(sound, k, jnp.nan), jnp.where(sound, v, 0)
-    whose = newcomers(jnp.broadcast_to(iota(kv_heads), (tokens, kv_heads)))
-    when = newcomers(jnp.broadcast_to(cache.seen + iota(tokens)[:, None], (tokens, kv_heads)))
-    loses = lost[store, slot] & arrives  # who is lost has a newcomer in its slot
-    loser = jnp.where(loses, by_store(view.head)[store, slot], kv_heads)
-    return cache._replace(
-        k=write_rows(cache.k, k),
-        v=write_rows(cache.v, v),
-        position=write(cache.position, when),
-        state=jax.tree.map(lambda leaf, new: write(leaf, by_store(new)[..., store, slot]), cache.state, fresh),
-        seen=view.seen,
-        prompt=cache.prompt,
-        overflow=cache.overflow + (loser[..., None] == iota(kv_heads)).sum((0, 1), dtype=jnp.int32),
-        head=None if cache.head is None else write(cache.head, whose),
+
+def twinned(cache: LayerCache, since: Int[Array, ""], tokens: int) -> LayerCache:
+    """The cache, in which the keys of at most so many tokens, read ``since`` then, know their twins, if any do."""
+    if cache.twin is None:
+        return cache
+    stores, size = cache.position.shape
+    slot = size * iota(stores)[:, None] + iota(size)
+    there = cache.position == (since + iota(tokens))[:, None, None]
+    found = cache.layout.least(jnp.where(there, slot, stores * size)).T  # [kv_heads, tokens]
+    twin = found[:, jnp.clip(cache.position - since, 0, tokens - 1)]
+    return cache._replace(twin=jnp.where(cache.position >= since, twin, cache.twin))
+
+
+def make_room(policy: Policy, cache: LayerCache, count: Int[Array, ""], tokens: int) -> LayerCache:
+    """Evicts for want of slots, so that ``count`` keys of each head, ``tokens`` at most, can come. See `insert`."""
+    view = replace(slots(cache), seen=cache.seen + count)
+    stores, size = cache.position.shape
+    each = cache.layout.kv_heads // stores
+    if tokens * each > size:
+        raise CormError(f"{tokens} new keys do not fit into {size // each} slots: use a smaller chunk or more capacity")
+    shared = replace(view, layout=cache.layout.merged(each))
+    short = shared.total(view.live) + count * each - size
+    further = (view.head,) if each > 1 else ()
+
+    def lost():
+        return shared.lowest(policy.rank(cache.state, view), short, tokens * each, *further)
+
+    out = jax.lax.cond(anywhere((short > 0).any()), lost, lambda: jnp.zeros_like(view.live))
+    overflow = cache.overflow + view.total(out)
+    return cache._replace(position=jnp.where(out, EMPTY, cache.position), overflow=overflow)
+
+
+def insert_chunk(
+    policy: Policy,
+    cache: LayerCache,
+    k: Float[Array, "kv_heads tokens head_dim"],
+    v: Float[Array, "kv_heads tokens head_dim"],
+    count: Int[Array, ""],
+) -> LayerCache:
+    """Stores the first ``count`` keys and values of each head in free slots, of which there are enough."""
+    (kv_heads, tokens, _), (stores, _) = k.shape, cache.position.shape
+    real = jnp.tile(iota(tokens) < count, (stores, kv_heads // stores))
+    when = jnp.tile(cache.seen + iota(tokens), (stores, kv_heads // stores))
+    slot, store = _free_for(real, cache.position), iota(stores)[:, None]
+    state = jax.tree.map(
+        lambda held, new: held.at[..., store, slot].set(new, mode="drop"), cache.state, fresh(policy, spec(cache))
     )
+    position = cache.position.at[store, slot].set(when, mode="drop")
+    return _written(cache._replace(position=position, state=state, seen=cache.seen + count), k, v, slot)
+
+
+def enlarged(cache: LayerCache, slots: int) -> LayerCache:
+    """The cache with so many empty slots more at the end of each store."""
+
+    def more(x, value=0, rows=False):
+        axis = x.ndim - (2 if rows else 1)
+        return jnp.pad(x, [(0, slots if at == axis else 0) for at in range(x.ndim)], constant_values=value)
+
+    return cache._replace(
+        k=more(cache.k, rows=True),
+        v=more(cache.v, rows=True),
+        position=more(cache.position, EMPTY),
+        state=jax.tree.map(more, cache.state),
+        layout=cache.layout.enlarged(slots),
+    )
+
+
+def shrunk(cache: LayerCache, slots: int) -> LayerCache:
+    """The cache without the last so many slots of each store. Their keys move to free ones, which are enough."""
+    (stores, _), cut = cache.position.shape, cache.position.shape[1] - slots
+    store, head = iota(stores)[:, None], cache.layout.heads(*cache.position.shape)
+    slot = _free_for(cache.position[:, cut:] >= 0, cache.position[:, :cut])
+
+    def moved(x):
+        return x[..., :cut].at[..., store, slot].set(x[..., cut:], mode="drop")
+
+    def rows(x):
+        return x[:, :cut].at[store, slot].set(x[:, cut:], mode="drop")
+
+    return cache._replace(
+        k=rows(cache.k),
+        v=rows(cache.v),
+        position=moved(cache.position),
+        state=jax.tree.map(moved, cache.state),
+        layout=cache.layout.enlarged(-slots).given(slot, head[:, cut:]),
+    )
+
+
+def _free_for(some: Bool[Array, "stores newcomers"], position: Int[Array, "stores slots"]) -> Int[Array, "..."]:
+    """A free slot for each of some newcomers; beyond the last slot for the others, and where there is none left."""
+    free = _first(position < 0, some.shape[1])
+    nth = jnp.cumsum(some, -1, dtype=jnp.int32) - 1
+    there = some & (nth < (position < 0).sum(-1, keepdims=True, dtype=jnp.int32))
+    return jnp.where(there, jnp.take_along_axis(free, jnp.maximum(nth, 0), 1), position.shape[1])
 
 
 def _first(free: Bool[Array, "stores slots"], count: int) -> Int[Array, "stores {count}"]:
@@ -229,45 +325,6 @@ def _first(free: Bool[Array, "stores slots"], count: int) -> Int[Array, "stores 
     earlier = jnp.take_along_axis(until - size, run, 1)
     inside = jnp.cumsum(jnp.take_along_axis(runs, run[..., None], 1), -1, dtype=jnp.int32)
     return RUN * run + (inside <= (nth - earlier)[..., None]).sum(-1, dtype=jnp.int32)
-
-
-@broadcasts
-def paged(cache: LayerCache) -> tuple[LayerCache, Int[Array, "pages size"]]:
-    """A pool's live keys gathered into pages that each belong to one head, for a chunk of queries to attend to.
-
-    Returns:
-      A view with the slots ``[pages, size]`` and ``head [pages]``, and where in the pool each of its slots comes from;
-      the size of the pool where it comes from nowhere.
-    """
-    shape, pool = spec(cache), cache.position.size
-    size = min(PAGE, max(shape.capacity // 8, 1))
-    pages = pool // size + shape.kv_heads  # enough, however the keys are shared out: one page a head is not full
-    owned = (cache.head == iota(shape.kv_heads)[:, None]) & (cache.position >= 0)
-    need = -(-owned.sum(-1, dtype=jnp.int32) // size)
-    until = jnp.cumsum(need, dtype=jnp.int32)
-    place = size * (until - need)[:, None] + jax.lax.associative_scan(jnp.add, owned.astype(jnp.int32), axis=1)
-    target = jnp.where(cache.position >= 0, jnp.where(owned, place - 1, 0).sum(0, dtype=jnp.int32), pages * size)
-    table = jnp.full(pages * size, pool, jnp.int32).at[target].set(iota(pool), mode="drop").reshape(pages, size)
-    source = jnp.minimum(table, pool - 1)
-    head = (iota(pages)[:, None] >= until).sum(-1, dtype=jnp.int32)
-    view = cache._replace(
-        k=cache.k[source],
-        v=cache.v[source],
-        position=jnp.where(table < pool, cache.position[source], EMPTY),
-        state=jax.tree.map(lambda leaf: leaf[..., source], cache.state),
-        seen=cache.seen,
-        prompt=cache.prompt,
-        overflow=cache.overflow,
-        head=jnp.minimum(head, shape.kv_heads - 1),
-    )
-    return view, table
-
-
-def learn(cache: LayerCache, state: State, table: Int[Array, "pages size"] | None = None) -> LayerCache:
-    """The cache with another state of the policy, which is that of a `paged` view if there is a table."""
-    if table is not None:
-        state = jax.tree.map(lambda old, new: old.at[..., table].set(new, mode="drop"), cache.state, state)
-    return cache._replace(state=state)
 
 
 def begin_prompt(cache: LayerCache, tokens: Any) -> LayerCache:
@@ -299,19 +356,38 @@ def begin_prompt(cache: LayerCache, tokens: Any) -> LayerCache:
         rows = f"{cache.seen.size} rows" if cache.seen.ndim else "one sequence"
         raise CormError(f"tokens has the shape {found.shape} for a cache of {rows}: give one number, or one a row")
     prompt = cache.seen + jnp.minimum(jnp.asarray(found, jnp.int32), ENDLESS - cache.seen)
-    return cache._replace(prompt=prompt, made=cache.made and replace(cache.made, prompt=True))
+    return cache._replace(prompt=prompt, made=cache.made and replace(cache.made, prompt="reading"))
 
 
-def expect(caches: Caches, tokens: Int[np.ndarray, " batch"]) -> Caches:
-    """`begin_prompt` for every layer of a model."""
-    return tuple(begin_prompt(cache, tokens) for cache in caches)
+def end_prompt(cache: LayerCache) -> LayerCache:
+    """The cache, told that the prompt has been read to its end, in all rows of a batch.
+
+    That only makes the steps that follow cheaper: they are compiled without the verdict on a prompt. `begin_prompt`
+    begins another one.
+    """
+    return cache._replace(made=cache.made and replace(cache.made, prompt="read", roomy=False, block=None, moments=None))
 
 
-@broadcasts
-def evict(policy: Policy, cache: LayerCache, allowed: Bool[Array, ""]) -> LayerCache:
-    """Frees the slots that the policy does not retain; none where ``allowed`` is false."""
-    keep = policy.retain(cache.state, slots(cache)) | ~jnp.asarray(allowed)
-    return cache._replace(position=jnp.where(keep, cache.position, EMPTY))
+def expect(policy: Policy | Sequence[Policy], caches: Caches, tokens: Int[np.ndarray, " batch"], prompt: Any) -> Caches:
+    """The caches of a model that will read so many tokens, ``prompt`` of them a prompt. See `begin_prompt`.
+
+    What is known of the numbers is looked at here, so that programs can do without what cannot happen.
+    """
+    end = np.asarray(caches[0].seen).astype(np.int64) + tokens
+
+    def one(policy: Policy, cache: LayerCache) -> LayerCache:
+        slots = cache.position.shape[-2] * cache.position.shape[-1]
+        roomy, (block, moments) = bool(np.max(end) * cache.layout.kv_heads <= slots), planned(policy)
+        cache = begin_prompt(cache, prompt)
+        made = cache.made and replace(cache.made, roomy=roomy, block=block, moments=moments)
+        return cache._replace(made=made)
+
+    return tuple(map(one, per_layer(policy, len(caches)), caches))
+
+
+def live_keys(cache: LayerCache) -> Int[Array, " kv_heads"]:
+    """How many keys of each head are live, in the cache of one sequence."""
+    return slots(cache).total(slots(cache).live)
 
 
 def usage(caches: Caches) -> Usage:
@@ -325,7 +401,7 @@ def usage(caches: Caches) -> Usage:
             "usage takes a tuple of caches, one a layer, each of a batch; of one sequence: "
             "jax.tree.map(lambda x: x[None], (cache,))"
         )
-    live = jnp.stack([jax.vmap(lambda one: slots(one).total(slots(one).live))(cache) for cache in caches])
+    live = jnp.stack([jax.vmap(live_keys)(cache) for cache in caches])
     bytes_per_key = [2 * cache.k.shape[-1] * cache.k.dtype.itemsize for cache in caches]
     kv_heads = [cache.overflow.shape[-1] for cache in caches]
     seen = caches[0].seen
@@ -476,4 +552,4 @@ def check_clock(caches: Caches, tokens: Int[np.ndarray, " batch"]) -> None:
 
 def capacities(caches: Caches) -> list[int]:
     """Slots a key-value head of a batch, layer by layer."""
-    return [one.position[0].size // one.overflow.shape[-1] for one in caches]
+    return [one.position[0].size // one.layout.kv_heads for one in caches]

@@ -5,8 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from corm_jax.chat import NO_TEMPLATE, ChatTemplate
 from corm_jax.errors import CheckpointError, CormError
+from corm_jax.model.chat import NO_TEMPLATE, ChatTemplate
 
 
 @contextmanager
@@ -107,7 +107,7 @@ class Tokenizer:
         Warns:
           CheckpointWarning: where files say different things, or nothing, about ids or the end of a text.
         """
-        from corm_jax.directory_tokenizer import from_directory
+        from corm_jax.model.directory_tokenizer import from_directory
 
         return from_directory(path)
 
@@ -129,7 +129,7 @@ class Tokenizer:
         Warns:
           CheckpointWarning: where a field is missing, with what is assumed.
         """
-        from corm_jax.gguf_tokenizer import from_gguf
+        from corm_jax.model.gguf_tokenizer import from_gguf
 
         return from_gguf(metadata, path, embeddings)
 

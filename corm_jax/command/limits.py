@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import jax
 
-from corm_jax.cache import per_layer_capacity
+from corm_jax.core.cache import per_layer_capacity
+from corm_jax.core.types import Capacity, Policy
 from corm_jax.errors import CormError
-from corm_jax.types import Capacity, Policy
 
 if TYPE_CHECKING:  # the simulator does without the model
-    from corm_jax.model import Llama
+    from corm_jax.model.llama import Llama
 
 GIB = 2**30
 
@@ -38,12 +38,12 @@ def check_memory(need: int, what: str, way_out: str) -> None:
 
 
 def check_reading(
-    model: "Llama", policy: Policy, capacity: Capacity, chunk: int, *, pooled: bool = False, fewer: str
+    model: "Llama", policy: Policy, capacity: Capacity, chunk: int, *, stores: int | None = None, fewer: str
 ) -> None:
     """Raises if caches of so many slots, or chunks of so many tokens, cannot fit into memory.
 
     Args:
-      capacity, pooled, policy: as for `Llama.make_caches`, for one sequence.
+      capacity, stores, policy: as for `Llama.make_caches`, for one sequence.
       chunk: tokens between evictions: each takes its logits over the vocabulary, and its attention to all slots.
       fewer: what to do if there are too many slots.
 
@@ -52,7 +52,7 @@ def check_reading(
     """
     config = model.config
     # Bytes are all that matters here: with one token to read, no policy protects more than there are slots.
-    make = partial(model.make_caches, policy, batch=1, capacity=capacity, pooled=pooled, tokens=1)
+    make = partial(model.make_caches, policy, batch=1, capacity=capacity, stores=stores, tokens=1)
     caches = jax.eval_shape(make)
     slots = max(per_layer_capacity(capacity, config.layers))
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in (*jax.tree.leaves(caches), *jax.tree.leaves(model)))

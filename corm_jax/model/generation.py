@@ -13,12 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from corm_jax import cache
-from corm_jax.arguments import Prompts, check_batch, check_caches, prompts_of
+from corm_jax.core import cache
+from corm_jax.core.arguments import Prompts, check_batch, check_caches, prompts_of
+from corm_jax.core.arrays import broadcasts, iota
+from corm_jax.core.options import integer, one_of, real
+from corm_jax.core.types import Caches, Capacity, Policy
 from corm_jax.errors import CacheOverflowError
-from corm_jax.model import Llama
-from corm_jax.policies.options import integer, one_of, real
-from corm_jax.types import Caches, Capacity, Policy, broadcasts, iota
+from corm_jax.model.llama import Llama
 
 BLOCK = 256
 """Tokens that go through the model at once, rounded up to a multiple of the chunk. Does not change results."""
@@ -98,12 +99,12 @@ def prefill(
     cache.check_prompt(policies, cache.capacities(caches), int(lengths.max()))
     cache.check_clock(caches, lengths)
     check = watch(caches, overflow)
-    caches = cache.expect(caches, lengths)
+    caches = cache.expect(policies, caches, lengths, lengths)
     logits = jnp.zeros((len(lengths), config.vocab), jnp.float32)
     for index, count in enumerate(blocks.count):
         logits, caches = _prefill_block(model, policy, caches, logits, blocks.tokens[:, index], count, chunk=chunk)
         check(caches)
-    return logits, caches
+    return logits, tuple(map(cache.end_prompt, caches))
 
 
 @partial(jax.jit, static_argnames="chunk", donate_argnames="caches")
@@ -182,7 +183,7 @@ def stream(
     *,
     max_new_tokens: SupportsIndex,
     capacity: Capacity | None = None,
-    pooled: bool = False,
+    stores: SupportsIndex | None = None,
     chunk: SupportsIndex = 1,
     overflow: Overflow = "evict",
     end: Any = (),
@@ -203,7 +204,7 @@ def stream(
     rows = prompts_of(prompts, model.config.vocab)
     length = max(map(len, rows)) + new
     capacity = cache.slots_for(policy, capacity, length, chunk)
-    caches = model.make_caches(policy, batch=len(rows), capacity=capacity, pooled=pooled, tokens=length)
+    caches = model.make_caches(policy, batch=len(rows), capacity=capacity, stores=stores, tokens=length)
     cache.check_prompt(policy, cache.capacities(caches), max(map(len, rows)))
 
     def stretches() -> Iterator[Generation]:
@@ -240,7 +241,7 @@ def generate(model: Llama, policy: Policies, prompts: Prompts, **options) -> Gen
       prompts: token ids, one list or array a row, of any lengths; or one array ``[batch, tokens]``.
       max_new_tokens: the most to draw for each.
       capacity: slots a key-value head, of all layers or of each; by default as many as could ever be needed.
-      pooled: whether the heads of a layer share their slots, so that each takes what it needs.
+      stores: sets of slots a layer; 1 is a pool, of which each head takes what it needs. None: one for each head.
       chunk, overflow: how the prompt is read, see `prefill`.
       end: ids after which a row stops, usually ``tokenizer.end``.
       temperature, top_p, seed: see `sample`; greedy by default.

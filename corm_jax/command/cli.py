@@ -14,24 +14,26 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 import numpy as np
 
-from corm_jax import console, inputs, plots, recording
-from corm_jax.cache import check_prompt, prompt_of, slots_for, usage
-from corm_jax.console import COUNT, SEED, Budget, Real, Spec, Whole, naming
+from corm_jax.command import console, plots
+from corm_jax.command.console import COUNT, SEED, Budget, Real, Spec, Whole, naming
+from corm_jax.command.limits import check_reading
+from corm_jax.command.tables import Column, print_table, show
+from corm_jax.core.arrays import ENDLESS
+from corm_jax.core.cache import check_prompt, prompt_of, slots_for, usage
+from corm_jax.core.types import Capacity, Policy
 from corm_jax.errors import CormError
 from corm_jax.evaluation import cli as evaluation
 from corm_jax.evaluation.lock import only_writer
 from corm_jax.evaluation.texts import read_texts
 from corm_jax.files import check_new, check_writable, deliver, finish, make_directory, write_json
-from corm_jax.fitting import PASSES, fitted
-from corm_jax.generation import stream
-from corm_jax.limits import check_reading
-from corm_jax.model import Config, Llama
-from corm_jax.perplexity import Reading, read
-from corm_jax.plan import Plan
+from corm_jax.model.generation import stream
+from corm_jax.model.llama import Config, Llama
+from corm_jax.model.prompts import Text, scored_from
 from corm_jax.policies import COMBINATORS, POLICIES, keys_of, lacks_window, on_budget, parse
-from corm_jax.prompts import Text, scored_from
-from corm_jax.tables import Column, print_table, show
-from corm_jax.types import ENDLESS, Capacity, Policy
+from corm_jax.runs import inputs, recording
+from corm_jax.runs.fitting import PASSES, fitted
+from corm_jax.runs.perplexity import Reading, read
+from corm_jax.runs.plan import Plan
 
 # isort: split
 import click  # after the console, which says how to install it
@@ -180,7 +182,7 @@ def compare(
     }
     if keys is None and capacity is None:
         console.note_budgets(specs)
-    options = {"pooled": sizes.pooled, "chunk": chunk, "prompt": prompt, "overflow": overflow}
+    options = {"stores": sizes.stores, "chunk": chunk, "prompt": prompt, "overflow": overflow}
     for spec in specs:
         held = "none"
         if keys:
@@ -260,7 +262,7 @@ def generate(
             [ids],
             max_new_tokens=max_new_tokens,
             capacity=sizes.of_spec(spec),
-            pooled=sizes.pooled,
+            stores=sizes.stores,
             chunk=chunk,
             overflow=overflow,
             end=tokenizer.end,
@@ -425,12 +427,12 @@ class Sizes(NamedTuple):
     Attributes:
       capacity: slots a head, of whatever policy; or None.
       plan: for the one policy that it is for; the others get what they could need.
-      pooled: the layout.
+      stores: 1 for pools, None for rectangles.
     """
 
     capacity: int | None
     plan: Plan | None
-    pooled: bool
+    stores: int | None
 
     @classmethod
     def of(
@@ -438,7 +440,7 @@ class Sizes(NamedTuple):
     ) -> "Sizes":
         """Raises for what cannot be, or is of no use to any of the policies."""
         if not isinstance(capacity, Path):
-            return cls(capacity, None, layout == "pooled")
+            return cls(capacity, None, 1 if layout == "pooled" else None)
         with naming({"--capacity": capacity}):
             plan = Plan.load(capacity)
         if layout != "pooled":
@@ -450,7 +452,7 @@ class Sizes(NamedTuple):
         if tokens and tokens > plan.tokens:
             note = f"the plan was made on {plan.tokens:,} tokens: {tokens:,} may overflow"
             print(f"corm: note: {note}", file=sys.stderr)
-        return cls(None, plan, pooled=True)
+        return cls(None, plan, stores=1)
 
     def of_spec(self, spec: str) -> Capacity | None:
         """The capacity for one policy."""
@@ -468,7 +470,7 @@ class Sizes(NamedTuple):
         capacity = slots_for(policy, self.of_spec(spec), tokens, chunk)
         fewer = f"lower {option}" if self.of_spec(spec) is None else "lower --capacity"
         with naming({"--policy": spec, "--capacity": self.capacity}):
-            check_reading(network, policy, capacity, chunk, pooled=self.pooled, fewer=fewer)
+            check_reading(network, policy, capacity, chunk, stores=self.stores, fewer=fewer)
 
 
 def _device() -> str:

@@ -15,8 +15,8 @@ import numpy as np
 from flax import nnx
 
 from corm_jax.errors import CheckpointError, CheckpointWarning, CormError
-from corm_jax.model import Config, Llama
-from corm_jax.tokenizer import Tokenizer
+from corm_jax.model.llama import Config, Llama
+from corm_jax.model.tokenizer import Tokenizer
 
 DEFAULT = "smollm2-135m"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -80,7 +80,7 @@ def load(
 
 def open_source(name: str) -> Source:
     """Finds out what kind of checkpoint a name means, and opens it."""
-    from corm_jax import gguf, huggingface, smollm2
+    from corm_jax.model import gguf, huggingface, smollm2
 
     if name == DEFAULT:
         return gguf.open_gguf(smollm2.model_file(), name)

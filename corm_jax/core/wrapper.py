@@ -4,8 +4,9 @@ from typing import Any
 
 from jaxtyping import Array, Bool, Num
 
-from corm_jax.policies.options import policy
-from corm_jax.types import CacheSpec, Observation, PerHead, Slots, State, Traits, check_policy, traits
+from corm_jax.core.options import policy
+from corm_jax.core.slots import PerHead, Slots
+from corm_jax.core.types import CacheSpec, Observation, State, Traits, check_policy, traits
 
 
 @policy
@@ -42,6 +43,9 @@ class Wrapper:
 
     def retain(self, state: State, slots: Slots) -> Bool[Array, "*slots"]:
         return self.policy.retain(state, slots)
+
+    def important(self, observation: Observation, slots: Slots) -> Bool[Array, "tokens *slots"]:
+        return self.policy.important(observation, slots)
 
     def rank(self, state: State, slots: Slots) -> Num[Array, "*slots"]:
         return self.policy.rank(state, slots)

@@ -14,13 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from corm_jax.cache import make_cache
+from corm_jax.core.arrays import broadcasts, iota
+from corm_jax.core.cache import make_cache
+from corm_jax.core.types import CacheSpec
 from corm_jax.errors import CormError
 from corm_jax.files import whole_file
-from corm_jax.generation import Blocks
-from corm_jax.model import Llama
+from corm_jax.model.generation import Blocks
+from corm_jax.model.llama import Llama
 from corm_jax.policies import Full
-from corm_jax.types import CacheSpec, broadcasts, iota
 
 
 class Recorded(NamedTuple):

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from corm_jax import cache
-from corm_jax.arguments import Tokens, token_ids
+from corm_jax.core import cache
+from corm_jax.core.arguments import Tokens, token_ids
+from corm_jax.core.arrays import broadcasts
+from corm_jax.core.options import integer, one_of
+from corm_jax.core.types import Capacity, Usage
 from corm_jax.errors import CormError
-from corm_jax.generation import OVERFLOW, Blocks, Overflow, Policies, watch
-from corm_jax.model import Llama
-from corm_jax.policies.options import integer, one_of
-from corm_jax.types import Capacity, Usage, broadcasts
+from corm_jax.model.generation import OVERFLOW, Blocks, Overflow, Policies, watch
+from corm_jax.model.llama import Llama
 
 
 class Reading(NamedTuple):
@@ -53,7 +54,7 @@ def read(
     tokens: Tokens,
     *,
     capacity: Capacity | None = None,
-    pooled: bool = False,
+    stores: SupportsIndex | None = None,
     chunk: SupportsIndex = 1,
     prompt: SupportsIndex | None = None,
     overflow: Overflow = "evict",
@@ -63,7 +64,7 @@ def read(
 
     Args:
       tokens: the ids of one text, a list or an array, at least two.
-      capacity, pooled: as in `corm_jax.generate`; by default there is a slot for every token, and nothing overflows.
+      capacity, stores: as in `corm_jax.generate`; by default there is a slot for every token, and nothing overflows.
       chunk: tokens between evictions; 1 is the exact recurrence.
       prompt: how many of the tokens are the prompt, for policies that wait for its end; it ends a chunk.
       overflow: as in `generation.prefill`.
@@ -81,8 +82,8 @@ def read(
     capacity = cache.slots_for(policy, capacity, len(tokens), chunk)
     cache.check_prompt(policy, capacity, prompt := cache.prompt_of(policy, prompt, len(tokens)))
     blocks, targets, counts = cut(tokens, prompt, model.config.vocab, chunk)
-    caches = model.make_caches(policy, batch=1, capacity=capacity, pooled=pooled, tokens=len(tokens))
-    caches = cache.expect(caches, np.array([prompt], np.int32))
+    caches = model.make_caches(policy, batch=1, capacity=capacity, stores=stores, tokens=len(tokens))
+    caches = cache.expect(policy, caches, np.array([len(tokens)], np.int32), np.array([prompt], np.int32))
     check = watch(caches, overflow)
     # A block without tokens changes nothing, but it compiles: the clock starts after it.
     _, _, caches = _score(model, policy, caches, blocks[:1], targets[:1], np.zeros(1, np.int32), chunk=chunk)

@@ -1,0 +1,1 @@
+"""The command line: what a terminal shows, and what it takes."""

@@ -1,0 +1,103 @@
+"""Conventions of all arrays here: 32 bits, empty slots, leading axes that broadcast, and truths about a whole batch.
+
+Axis names, here and everywhere: ``batch layer kv_heads group tokens stores slots head_dim vocab``. ``*slots`` stands
+for ``stores slots``, see `corm_jax.core.layout`. Positions count from 0; the clock ``seen`` (the paper's t) is the
+number of tokens read so far, the current one included. Numbers have 32 bits, also where JAX is told to use 64
+(``JAX_ENABLE_X64``); the clock ends at `ENDLESS`.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.custom_batching import custom_vmap
+from jaxtyping import Array, Bool, Int, PyTree
+
+EMPTY = -1
+"""The position of a slot that holds no key. Nothing else marks a slot as free."""
+
+ENDLESS = 2**31 - 1
+"""Where the clock ends. As the end of a prompt: unknown, so that all that is read belongs to it."""
+
+
+def largest(x: Array) -> Array:
+    """What no finite number of this dtype exceeds."""
+    limit = jnp.iinfo if jnp.issubdtype(x.dtype, jnp.integer) else jnp.finfo
+    return jnp.asarray(limit(x.dtype).max, x.dtype)
+
+
+def smallest(x: Array) -> Array:
+    """What no finite number of this dtype is below."""
+    limit = jnp.iinfo if jnp.issubdtype(x.dtype, jnp.integer) else jnp.finfo
+    return jnp.asarray(limit(x.dtype).min, x.dtype)
+
+
+def ordered(score: Array) -> Int[Array, "..."]:
+    """Whole numbers in the order of these: NaN is as low as -infinity, which ties with the smallest number.
+
+    +infinity ties with the largest, and -0 with 0.
+    """
+    if score.dtype == bool or (jnp.issubdtype(score.dtype, jnp.integer) and score.dtype.itemsize < 4):
+        return score.astype(jnp.int32)
+    if jnp.issubdtype(score.dtype, jnp.unsignedinteger):
+        return jax.lax.bitcast_convert_type(score ^ jnp.uint32(1 << 31), jnp.int32)
+    if jnp.issubdtype(score.dtype, jnp.integer):
+        return score
+    score = score.astype(jnp.float32)
+    most = largest(score)
+    score = jnp.clip(jnp.where(jnp.isnan(score), -most, score), -most, most)
+    bits = jax.lax.bitcast_convert_type(jnp.where(score == 0, 0.0, score), jnp.int32)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)  # negative floats grow towards zero, their bits away from it
+
+
+def iota(size: int) -> Int[Array, " {size}"]:
+    """0, 1, ... in 32 bits."""
+    return jnp.arange(size, dtype=jnp.int32)
+
+
+def narrow(tree: PyTree[Any]) -> PyTree[Any]:
+    """Arrays of 64-bit numbers as of 32 bits, as JAX has them unless ``JAX_ENABLE_X64`` is set."""
+
+    def one(x):
+        wide = {"int64": jnp.int32, "uint64": jnp.uint32, "float64": jnp.float32}
+        if not isinstance(x, jax.Array | np.generic | np.ndarray) or jax.typeof(x).weak_type:
+            return x  # Python's numbers turn into what they meet
+        return x.astype(wide[x.dtype.name]) if x.dtype.name in wide else x
+
+    return jax.tree.map(one, tree)
+
+
+def broadcasts(function: Callable) -> Callable:
+    """Makes a function one in which ranks may differ, whatever ``jax_numpy_rank_promotion`` says.
+
+    Leading axes broadcast over the slots here, on purpose, and in everybody's policies. The setting stays what it is
+    around the call.
+    """
+
+    @wraps(function)
+    def allowed(*arguments, **options):
+        with jax.numpy_rank_promotion("allow"):
+            return function(*arguments, **options)
+
+    return allowed
+
+
+@custom_vmap
+def anywhere(truth: Bool[Array, ""]) -> Bool[Array, ""]:
+    """Whether it holds in any row of the batch, for `jax.lax.cond` and `jax.lax.while_loop`.
+
+    Under `jax.vmap` a condition that differs by row makes the former compute both branches, and the latter copy all
+    that it carries. This one is the same for all rows, so what it decides must do no harm to rows that do not need it.
+
+    >>> jax.vmap(lambda x: jax.lax.cond(anywhere(x > 2), lambda: x + 1, lambda: x))(jnp.array([1, 3])).tolist()
+    [2, 4]
+    """
+    return truth
+
+
+@anywhere.def_vmap
+def _(axis_size, in_batched, truth):
+    return (anywhere(truth.any(0)) if in_batched[0] else anywhere(truth)), False

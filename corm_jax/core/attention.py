@@ -1,0 +1,128 @@
+"""Attention over slots: softmax of each query group over what its head sees, whoever shares the slots."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from corm_jax.core.arrays import broadcasts, iota
+from corm_jax.core.layout import Apart, Layout
+from corm_jax.core.types import Observation, observed
+
+BLOCK = 512
+"""Slots that many queries attend to at once, where nobody looks at the weights. Does not change results."""
+
+FEW = 8
+"""So many queries attend to all slots at once, whoever looks."""
+
+LEAST = float(np.finfo(np.float32).min)
+"""The logit of a slot that is not seen: finite, so that differences of such logits are numbers. Its weight is 0."""
+
+
+@broadcasts
+def attend(
+    q: Float[Array, "tokens kv_heads group head_dim"],
+    k: Float[Array, "*slots head_dim"],
+    v: Float[Array, "*slots head_dim"],
+    visible: Bool[Array, "tokens *slots"],
+    seen: Int[Array, " tokens"],
+    layout: Layout | None = None,
+) -> tuple[Float[Array, "tokens kv_heads group head_dim"], Observation]:
+    """Softmax attention of each query group over its head's visible slots.
+
+        l_i = q . k_i / sqrt(head_dim),   e_i = exp(l_i - max l),   output = sum_i e_i v_i / sum_i e_i
+
+    Logits and weights are float32 whatever ``k`` and ``v`` hold, and so are products, in full (on a GPU not in TF32),
+    but for 16-bit keys and values, whose products are exact and summed in float32. A query that sees nothing returns
+    zeros.
+
+    What a query does not see does not reach it: no key of an invisible slot, whatever it holds, and no value as long as
+    it is finite, as those of a cache are (`corm_jax.core.cache.stored`). A query that has no softmax, since a logit
+    that it sees is NaN or +infinity, returns NaN, and policies see that it attended to nothing: weights of 0.
+
+    The function is differentiable, forwards and backwards, with respect to ``q``, ``k`` and ``v``.
+
+    Args:
+      layout: whose the slots are; None if every store belongs to the head of its number.
+
+    Returns:
+      The output, in the dtype of ``q``, and what the policy gets to see. ``seen`` only passes through to the latter.
+    """
+    layout = layout or Apart(q.shape[1])
+    weights, total = softmax(layout, logits(layout, q, k), visible)
+    seen = seen[:, None, None]
+    return output(layout, weights, total, v).astype(q.dtype), observed(layout, weights, total, visible, seen, k)
+
+
+def logits(layout: Layout, q: Array, k: Array) -> Float[Array, "group tokens *slots"]:
+    """``q . k / sqrt(head_dim)``, float32."""
+    return layout.logits(q, k) * q.shape[-1] ** -0.5
+
+
+def softmax(
+    layout: Layout, logits: Float[Array, "group tokens *slots"], visible: Bool[Array, "tokens *slots"]
+) -> tuple[Float[Array, "group tokens *slots"], Float[Array, "group tokens kv_heads"]]:
+    """Weights and their total over each head's slots, NaN where there is no softmax; of nothing: 0, and 1."""
+    logits = jnp.where(visible, logits, LEAST)
+    top = layout.most(jax.lax.stop_gradient(logits))
+    weights = jnp.exp(logits - layout.spread(jnp.where(top <= LEAST, 0.0, top)))
+    total = layout.total(weights)
+    return weights, jnp.where(total == 0.0, 1.0, total)
+
+
+def output(
+    layout: Layout, weights: Array, total: Float[Array, "group tokens kv_heads"], v: Array
+) -> Float[Array, "tokens kv_heads group head_dim"]:
+    """The mean of each head's values by these weights, float32."""
+    return layout.weighted(weights, v) / total.transpose(1, 2, 0)[..., None]
+
+
+def attended(layout: Layout, q: Array, k: Array, v: Array, visible: Array) -> Array:
+    """The output alone, float32: on a CPU block by block, which keeps nothing of the size tokens x slots."""
+    arguments = layout, q, k, v, visible
+    if len(q) <= FEW or k.shape[1] <= BLOCK:
+        return _at_once(*arguments)
+    return jax.lax.platform_dependent(*arguments, cpu=derived_from(_at_once, _by_blocks), default=_at_once)
+
+
+def _at_once(layout, q, k, v, visible):
+    return output(layout, *softmax(layout, logits(layout, q, k), visible), v)
+
+
+def derived_from(plain, fast):
+    """A ``fast`` way to compute what ``plain`` computes, with the derivatives of the latter: loops have none."""
+
+    def derivative(primals, tangents):
+        return jax.jvp(broadcasts(plain), primals, tangents)
+
+    both = jax.custom_jvp(fast)
+    both.defjvp(derivative)
+    return both
+
+
+def _by_blocks(layout, q, k, v, visible):
+    """`attended`, a block of slots at a time, corrected by the largest logit so far, up to the last that is seen.
+
+    (Milakov and Gimelshein, arXiv 1805.02867.)
+    """
+    slots = k.shape[1]
+    used = jnp.where(visible.any((0, 1)), iota(slots) + 1, 0).max()
+
+    def body(carry):
+        block, largest, total, summed = carry
+        start = jnp.minimum(block * BLOCK, slots - BLOCK)  # the last block overlaps the one before
+        part = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=BLOCK)
+        own = part(visible, axis=2) & (start + iota(BLOCK) >= block * BLOCK)
+        here = jnp.where(own, logits(layout, q, part(k, axis=1)), LEAST)
+        new = jnp.maximum(largest, layout.most(here))
+        weights, factor = jnp.where(own, jnp.exp(here - layout.spread(new)), 0.0), jnp.exp(largest - new)
+        summed = summed * factor.transpose(1, 2, 0)[..., None] + layout.weighted(weights, part(v, axis=1))
+        return block + 1, new, total * factor + layout.total(weights), summed
+
+    tokens, kv_heads, group, _ = q.shape
+    full = partial(jnp.full, dtype=jnp.float32)
+    start = jnp.int32(0), full((group, tokens, kv_heads), LEAST), full((group, tokens, kv_heads), 0.0)
+    _, _, total, summed = jax.lax.while_loop(lambda carry: carry[0] * BLOCK < used, body, (*start, full(q.shape, 0.0)))
+    return summed / jnp.where(total == 0.0, 1.0, total).transpose(1, 2, 0)[..., None]

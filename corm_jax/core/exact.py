@@ -1,0 +1,242 @@
+"""The exact recurrence, a block of queries at once: what one token after the other decides, without a loop over tokens.
+
+What a query sees depends on earlier queries only. So the evictions of the recurrence are the one fixed point of
+
+    guess when each key is evicted; attend under that guess, all queries of the block at once; derive the evictions
+
+and each pass settles at least one more query for good. The last pass only confirms. Where a policy knows beforehand at
+which moment of the block a key can be evicted (`corm_jax.core.types.Traits`), a pass asks whether somebody found the
+key important by then, and the exponentials are computed once. Any other policy is led through the block's attention
+query by query: its own `observe` and `retain`, which are cheap beside it.
+"""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from corm_jax.core.arrays import EMPTY, anywhere
+from corm_jax.core.options import concrete
+from corm_jax.core.slots import Slots
+from corm_jax.core.types import Observation, State, observed, traits
+
+FOREVER = np.iinfo(np.int32).max
+"""The last query of a key that is not evicted."""
+
+
+SHORT = 16
+"""Queries that are read at once where windows are short."""
+
+
+class Block(NamedTuple):
+    """Queries of a layer, and all keys that any of them can see.
+
+    Attributes:
+      slots: these keys; ``seen`` is the clock after the block. The block's own keys are among them.
+      clock: int32 ``[tokens, 1, 1]``, that of each query.
+      visible: bool ``[tokens, *slots]``, what each would see if nothing were evicted; nothing, where it is no query.
+      softmax: of a mask such as ``visible``: weights ``[group, tokens, *slots]`` and their totals, see
+        `corm_jax.core.attention.softmax`. None where the policy does not look at attention.
+      logits: float32 ``[group, tokens, *slots]``, if ``softmax`` is their softmax.
+      keys: ``[*slots, head_dim]``, or None.
+    """
+
+    slots: Slots
+    clock: Int[Array, "tokens 1 1"]
+    visible: Bool[Array, "tokens *slots"]
+    softmax: Any
+    logits: Any
+    keys: Float[Array, "*slots head_dim"] | None
+
+    def observation(self, weights: Array, total: Array, visible: Array) -> Observation:
+        """What a policy gets to see."""
+        return observed(self.slots.layout, weights, total, visible, self.clock, self.keys)
+
+
+class Settled(NamedTuple):
+    """What came of a block.
+
+    Attributes:
+      until: int32 ``[*slots]``, the clock of the last query that could attend to the key; `FOREVER` if it stays.
+      lost: bool ``[*slots]``, whether it was evicted for want of a slot.
+      state: the policy's state after the block.
+      weights, total: of the block's attention, as its ``softmax`` returns them; None where no policy looks at it.
+      passes: int32 scalar, how often the block attended.
+    """
+
+    until: Int[Array, "*slots"]
+    lost: Bool[Array, "*slots"]
+    state: State
+    weights: Array | None
+    total: Array | None
+    passes: Int[Array, ""]
+
+
+class Room(NamedTuple):
+    """How many keys each store holds at most, and how many heads share it."""
+
+    slots: Int[Array, ""] | int
+    heads: int = 1
+
+
+def settle(
+    policy: Any, state: State, fresh: State, block: Block, room: Room | None = None, moments: bool | None = None
+) -> Settled:
+    """The evictions of a block, as if it were read token by token.
+
+    Args:
+      policy, state: the rule, and its state ``[..., *slots]`` before the block.
+      fresh: the state of a key that has just arrived, broadcastable.
+      block: the queries and keys.
+      room: how many keys fit; None if there is room for all.
+      moments: whether every key's moment is known, that is, the block is no longer than the policy's ``moments``; None
+        if that shows only when it runs.
+    """
+    by_query = partial(_by_query, policy, state, fresh, block, room)
+    if moments is False:
+        return by_query()
+    found, sound = _by_moments(policy, state, block)
+    if room is not None:
+        sound &= _fits(block, found, room)
+    if moments is None:
+        queries = block.visible.any((1, 2)).sum(dtype=jnp.int32)
+        sound &= (jnp.asarray(traits(policy).moments) >= queries).all()
+    if block.softmax is None and room is None and moments:
+        return found
+    return jax.lax.cond(anywhere(~sound), by_query, lambda: found)
+
+
+def planned(policy: Any) -> tuple[int, bool | None]:
+    """How many queries to read at once under a policy whose numbers are known, and whether their moments are, too."""
+    about = traits(policy)
+    if not concrete(about.moments):
+        return about.block, None
+    least = int(np.min(about.moments))
+    block = about.block if least >= about.block or not np.max(about.moments) else min(SHORT, about.block)
+    return block, least >= block
+
+
+def alive(block: Block, until: Int[Array, "*slots"], lost: Bool[Array, "*slots"]) -> Int[Array, "tokens kv_heads"]:
+    """How many keys of a head are live after each query."""
+    gone = jnp.where(until == FOREVER, FOREVER, until + lost.astype(jnp.int32))
+    live = (block.slots.position >= 0) & (block.slots.position < block.clock) & (block.clock < gone)
+    return block.slots.total(live)
+
+
+def _fits(block: Block, found: Settled, room: Room) -> Bool[Array, ""]:
+    """Whether there was always a slot for the newcomers."""
+    slots = block.slots
+    seen = block.visible & (block.clock <= found.until)
+    needed = slots.layout.merged(room.heads).total(seen.astype(jnp.int32))
+    return (needed <= room.slots).all()
+
+
+def _by_moments(policy, state, block) -> tuple[Settled, Bool[Array, ""]]:
+    """What is evicted if every key is at its moment or not at all; and whether exponentials were numbers.
+
+    These are measured from the largest logit that is seen for certain: then the weights of equal logits are 1, as in
+    any other softmax, and no total is 0. They are no numbers where logits are not, or where one that may be evicted
+    exceeds the others by far.
+    """
+    slots, t, visible = block.slots, block.clock, block.visible
+    when = jnp.where(slots.live, jnp.maximum(policy.moment(state, slots), t[0]), FOREVER)
+    due = slots.live & (when <= slots.seen)
+    lost, passes = jnp.zeros_like(due), jnp.int32(1)
+    if block.softmax is None:
+        return Settled(jnp.where(due, when, FOREVER), lost, state, None, None, passes), jnp.asarray(True)
+    if block.logits is None:
+        softmax, sound = block.softmax, jnp.asarray(True)
+    else:
+        layout, masked = slots.layout, jnp.where(visible, block.logits, -jnp.inf)
+        shift = layout.most(jnp.where(t <= when, masked, -jnp.inf))
+        powers = jnp.exp(masked - layout.spread(jnp.where(jnp.isfinite(shift), shift, 0.0)))
+
+        def softmax(seen):
+            weights = jnp.where(seen, powers, 0.0)
+            total = layout.total(weights)
+            return weights, jnp.where(total == 0.0, 1.0, total)
+
+        sound = jnp.isfinite(shift) | ~visible.any((1, 2))[:, None]
+
+    def seen_under(evicted):
+        return visible & ~(evicted & (t > when))
+
+    def body(carry):
+        evicted, total, _, passes = carry
+        seen = seen_under(evicted)
+        found = policy.important(block.observation(softmax(seen)[0], total, seen), slots)
+        now = due & ~(found & (t <= when)).any(0)
+        changed = anywhere((now != evicted).any())
+        total = jax.lax.cond(changed, lambda: softmax(seen_under(now))[1], lambda: total)
+        return now, total, changed, passes + 1
+
+    total = softmax(visible)[1]
+    if block.logits is not None:
+        sound = (sound & jnp.isfinite(total)).all()
+    start = lost, total, jnp.asarray(True), jnp.int32(0)
+    evicted, total, _, passes = jax.lax.while_loop(lambda carry: carry[2], body, start)
+    seen = seen_under(evicted)
+    weights = softmax(seen)[0]
+    state = policy.observe(state, block.observation(weights, total, seen), slots)
+    return Settled(jnp.where(evicted, when, FOREVER), lost, state, weights, total, passes), sound
+
+
+def _by_query(policy, state, fresh, block, room) -> Settled:
+    t, end = block.clock, block.slots.seen
+    until = jnp.full(block.slots.position.shape, FOREVER, jnp.int32)
+    lost = jnp.zeros(until.shape, bool)
+    if block.softmax is None:
+        group = jnp.zeros((1, *block.visible.shape), jnp.float32)
+        until, lost, state = _led(policy, state, fresh, block, room, group, jnp.ones_like(group[..., :1, :1]))
+        return Settled(until, lost, state, None, None, jnp.int32(1))
+
+    def body(carry):
+        until, *_, passes = carry
+        weights, total = block.softmax(block.visible & (t <= until))
+        seen = block.observation(weights, total, block.visible)
+        now, lost, after = _led(policy, state, fresh, block, room, seen.weights, seen.total)
+        changed = (jnp.minimum(now, end) != jnp.minimum(until, end)).any()
+        return now, lost, after, weights, total, anywhere(changed), passes + 1
+
+    shapes = jax.eval_shape(body, (until, None, None, None, None, None, jnp.int32(0)))
+    empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[1:5])
+    start = (until, *empty, jnp.asarray(True), jnp.int32(0))
+    until, lost, after, weights, total, _, passes = jax.lax.while_loop(lambda carry: carry[-2], body, start)
+    return Settled(until, lost, after, weights, total, passes)
+
+
+def _led(policy, state, fresh, block, room, weights, total):
+    """A policy led through given attention, query by query: ``until``, ``lost`` and its state."""
+    slots = block.slots
+    position = slots.position
+
+    def view(live, seen):
+        return replace(slots, position=jnp.where(live, position, EMPTY), seen=seen, arrived=1)
+
+    def body(carry, xs):
+        state, until, lost = carry
+        weights, total, t, real = xs
+        if room is not None:
+            before = view((until == FOREVER) & (position < t - 1), t)
+            stores = replace(before, layout=slots.layout.merged(room.heads))
+            short = stores.total(stores.live) + room.heads - room.slots
+            score, head = policy.rank(state, before), (slots.head,) if room.heads > 1 else ()
+            out = stores.lowest(score, jnp.where(real, short, 0), room.heads, *head)
+            until, lost = jnp.where(out, t - 1, until), lost | out
+        arrives = real & (position == t - 1)
+        live = (position >= 0) & (until == FOREVER) & (position < t)
+        now = view(live, t)
+        seen = Observation(weights[:, None], total[:, None], live[None], t[None, None, None], block.keys)
+        after = policy.observe(jax.tree.map(partial(jnp.where, arrives), fresh, state), seen, now)
+        until = jnp.where(live & real & ~policy.retain(after, now), t, until)
+        return (jax.tree.map(partial(jnp.where, real), after, state), until, lost), None
+
+    until = jnp.full(position.shape, FOREVER, jnp.int32)
+    real = block.visible.any((1, 2))
+    xs = weights.swapaxes(0, 1), total.swapaxes(0, 1), block.clock[:, 0, 0], real
+    (state, until, lost), _ = jax.lax.scan(body, (state, until, jnp.zeros(until.shape, bool)), xs)
+    return until, lost, state

@@ -1,0 +1,316 @@
+"""Layouts: whose keys the slots of a layer hold, and what hangs on that.
+
+Slots lie in stores, ``[stores, slots]``: each head has a store of its own, or several heads share one. What depends on
+that is here, behind one protocol: what a head's slots come to, what a head says of each of its slots, the products of
+attention, and how many queries get to see what is held. Caches, attention, policies and replay use it, and do
+not know which layout they have.
+
+======== ============================ ======== ============================================================
+layout   whose is a slot              stores   used for
+======== ============================ ======== ============================================================
+`Apart`  that of its store            kv_heads caches with slots for each head, and replay
+`Shared` ``head [stores, slots]``     any      pools: one store a layer, or one for each device
+`Paged`  ``head [stores]``            any      chunks of queries on a pool whose keys are gathered by head
+======== ============================ ======== ============================================================
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Num
+
+from corm_jax.core.arrays import iota, largest, smallest
+
+PAGE = 128
+"""Slots of a page, unless the cache is small. Does not change results."""
+
+
+def product(axes: str, x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:
+    """An einsum that is summed in float32, of float32 factors in full precision, of equal 16-bit factors as they are.
+
+    Without being told so, a GPU rounds float32 factors to the 11 bits of TF32, which turns about one verdict of
+    alpha >= 1/t in 20,000.
+    """
+    if x.dtype != y.dtype or x.dtype.itemsize != 2:
+        x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+    precision = "highest" if x.dtype == jnp.float32 else None
+    return jnp.einsum(axes, x, y, precision=precision, preferred_element_type=jnp.float32)
+
+
+def weighted(axes: str, weights: Float[Array, "..."], v: Float[Array, "..."]) -> Float[Array, "..."]:
+    """A sum of values by weights, which get the dtype of the values if that has 16 bits."""
+    return product(axes, weights.astype(v.dtype) if v.dtype.itemsize == 2 else weights, v)
+
+
+class Layout:
+    """What all layouts do. ``stores`` and ``slots`` are those of the arrays that they are given."""
+
+    kv_heads: int
+
+    def spread(self, per_head: Num[Array, "*leading kv_heads"]) -> Num[Array, "*leading stores slots_or_1"]:
+        """What is said of a head, for each of its slots."""
+        raise NotImplementedError
+
+    def total(self, per_slot: Num[Array, "*leading stores slots"]) -> Num[Array, "*leading kv_heads"]:
+        """The sum over each head's slots."""
+        raise NotImplementedError
+
+    def least(self, per_slot: Num[Array, "*leading stores slots"]) -> Num[Array, "*leading kv_heads"]:
+        """The smallest of each head's slots."""
+        raise NotImplementedError
+
+    def most(self, per_slot: Num[Array, "*leading stores slots"]) -> Num[Array, "*leading kv_heads"]:
+        """The largest of each head's slots."""
+        raise NotImplementedError
+
+    def heads(self, stores: int, slots: int) -> Int[Array, "stores slots"]:
+        """Whose key each slot holds."""
+        raise NotImplementedError
+
+    def aligned(self, position: Int[Array, "stores slots"]) -> Bool[Array, ""]:
+        """Whether a slot holds the same token in every head."""
+        raise NotImplementedError
+
+    def given(self, slot: Int[Array, "stores newcomers"], head: Int[Array, "stores newcomers"]) -> "Layout":
+        """The layout after these slots of each store were given to keys of these heads; none beyond the last slot."""
+        raise NotImplementedError
+
+    def logits(
+        self, q: Float[Array, "tokens kv_heads group head_dim"], k: Float[Array, "stores slots head_dim"]
+    ) -> Float[Array, "group tokens stores slots"]:
+        """``q . k`` of each slot's key with the queries of its own head, float32."""
+        raise NotImplementedError
+
+    def weighted(
+        self, weights: Float[Array, "group tokens stores slots"], v: Float[Array, "stores slots head_dim"]
+    ) -> Float[Array, "tokens kv_heads group head_dim"]:
+        """The sum of each head's values by their weights, float32."""
+        raise NotImplementedError
+
+    def merged(self, each: int) -> "Layout":
+        """The layout in which so many heads count as one: those that share a store."""
+        raise NotImplementedError
+
+    def enlarged(self, slots: int) -> "Layout":
+        """The layout of stores that have so many slots more, at their end; fewer, if the number is negative."""
+        raise NotImplementedError
+
+    def opened(self, position: Int[Array, "stores slots"]) -> "Opened":
+        """The live keys as many queries attend to them."""
+        raise NotImplementedError
+
+
+class Opened(NamedTuple):
+    """Keys for many queries to attend to.
+
+    Attributes:
+      layout: in which every store belongs to one head.
+      take: ``[..., stores, slots] -> [..., stores', slots']``; with ``rows=True`` both have one more axis at the end.
+        What belongs to no slot is filled up with ``absent``.
+      back: ``[..., stores', slots'] -> [..., stores, slots]``; what it says of empty slots has no meaning.
+    """
+
+    layout: Any
+    take: Any
+    back: Any
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Apart(Layout):
+    """Every head has a store of its own."""
+
+    kv_heads: int
+
+    def spread(self, per_head):
+        return per_head[..., None]
+
+    def total(self, per_slot):
+        return per_slot.sum(-1, dtype=per_slot.dtype)
+
+    def least(self, per_slot):
+        return per_slot.min(-1)
+
+    def most(self, per_slot):
+        return per_slot.max(-1)
+
+    def heads(self, stores, slots):
+        return jax.lax.broadcasted_iota(jnp.int32, (stores, slots), 0)
+
+    def aligned(self, position):
+        return (position == position[:1]).all()
+
+    def given(self, slot, head):
+        return self
+
+    def merged(self, each):
+        return self  # which has no store for several
+
+    def logits(self, q, k):
+        tokens, kv_heads, group, head_dim = q.shape
+        rows = q.transpose(1, 2, 0, 3).reshape(kv_heads, group * tokens, head_dim)  # one matrix: faster on a CPU
+        return product("srd,scd->src", rows, k).reshape(kv_heads, group, tokens, -1).transpose(1, 2, 0, 3)
+
+    def weighted(self, weights, v):
+        group, tokens, stores, slots = weights.shape
+        rows = weights.transpose(2, 0, 1, 3).reshape(stores, group * tokens, slots)
+        return weighted("src,scd->srd", rows, v).reshape(stores, group, tokens, -1).transpose(2, 0, 1, 3)
+
+    def enlarged(self, slots):
+        return self
+
+    def opened(self, position):
+        return Opened(self, lambda x, absent=0, rows=False: x, lambda x: x)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["head"], meta_fields=["kv_heads"])
+@dataclass(frozen=True)
+class Paged(Layout):
+    """Every store, here a page, belongs to one head; a head may have any number of them."""
+
+    head: Any  # int32 [stores]; unchecked, since JAX builds such objects of whatever it has
+    kv_heads: int
+
+    @property
+    def owned(self) -> Bool[Array, "kv_heads stores"]:
+        """Whose each page is."""
+        return self.head == iota(self.kv_heads)[:, None]
+
+    def spread(self, per_head):
+        return per_head[..., self.head, None]
+
+    def total(self, per_slot):
+        per_page = per_slot.sum(-1, dtype=per_slot.dtype)
+        return jnp.where(self.owned, per_page[..., None, :], 0).sum(-1, dtype=per_slot.dtype)
+
+    def least(self, per_slot):
+        per_page = per_slot.min(-1)[..., None, :]
+        return jnp.where(self.owned, per_page, largest(per_page)).min(-1)
+
+    def most(self, per_slot):
+        per_page = per_slot.max(-1)[..., None, :]
+        return jnp.where(self.owned, per_page, smallest(per_page)).max(-1)
+
+    def heads(self, stores, slots):
+        return jnp.broadcast_to(self.head[:, None], (stores, slots))
+
+    def aligned(self, position):
+        return jnp.asarray(False)
+
+    def merged(self, each):
+        return Paged(self.head // each, self.kv_heads // each)
+
+    def logits(self, q, k):
+        tokens, kv_heads, group, head_dim = q.shape
+        rows = q.transpose(1, 2, 0, 3).reshape(kv_heads, group * tokens, head_dim)[self.head]
+        return product("prd,pcd->prc", rows, k).reshape(-1, group, tokens, k.shape[1]).transpose(1, 2, 0, 3)
+
+    def weighted(self, weights, v):
+        group, tokens, pages, slots = weights.shape
+        rows = weights.transpose(2, 0, 1, 3).reshape(pages, group * tokens, slots)
+        each = weighted("prc,pcd->prd", rows, v)
+        found = jnp.where(self.owned[..., None, None], each, 0).sum(1)  # no product: NaN stays in its head
+        return found.reshape(self.kv_heads, group, tokens, -1).transpose(2, 0, 1, 3)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["head"], meta_fields=["kv_heads"])
+@dataclass(frozen=True)
+class Shared(Layout):
+    """Any head of a store may use any of its slots. Each store serves equally many heads, which follow each other."""
+
+    head: Any  # int32 [stores, slots]
+    kv_heads: int
+
+    @property
+    def owned(self) -> Bool[Array, "each stores slots"]:
+        """Which slots belong to the first, the second, ... of the heads of their store."""
+        stores = self.head.shape[-2]
+        each = self.kv_heads // stores
+        return self.head - each * iota(stores)[:, None] == iota(each)[:, None, None]
+
+    def spread(self, per_head):
+        stores = self.head.shape[-2]
+        per_store = jnp.moveaxis(per_head.reshape(*per_head.shape[:-1], stores, -1), -1, -2)
+        return jnp.where(self.owned, per_store[..., None], 0).sum(-3, dtype=per_head.dtype)
+
+    def total(self, per_slot):
+        return self._by_head(jnp.where(self.owned, per_slot[..., None, :, :], 0).sum(-1, dtype=per_slot.dtype))
+
+    def least(self, per_slot):
+        return self._by_head(jnp.where(self.owned, per_slot[..., None, :, :], largest(per_slot)).min(-1))
+
+    def most(self, per_slot):
+        return self._by_head(jnp.where(self.owned, per_slot[..., None, :, :], smallest(per_slot)).max(-1))
+
+    def _by_head(self, each):  # [..., each, stores] -> [..., kv_heads]
+        return each.swapaxes(-1, -2).reshape(*each.shape[:-2], self.kv_heads)
+
+    def heads(self, stores, slots):
+        return self.head
+
+    def aligned(self, position):
+        return jnp.asarray(False)
+
+    def given(self, slot, head):
+        return Shared(self.head.at[iota(len(slot))[:, None], slot].set(head, mode="drop"), self.kv_heads)
+
+    def merged(self, each):
+        return Apart(self.kv_heads // each)
+
+    def logits(self, q, k):
+        """Every head of a store against all of its slots; each key is read once."""
+        tokens, kv_heads, group, head_dim = q.shape
+        stores, slots, _ = k.shape
+        rows = q.reshape(tokens, stores, -1, group, head_dim).transpose(1, 2, 3, 0, 4)
+        every = product("scd,srd->scr", k, rows.reshape(stores, -1, head_dim))  # keys first: faster on a CPU
+        every = every.reshape(stores, slots, kv_heads // stores, group, tokens).transpose(2, 3, 4, 0, 1)
+        return jnp.where(self.owned[:, None, None], every, 0).sum(0)
+
+    def weighted(self, weights, v):
+        group, tokens, stores, slots = weights.shape
+        own = jnp.where(self.owned[:, None, None], weights, 0)  # [each, group, tokens, stores, slots]
+        rows = own.transpose(3, 0, 1, 2, 4).reshape(stores, -1, slots)
+        found = weighted("src,scd->srd", rows, v).reshape(self.kv_heads, group, tokens, -1)
+        return found.transpose(2, 0, 1, 3)
+
+    def enlarged(self, slots):
+        size = self.head.shape[-1] + slots
+        return Shared(jnp.pad(self.head, ((0, 0), (0, max(slots, 0))))[:, :size], self.kv_heads)
+
+    def opened(self, position):
+        """The live keys gathered into pages that each belong to one head."""
+        pool, kv_heads = position.size, self.kv_heads
+        size = min(PAGE, max(pool // kv_heads // 8, 1))
+        pages = pool // size + kv_heads  # enough, however slots are shared out: one page a head is not full
+        position, head = position.reshape(-1), self.head.reshape(-1)
+        owned = (head == iota(kv_heads)[:, None]) & (position >= 0)
+        until = jnp.cumsum(-(-owned.sum(-1, dtype=jnp.int32) // size), dtype=jnp.int32)  # each head's pages end here
+        need = jnp.diff(until, prepend=0)
+        nth = jax.lax.associative_scan(jnp.add, owned.astype(jnp.int32), axis=1) - 1
+        place = jnp.where(owned, size * (until - need)[:, None] + nth, 0).sum(0, dtype=jnp.int32)
+        target = jnp.where(position >= 0, place, pages * size)
+        source = jnp.full(pages * size, pool, jnp.int32).at[target].set(iota(pool), mode="drop").reshape(pages, size)
+        whose = jnp.minimum((iota(pages)[:, None] >= until).sum(-1, dtype=jnp.int32), kv_heads - 1)
+
+        def take(x, absent=0, rows=False):
+            axis = x.ndim - (3 if rows else 2)
+            taken = jnp.take(
+                x.reshape(*x.shape[:axis], pool, *x.shape[axis + 2 :]), jnp.minimum(source, pool - 1), axis
+            )
+            there = (source < pool)[..., None] if rows else source < pool
+            return jnp.where(there, taken, jnp.asarray(absent, x.dtype))
+
+        def back(x):
+            return x.reshape(*x.shape[:-2], -1)[..., place].reshape(*x.shape[:-2], *self.head.shape)
+
+        return Opened(Paged(whose, kv_heads), take, back)
+
+
+def of_stores(stores: int, slots: int, kv_heads: int) -> Apart | Shared:
+    """The layout of an empty cache."""
+    if stores == kv_heads:
+        return Apart(kv_heads)
+    return Shared(jnp.zeros((stores, slots), jnp.int32), kv_heads)

@@ -1,0 +1,211 @@
+"""The slots of one layer as a policy sees them: whose they are, what they hold, and which of them score lowest.
+
+Selection takes a fixed number of passes over the slots, and does not sort: a few keys are found one by one, many by a
+threshold, whose bits are found two at a time.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial, reduce
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Num, Shaped
+
+from corm_jax.core.arrays import EMPTY, anywhere, iota, largest, narrow, ordered
+from corm_jax.core.layout import Apart
+
+FEW = 4
+"""Up to so many keys are found one by one."""
+
+PerHead: TypeAlias = Any
+"""A number, or one for each head: of Python, NumPy or JAX, and possibly traced.
+
+``[kv_heads]`` for one layer. A policy for a whole model may have ``[layers, kv_heads]``:
+`corm_jax.core.cache.per_layer`.
+"""
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["position", "seen", "prompt", "layout", "twin"],
+    meta_fields=["reading", "arrived"],
+)
+@dataclass(frozen=True)
+class Slots:
+    """The slots of one layer of one sequence, as a policy sees them.
+
+    A policy computes slot by slot on arrays that end in ``*slots``. Where it needs a head as a whole it goes through
+    `spread`, `total` and the methods below, so that it never has to know how heads share the storage.
+
+    Attributes:
+      position: int32 ``[*slots]``, where in the sequence the slot's key stands; `EMPTY` if there is none.
+      seen: int32 scalar, the clock: tokens read so far.
+      prompt: int32 scalar, the clock at which the prompt ends; `ENDLESS` if nobody said.
+      layout: whose slots they are.
+      twin: int32 ``[kv_heads, *slots]`` or None, see `corm_jax.core.types.LayerCache`.
+      reading: whether the prompt may still be read, or end just now. Static: a step after it computes no verdict on it.
+      arrived: so many keys of a head came at most since the policy last evicted all that it wanted to; None if that is
+        unknown. Static: a budget that held before takes so many passes at most. Who keeps what a policy inside would
+        evict says None.
+    """
+
+    position: Any  # unchecked, since JAX builds such objects of whatever it has
+    seen: Any
+    prompt: Any
+    layout: Any
+    twin: Any = None
+    reading: bool = True
+    arrived: int | None = None
+
+    @property
+    def live(self) -> Bool[Array, "*slots"]:
+        """Which slots hold a key."""
+        return self.position >= 0
+
+    @property
+    def head(self) -> Int[Array, "*slots"]:
+        """Whose key each slot holds."""
+        return self.layout.heads(*self.position.shape)
+
+    def newest(self, recent: PerHead) -> Bool[Array, "*slots"]:
+        """Which slots hold one of the newest ``recent`` keys (a number, or one for each head)."""
+        return self.position >= self.seen - self.spread(recent)
+
+    def spread(self, per_head: PerHead | Shaped[Array, "... kv_heads"]) -> Shaped[Array, "..."]:
+        """A number or truth value, or ``[..., kv_heads]`` of them, in a shape that broadcasts against ``[*slots]``."""
+        per_head = jnp.asarray(narrow(per_head))
+        if per_head.dtype == bool:
+            return self.spread(per_head.astype(jnp.int32)) > 0
+        return self.layout.spread(per_head) if per_head.ndim else per_head
+
+    def total(self, per_slot: Shaped[Array, "*leading_and_slots"]) -> Num[Array, "*leading kv_heads"]:
+        """The sum over each head's slots; of truth values their number, int32."""
+        return self.layout.total(per_slot.astype(jnp.int32) if per_slot.dtype == bool else per_slot)
+
+    def least(self, per_slot: Num[Array, "*leading_and_slots"]) -> Num[Array, "*leading kv_heads"]:
+        """The smallest of each head's slots."""
+        return self.layout.least(per_slot)
+
+    def only(self, some: Bool[Array, "*slots"]) -> "Slots":
+        """The same with those slots alone; the others count as empty."""
+        return replace(self, position=jnp.where(some, self.position, EMPTY))
+
+    def lowest(
+        self, score: Num[Array, "*slots"], count: PerHead, most: int | None = None, *further: Int[Array, "*slots"]
+    ) -> Bool[Array, "*slots"]:
+        """Which live slots are among the ``count`` of their head that score lowest, among equals the oldest first.
+
+        NaN is as low as -infinity. ``count`` may differ by head; ``most``, if given, is what none exceeds. Where two
+        keys of a head may have one score and one position, ``further`` numbers, from 0 up, say which comes first.
+        """
+        count = jnp.broadcast_to(jnp.asarray(count, jnp.int32), (self.layout.kv_heads,))
+        if most is not None and most <= FEW:
+            return self._one_by_one(count, most, ordered(score), self.position, *further)
+        rest, found = self.live, jnp.zeros_like(self.live)
+        for key, bits in ((ordered(score), 32), (self.position, 31), *((one, 31) for one in further)):
+            below, tied = self._below(key, rest, count, bits)
+            found, rest, count = found | below, tied, count - self.total(below)
+        return found | (rest & (self.spread(count) > 0))
+
+    def _one_by_one(self, count, most, *keys):
+        found = jnp.zeros_like(self.live)
+        for nth in range(most):
+            hit = self.live & ~found & (self.spread(count) > nth)
+            for key in keys:
+                hit &= key == self.spread(self.least(jnp.where(hit, key, largest(key))))
+            found |= hit
+        return found
+
+    def _below(self, key, among, count, bits):
+        """The slots whose key is below the ``count``-th smallest of their head ``among`` some, and those that have it.
+
+        None are below, and all have it, where there are fewer than so many.
+        """
+        key = jax.lax.bitcast_convert_type(key, jnp.uint32)
+        key = key ^ jnp.uint32(1 << 31) if bits == 32 else key
+
+        def two_bits(step, bound):
+            shift = jnp.uint32(30) - 2 * jnp.asarray(step, jnp.uint32)
+            candidates = bound + (jnp.arange(1, 4, dtype=jnp.uint32)[:, None] << shift)  # no carry: these bits are 0
+            smaller = self.total(among & (key < self.spread(candidates)))
+            return bound + ((smaller < count).sum(0, dtype=jnp.uint32) << shift)
+
+        bound = jnp.zeros(self.layout.kv_heads, jnp.uint32)
+        if self.arrived == 1 and not self.reading:  # a token decoded: a straight line
+            bound = reduce(lambda bound, step: two_bits(step, bound), range(16), bound)
+        else:
+            bound = jax.lax.fori_loop(0, 16, two_bits, bound)
+        bound = self.spread(bound)
+        some = self.spread((count > 0) & (self.total(among) >= count))
+        return among & (key < bound) & some, among & ((key == bound) | ~some)
+
+    def lowest_of_layer(self, score: Num[Array, "*slots"], count: PerHead) -> Int[Array, " kv_heads"]:
+        """How many of the ``count`` live slots of the layer that score lowest belong to each head.
+
+        Among equals the oldest key comes first, then that of the first head. NaN is as low as -infinity.
+        """
+        position, score, head = (x.reshape(1, -1) for x in (self.position, score, self.head))
+        layer = replace(self, position=position, layout=Apart(1))
+        return self.total(layer.lowest(score, count, None, head).reshape(self.position.shape))
+
+    def neighbours(
+        self, per_slot: Float[Array, "*slots"], radius: int, absent: float
+    ) -> Float[Array, "neighbours *slots"]:
+        """What a head's live keys hold that stand at most ``radius`` positions away, each slot's own key included.
+
+        In no particular order, and filled up with ``absent`` to 2 ``radius`` + 1 of them.
+        """
+        position = jnp.where(self.live, self.position, largest(self.position))
+        order = self._order(self.head, position)
+        head, position, per_slot = (x.reshape(-1)[order] for x in (self.head, position, per_slot))
+        index, found = iota(order.size), []
+        for shift in range(-radius, radius + 1):
+            other = jnp.clip(index + shift, 0, index.size - 1)
+            near = (head[other] == head) & (jnp.abs(position[other] - position) <= radius)
+            near &= (other == index + shift) & (position < largest(position))
+            found.append(jnp.where(near, per_slot[other], absent))
+        return self._restored(jnp.stack(found), order)
+
+    def place(self) -> Int[Array, "*slots"]:
+        """How many live keys of its head stand before each live key: its position within the cache."""
+        order = self._order(self.head, ~self.live, self.position)
+        slots = self.total(jnp.ones_like(self.position))
+        return self._restored(iota(order.size), order) - self.spread(jnp.cumsum(slots, dtype=jnp.int32) - slots)
+
+    def mean_over_heads(self, per_slot: Num[Array, "*slots"]) -> Num[Array, "*slots"]:
+        """The mean, over the heads of the layer, of what each says of the token whose key a slot holds.
+
+        It goes by position: heads may hold different tokens, in whatever slots. 0 stands for a head that does not hold
+        the token, and for what is not a number (NaN), so that no head spoils the mean of the others. It is for
+        decisions: no gradient goes through it.
+        """
+        if not jnp.issubdtype(per_slot.dtype, jnp.floating):
+            per_slot = per_slot.astype(jnp.float32)
+        per_slot = jax.lax.stop_gradient(jnp.where(jnp.isnan(per_slot), 0, per_slot))
+        if self.twin is not None:
+            position = self.position.reshape(-1).at[self.twin].get(mode="fill", fill_value=EMPTY)
+            said = per_slot.reshape(-1).at[self.twin].get(mode="fill", fill_value=0)
+            return jnp.where(position == self.position, said, 0).mean(0)
+
+        def by_position():
+            order = self._order(~self.live, self.position, self.head)  # the heads of a token side by side
+            position, here = (x.reshape(-1)[order] for x in (self.position, per_slot))
+            first = jnp.searchsorted(jnp.where(position >= 0, position, largest(position)), position)
+            same = [jnp.minimum(first + head, order.size - 1) for head in range(self.layout.kv_heads)]
+            parts = [jnp.where(position[index] == position, here[index], 0) for index in same]
+            return self._restored(jnp.stack(parts).mean(0), order)
+
+        def by_slot():  # as a rule all heads hold the same tokens in the same slots
+            return jnp.broadcast_to(per_slot.mean(0, keepdims=True), per_slot.shape)
+
+        return jax.lax.cond(anywhere(~self.layout.aligned(self.position)), by_position, by_slot)
+
+    def _order(self, *keys: Array) -> Int[Array, " all_slots"]:
+        index = iota(self.position.size)
+        return jax.lax.sort((*(key.reshape(-1) for key in keys), index), num_keys=len(keys))[-1]
+
+    def _restored(self, ordered_: Shaped[Array, "*leading all_slots"], order: Int[Array, " all_slots"]) -> Array:
+        """What stands in this order, slot by slot again."""
+        found = jnp.zeros_like(ordered_).at[..., order].set(ordered_)
+        return found.reshape(*ordered_.shape[:-1], *self.position.shape)

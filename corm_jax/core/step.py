@@ -1,0 +1,261 @@
+"""Tokens through one layer of one sequence: insert, attend, observe, evict.
+
+One token a step is a straight line: a slot is chosen, and attention runs over the slots as they are. Several tokens are
+stored in free slots first, too. The exact recurrence needs no slots for keys that it evicts within a block: where slots
+may be lacking, the block gets some of its own, and what stays moves to others at its end.
+
+A layer's keys depend on the layers below, never on what this layer has evicted. So a model can project a whole block of
+tokens at once and leave only attention and eviction to the loop over chunks here.
+"""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any, SupportsIndex
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from corm_jax.core import attention
+from corm_jax.core import cache as cache_lib
+from corm_jax.core.arguments import check_step
+from corm_jax.core.arrays import EMPTY, ENDLESS, broadcasts, iota, narrow
+from corm_jax.core.exact import FOREVER, Block, Room, alive, settle
+from corm_jax.core.options import concrete, integer
+from corm_jax.core.positions import rotate
+from corm_jax.core.slots import Slots
+from corm_jax.core.types import LayerCache, Policy, observed, traits
+from corm_jax.errors import CormError
+
+
+@broadcasts
+def step(
+    policy: Policy,
+    cache: LayerCache,
+    q: Float[Array, "tokens kv_heads group head_dim"],
+    k: Float[Array, "tokens kv_heads head_dim"],
+    v: Float[Array, "tokens kv_heads head_dim"],
+    count: Int[Array, ""] | SupportsIndex,
+    frequencies: Float[Array | np.ndarray, " pairs"] | None = None,
+) -> tuple[Float[Array, "tokens kv_heads group head_dim"], LayerCache]:
+    """One chunk through one layer of one sequence: insert, attend, observe, evict.
+
+    Numbers that are not finite stay in their row of a batch and in their head. A query that sees a key or a value that
+    is not finite gets NaN (see `attend`, `corm_jax.core.cache.stored`); queries before it do not, nor do those after
+    the key's eviction. To other heads it matters only where heads share: the slots of a store that overflows, Ada-KV's
+    budget, and TOVA's mean, in which it counts as 0.
+
+    The outputs are differentiable with respect to ``q``, ``k``, ``v`` and what the cache holds; which keys are evicted
+    is not, and counts as given.
+
+    Args:
+      policy, cache: the rule, and what it has kept so far, as `corm_jax.make_cache` returns it. If the policy waits for
+        the end of the prompt, `corm_jax.begin_prompt` has to say how many tokens that has.
+      q, k, v: the chunk's queries, keys and values, rotated at positions ``cache.seen + (0, 1, ...)``. Each query sees
+        the live keys and, causally, the chunk.
+      count: how many of them are real, from 0 to all; the rest pads a ragged batch, and changes nothing. So do tokens
+        beyond the end of the clock, 2^31 - 1. A traced count that is not in that range counts as its nearest end.
+      frequencies: for a policy that counts ``positions`` within the cache: radians a token for each pair of a head.
+        Queries and keys then come unrotated.
+
+    Returns:
+      The outputs, in the dtype of ``q``, and the cache.
+
+    Raises:
+      CormError: for arguments whose shapes do not fit together, a cache of another policy, more tokens than the cache
+        has slots, and without ``frequencies`` or an end of the prompt that the policy needs.
+
+    >>> from corm_jax import CacheSpec, Corm, make_cache
+    >>> policy = Corm(window=4, recent=2)
+    >>> cache = make_cache(policy, CacheSpec(kv_heads=1, capacity=4, head_dim=8))
+    >>> q, k = jnp.ones((3, 1, 2, 8)), jnp.ones((3, 1, 8))
+    >>> output, cache = step(policy, cache, q, k, k, count=3)
+    >>> cache.position.tolist(), cache.state.tolist()      # all equal, so all important at t = 3
+    ([[0, 1, 2, -1]], [[3, 3, 3, -2147483648]])
+    """
+    policy, cache, count = _checked(policy, cache, q, k, v, count, frequencies)
+    return (_one if len(q) == 1 else _several)(policy, cache, q, k, v, count, frequencies)
+
+
+@broadcasts
+def read(
+    policy: Policy,
+    cache: LayerCache,
+    q: Float[Array, "tokens kv_heads group head_dim"],
+    k: Float[Array, "tokens kv_heads head_dim"],
+    v: Float[Array, "tokens kv_heads head_dim"],
+    count: Int[Array, ""] | SupportsIndex,
+    frequencies: Float[Array | np.ndarray, " pairs"] | None = None,
+    *,
+    chunk: SupportsIndex,
+) -> tuple[
+    Float[Array, "tokens kv_heads group head_dim"],
+    LayerCache,
+    Int[Array, "chunks kv_heads"],
+    Int[Array, " blocks"],
+]:
+    """A block of tokens through one layer, as `step` after `step` of ``chunk`` tokens would read it.
+
+    Single tokens, the exact recurrence, are read many at once, see `corm_jax.core.exact`.
+
+    Arguments as for `step`; ``chunk`` divides the number of tokens. Returns the outputs, the cache, the number of live
+    keys after each chunk, and how often each block of the exact recurrence attended, or each chunk: once.
+    """
+    tokens, chunk = q.shape[0], integer("chunk", chunk)
+    if tokens % chunk:
+        raise CormError(f"chunk {chunk} does not divide a block of {tokens} tokens: pad the block, and say so in count")
+    policy, cache, count = _checked(policy, cache, q, k, v, count, frequencies)
+    exact = chunk == 1 and tokens > 1 and not counts_in_cache(policy)
+    size = min((cache.made and cache.made.block) or traits(policy).block, tokens) if exact else chunk
+    blocks = -(-tokens // size)
+
+    def body(cache, xs):
+        q, k, v, start = xs
+        here = jnp.clip(count - start, 0, size)
+        if exact:
+            output, cache, live, passes = _exactly(policy, cache, q, k, v, here)
+        else:
+            output, cache = (_one if size == 1 else _several)(policy, cache, q, k, v, here, frequencies)
+            live, passes = cache_lib.live_keys(cache)[None], jnp.int32(1)
+        return cache, (output, live, passes)
+
+    def cut(x):
+        padded = jnp.pad(x, ((0, blocks * size - tokens), *((0, 0),) * (x.ndim - 1)))
+        return padded.reshape(blocks, size, *x.shape[1:])
+
+    xs = *(cut(x) for x in (q, k, v)), size * iota(blocks)
+    cache, (outputs, live, passes) = jax.lax.scan(body, cache, xs, unroll=blocks == 1)
+    live = live.reshape(-1, live.shape[-1])[: tokens // chunk]
+    return outputs.reshape(-1, *q.shape[1:])[:tokens], cache, live, passes
+
+
+def _checked(policy, cache, q, k, v, count, frequencies):
+    policy, count = narrow(policy), check_step(policy, cache, q, k, v, count, frequencies)
+    if counts_in_cache(policy) and frequencies is None:
+        raise CormError("the policy counts positions within the cache: give frequencies, and q and k unrotated")
+    cache = cache._replace(state=jax.lax.stop_gradient(cache.state))  # decisions have no gradient
+    return policy, cache, jnp.minimum(count, ENDLESS - cache.seen)
+
+
+def _one(policy, cache, q, k, v, count, frequencies):
+    """One token: a straight line, without loops, sorts, or copies of what is held."""
+    real, position = count > 0, cache.seen[None]
+    k, v = cache_lib.stored(k, v, cache.k.dtype)
+    cache = cache_lib.insert(policy, cache, k[:, 0], v[:, 0], real)
+    slots, keys = replace(cache_lib.slots(cache), arrived=1), cache.k
+    if counts_in_cache(policy):
+        q, keys = _rotated_in_cache(q, keys, slots, position, frequencies)
+    visible = (slots.live & real)[None]
+    weights, total = attention.softmax(cache.layout, attention.logits(cache.layout, q, keys), visible)
+    output = attention.output(cache.layout, weights, total, cache.v).astype(q.dtype)
+    weights, total, keys = jax.lax.stop_gradient((weights, total, keys))
+    seen = observed(cache.layout, weights, total, visible, (position + 1)[:, None, None], keys)
+    state = policy.observe(cache.state, seen, slots)
+    keep = policy.retain(state, slots) | ~real
+    return output, cache._replace(state=state, position=jnp.where(keep, cache.position, EMPTY))
+
+
+class _Open:
+    """What a cache holds, newcomers included, as many queries attend to it, and the way back."""
+
+    def __init__(self, cache: LayerCache, since: Array, tokens: int, count: Array):
+        self.cache, self.since, self.tokens = cache, since, tokens
+        opened = cache.layout.opened(cache.position)
+        take, self.back = opened.take, opened.back
+        self.k, self.v, self.state = take(cache.k, rows=True), take(cache.v, rows=True), jax.tree.map(take, cache.state)
+        view = replace(cache_lib.slots(cache), layout=opened.layout, twin=None, arrived=tokens)
+        self.slots = replace(view, position=take(cache.position, EMPTY))
+        self.clock = (since + 1 + iota(tokens))[:, None, None]
+        real = (iota(tokens) < count)[:, None, None]
+        self.visible = self.slots.live & (self.slots.position < self.clock) & real
+
+    def closed(self, keep: Array, state: Any, extra: int = 0) -> LayerCache:
+        """The cache with the keys that are to be kept, without ``extra`` slots at the end of its stores."""
+        position = jnp.where(self.back(keep), self.cache.position, EMPTY)
+        cache = self.cache._replace(position=position, state=jax.tree.map(self.back, state))
+        cache = cache_lib.shrunk(cache, extra) if extra else cache
+        return cache_lib.twinned(cache, self.since, self.tokens)
+
+
+def _several(policy, cache, q, k, v, count, frequencies):
+    """A chunk: room is made before, and keys are evicted after it."""
+    since, tokens = cache.seen, len(q)
+    cache = cache_lib.make_room(policy, cache, count, tokens)
+    cache = cache_lib.insert_chunk(policy, cache, *cache_lib.stored(k, v, cache.k.dtype), count)
+    held = _Open(cache, since, tokens, count)
+    layout, keys = held.slots.layout, held.k
+    if counts_in_cache(policy):
+        q, keys = _rotated_in_cache(q, keys, held.slots, held.clock[:, 0, 0] - 1, frequencies)
+    if watched(policy):
+        weights, total = attention.softmax(layout, attention.logits(layout, q, keys), held.visible)
+        output = attention.output(layout, weights, total, held.v)
+    else:
+        output = attention.attended(layout, q, keys, held.v, held.visible)
+        weights = jnp.zeros((q.shape[2], *held.visible.shape), jnp.float32)
+        total = jnp.ones((q.shape[2], tokens, layout.kv_heads), jnp.float32)
+    weights, total, keys = jax.lax.stop_gradient((weights, total, keys))
+    seen = observed(layout, weights, total, held.visible, held.clock, keys)
+    state = policy.observe(held.state, seen, held.slots)
+    keep = policy.retain(state, held.slots) | (count == 0)
+    return output.astype(q.dtype), held.closed(keep, state)
+
+
+def _exactly(policy, cache, q, k, v, count):
+    """A block, as if read token by token. Where slots may be lacking, it gets some of its own as long as it lasts."""
+    made, spec, since, tokens = cache.made, cache_lib.spec(cache), cache.seen, len(q)
+    stores, size = cache.position.shape
+    room = None if made and made.roomy else Room(size, spec.kv_heads // stores)
+    extra = 0 if room is None else tokens * room.heads
+    cache = cache_lib.enlarged(cache, extra) if extra else cache
+    cache = cache_lib.insert_chunk(policy, cache, *cache_lib.stored(k, v, cache.k.dtype), count)
+    held = _Open(cache, since, tokens, count)
+    layout = held.slots.layout
+    every = attention.logits(layout, q, held.k) if watched(policy) else None
+    block = Block(
+        held.slots,
+        held.clock,
+        held.visible,
+        None if every is None else partial(attention.softmax, layout, jax.lax.stop_gradient(every)),
+        jax.lax.stop_gradient(every),
+        jax.lax.stop_gradient(held.k),
+    )
+    known = traits(policy).moments
+    moments = bool(np.min(known) >= tokens) if concrete(known) else made and made.moments
+    found = settle(policy, held.state, cache_lib.fresh(policy, spec), block, room, moments)
+    seen = held.visible & (held.clock <= found.until)
+    if every is None:
+        output = attention.attended(layout, q, held.k, held.v, seen)
+    else:
+        again = attention.derived_from(_anew, _as_found)
+        output = again(layout, every, held.v, seen, found.weights, found.total)
+    live = alive(block, found.until, found.lost)
+    cache = held.closed(held.slots.live & (found.until == FOREVER), found.state, extra)
+    overflow = cache.overflow + held.slots.total(found.lost)
+    return output.astype(q.dtype), cache._replace(overflow=overflow), live, found.passes
+
+
+def _anew(layout, every, v, seen, weights, total):
+    return attention.output(layout, *attention.softmax(layout, every, seen), v)
+
+
+def _as_found(layout, every, v, seen, weights, total):
+    return attention.output(layout, weights, total, v)
+
+
+def watched(policy: Any) -> bool:
+    """Whether it looks at the attention."""
+    return "attention" in traits(policy).needs
+
+
+def counts_in_cache(policy: Any) -> bool:
+    """Whether keys are rotated by their place within the cache, see `Policy`."""
+    return traits(policy).positions == "cache"
+
+
+def _rotated_in_cache(q, keys, slots: Slots, position, frequencies):
+    """Queries and keys at the angles of their places among the live keys of their head."""
+    before = slots.live & (slots.position < position[:, None, None])
+    q = jax.vmap(rotate, in_axes=(1, 1, None), out_axes=1)(q, slots.total(before), frequencies)
+    flat = rotate(keys.reshape(-1, keys.shape[-1]), slots.place().reshape(-1), frequencies)
+    return q, flat.reshape(keys.shape)

@@ -1,0 +1,1 @@
+"""The decoder, and what a checkpoint needs to be one: weights, tokenizer, chat template."""

@@ -1,0 +1,1 @@
+"""Runs of a model over texts: how well it predicts, what it attends to, what fits a budget."""
