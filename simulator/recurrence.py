@@ -19,7 +19,7 @@ from corm_jax.core.slots import Slots
 from corm_jax.core.types import CacheSpec, observed, traits
 from simulator.trace import QKV, Rows
 
-SEGMENTS = 8
+SEGMENTS = 4
 """A trace is read in so many parts, each over the keys up to its own end, which skips most of the causal half."""
 
 
