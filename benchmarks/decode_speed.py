@@ -32,6 +32,7 @@ import numpy as np
 from flax import nnx
 
 import corm_jax as cj
+from corm_jax.core.layout import Shared
 from corm_jax.files import write_json
 from corm_jax.model.generation import STRETCH
 from corm_jax.runs.plan import Plan
@@ -51,8 +52,14 @@ class Contender:
     policy: Any
     slots: tuple[int, ...]
 
+    @property
+    def stores(self) -> int | None:
+        """Sets of slots a layer."""
+        return 1 if self.layout == "pooled" else None
+
     def make_caches(self, model):
-        return model.make_caches(self.policy, batch=self.batch, capacity=self.slots, pooled=self.layout == "pooled")
+        made = model.make_caches(self.policy, batch=self.batch, capacity=self.slots, stores=self.stores)
+        return tuple(cj.end_prompt(cj.begin_prompt(one, 1)) for one in made)
 
     def arguments(self, model, caches):
         logits, done = jnp.zeros((self.batch, model.config.vocab)), jnp.zeros(self.batch, bool)
@@ -66,20 +73,21 @@ class Contender:
     def filled(self, model, room: int):
         """Caches that hold all the keys they can, but for room to decode, in no particular order."""
         rng, kv_heads = np.random.default_rng(0), model.config.kv_heads
-        pooled, caches = self.layout == "pooled", []
+        caches = []
         for layer, (slots, cache) in enumerate(zip(self.slots, self.make_caches(model), strict=True)):
             keys, full = np.full((kv_heads, slots), -1, np.int32), slots - room
             keys[:, :full] = np.arange(self.context - full, self.context)
             heads, order = np.repeat(np.arange(kv_heads, dtype=np.int32), slots), rng.permutation(keys.size)
             k, v = (jax.random.normal(jax.random.key(2 * layer + n), cache.k.shape, cache.k.dtype) for n in (0, 1))
-            position = jnp.asarray(keys.reshape(-1)[order] if pooled else keys)
+            position = jnp.asarray(keys.reshape(-1)[order][None] if self.stores else keys)
+            whose = jnp.tile(jnp.asarray(heads[order])[None], (self.batch, 1, 1))
             cache = cache._replace(
                 k=k,
                 v=v,
                 position=jnp.tile(position, (self.batch, *(1,) * position.ndim)),
                 state=jax.tree.map(lambda leaf: jnp.full_like(leaf, self.context), cache.state),  # all just asked for
                 seen=jnp.full(self.batch, self.context, jnp.int32),
-                head=jnp.tile(jnp.asarray(heads[order]), (self.batch, 1)) if pooled else None,
+                layout=cache.layout if self.stores is None else Shared(whose, kv_heads),
             )
             caches.append(cache)
         return tuple(caches)

@@ -43,7 +43,7 @@ def main() -> None:
             policy,
             ids,
             capacity=capacity,
-            pooled=True,
+            stores=1,
             chunk=plan.chunk,
             progress=lambda done: progress.update(task, completed=done),
         )
