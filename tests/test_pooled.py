@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from corm_jax import CacheSpec, Corm, Full, decode, generate, make_cache, parse, step, usage
 from corm_jax.core.layout import Apart, Shared
 from corm_jax.core.slots import Slots
-from simulator.strategies import KV_HEADS
 from simulator.subject import Implementation, by_head
 from simulator.testing import parametrize_checks
 from tests.heads import slots_of
@@ -28,7 +27,7 @@ SLOTS = [
     "tova:budget=5",
     "adaptive_corm:window=3,recent=2,multiple=1,patience=3,trial=5",
 ]
-ALONE = [
+FURTHER = [
     "corm:window=4,recent=2,group=mean,threshold=live,sinks=1",
     "h2o:recent=2,budget=5",
     "adaptive_corm:window=2,recent=1,multiple=2,patience=2,trial=4,sinks=1",
@@ -41,8 +40,8 @@ def test_conformance(check):
     check()
 
 
-@parametrize_checks(*map(parse, ALONE), implementation=Implementation(stores=KV_HEADS), examples=4)
-def test_conformance_with_a_store_for_each_head(check):
+@parametrize_checks(*map(parse, FURTHER), implementation=Implementation(stores=1), examples=3)
+def test_conformance_of_further_policies(check):
     check()
 
 
