@@ -146,6 +146,7 @@ def _by_moments(policy, state, block) -> tuple[Settled, Bool[Array, ""]]:
     when = jnp.where(slots.live, jnp.maximum(policy.moment(state, slots), t[0]), FOREVER)
     due = slots.live & (when <= slots.seen)
     lost, passes = jnp.zeros_like(due), jnp.int32(1)
+    judges = visible.any((1, 2))[:, None, None]  # not what pads the block, whose clock may be past the end
     if block.softmax is None:
         return Settled(jnp.where(due, when, FOREVER), lost, state, None, None, passes), jnp.asarray(True)
     if block.logits is None:
@@ -169,7 +170,7 @@ def _by_moments(policy, state, block) -> tuple[Settled, Bool[Array, ""]]:
         evicted, total, _, passes = carry
         seen = seen_under(evicted)
         found = policy.important(block.observation(softmax(seen)[0], total, seen), slots)
-        now = due & ~(found & (t <= when)).any(0)
+        now = due & ~(found & judges & (t <= when)).any(0)
         changed = anywhere((now != evicted).any())
         total = jax.lax.cond(changed, lambda: softmax(seen_under(now))[1], lambda: total)
         return now, total, changed, passes + 1
