@@ -25,7 +25,6 @@ from corm_jax import (
     attend,
     begin_prompt,
     generate,
-    kernel,
     make_cache,
     parse,
     protect,
@@ -167,11 +166,6 @@ def test_no_number_of_a_model_has_64_bits():
         program = jax.make_jaxpr(partial(decode, steps=3))(model, policy, caches, *arguments, *numbers)
         drawn = [one for one in wide(program.jaxpr) if not one.startswith(("argmax: int64", "jit: int64"))]
         assert not drawn  # but for the token that jax.random.categorical draws
-        arguments = jnp.zeros((2, 16), jnp.float32), jnp.zeros((2, 2, 2, 40), bool)
-        rows = (np.zeros(shape, np.float32) for shape in ((3, 2, 1, 16), (40, 16), (40, 16)))
-        masks = np.zeros((1, 40), bool), np.zeros((3, 40), bool)
-        attended = partial(kernel.attend_pool, scale=0.25, interpret=True)
-        assert not wide(jax.make_jaxpr(attended)(*rows, *masks).jaxpr)
 
 
 def products(function, *arguments):
