@@ -31,7 +31,7 @@ SPECS = (
     "streaming_llm",
     "streaming_llm:positions=cache",
     "h2o",
-    "h2o:score=mean",
+    "h2o:attention=mean",
     "scissorhands",
     "tova",
     "l2norm",

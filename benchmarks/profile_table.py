@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.progress import track
 
 import corm_jax as cj
-from corm_jax.core.types import Policy
+from corm_jax.core.policy import Policy
 from corm_jax.errors import CormError
 from corm_jax.evaluation.agreement import blocks, compare
 from corm_jax.evaluation.intervals import bootstrap
@@ -179,7 +179,7 @@ def draw(rows: dict[str, Reading], arguments: argparse.Namespace) -> None:
     families: dict[str, list[Reading]] = {}
     for spec, row in rows.items():
         name, _, options = spec.partition(":")
-        name += ":profile" if "profile=" in options else ":score=mean" if "score=mean" in options else ""
+        name += ":profile" if "profile=" in options else ":attention=mean" if "attention=mean" in options else ""
         families.setdefault(name, []).append(row)
     full = families.pop("full")[0]
     figure, panels = pyplot.subplots(1, 3, figsize=(15, 4.5), layout="constrained")

@@ -124,7 +124,7 @@ def main() -> None:
         nothing, _ = asker.ask([cj.Full()] * len(lengths), asker.bare)
         rows.append(asker.row("-", "nothing", nothing, np.zeros(1)))
         for budget in arguments.budget:
-            for each in (*SPECS, "h2o:score=mean,oneshot=true"):
+            for each in (*SPECS, "h2o:attention=mean,oneshot=true"):
                 spec, policies = asker.at(budget, each)
                 rows.append(asker.row(budget, spec, *asker.ask(policies)))
         if arguments.json:

@@ -6,9 +6,11 @@
 
 from corm_jax.core.attention import attend
 from corm_jax.core.cache import begin_prompt, end_prompt, make_cache, usage
+from corm_jax.core.observation import Observation
+from corm_jax.core.policy import Policy, Traits
 from corm_jax.core.slots import Slots
 from corm_jax.core.step import step
-from corm_jax.core.types import Caches, CacheSpec, LayerCache, Observation, Policy, Usage
+from corm_jax.core.types import Caches, CacheSpec, LayerCache, OfHead, Usage
 from corm_jax.errors import CacheOverflowError, CheckpointError, CheckpointWarning, CormError
 from corm_jax.model.checkpoint import load
 from corm_jax.model.generation import Generation, decode, generate, prefill, stream
@@ -60,6 +62,7 @@ __all__ = [
     "LayerCache",
     "Llama",
     "Observation",
+    "OfHead",
     "Oneshot",
     "Policy",
     "Protect",
@@ -69,6 +72,7 @@ __all__ = [
     "Slots",
     "SnapKV",
     "StreamingLLM",
+    "Traits",
     "Usage",
     "attend",
     "begin_prompt",

@@ -20,7 +20,7 @@ from corm_jax.core import cache as cache_lib
 from corm_jax.core.arrays import EMPTY, ENDLESS
 from corm_jax.core.layout import Apart
 from corm_jax.core.slots import Slots
-from corm_jax.core.types import CacheSpec, LayerCache, traits
+from corm_jax.core.types import CacheSpec, LayerCache
 from corm_jax.core.wrapper import Wrapper
 from corm_jax.policies import policy
 from simulator import invariants
@@ -80,7 +80,7 @@ def shapes(subject: Subject, data: st.DataObject) -> None:
 
 @_check_enough(1)
 def evicts_something(subject: Subject, data: st.DataObject) -> None:
-    """In some history something is evicted: by `retain` if that can evict at all, and if not, by `rank`."""
+    """In some history something is evicted: by `retain` if that can evict at all, and if not, by `score`."""
     if reason := untried(subject):
         raise InvariantError("evicts_something", reason)
 
@@ -125,7 +125,7 @@ def can_evict(policy: Any, capacity: int = 4096) -> bool:
 
 @_check_enough(10)
 def ranks(subject: Subject, data: st.DataObject) -> None:
-    """What `rank` says of a live key is a number: NaN has no place in an order."""
+    """What `score` says of a live key is a number: NaN has no place in an order."""
     case = subject.draw(data)
     for capacity in (None, subject.few):
         cache = subject.read(case, capacity).cache
@@ -134,14 +134,14 @@ def ranks(subject: Subject, data: st.DataObject) -> None:
         )
         for head, slot in np.argwhere(bad >= 0):
             where = {"layer": 0, "head": int(head), "clock": case.tokens, "key": int(bad[head, slot])}
-            raise InvariantError("ranks", "is ranked NaN: `rank` must give a number for every live key", **where)
+            raise InvariantError("ranks", "is ranked NaN: `score` must give a number for every live key", **where)
 
 
 @jax.jit
 def _unranked(policy, cache):
     """Which live slots are ranked NaN, now or when the next token comes."""
     view = cache_lib.slots(cache)
-    rank = [policy.rank(cache.state, dataclasses.replace(view, seen=view.seen + more)) for more in (0, 1)]
+    rank = [policy.score(cache.state, dataclasses.replace(view, seen=view.seen + more)) for more in (0, 1)]
     return view.live & (jnp.isnan(rank[0]) | jnp.isnan(rank[1]))
 
 
@@ -170,7 +170,7 @@ def histories(subject: Subject, data: st.DataObject) -> None:
     What the policy says of itself (`corm_jax.core.types.Traits`) is checked as well: the newest ``recent`` keys stay,
     and at ``most`` so many.
     """
-    case, says = subject.draw(data), traits(subject.policy)
+    case, says = subject.draw(data), subject.policy.traits
     for capacity in (None, subject.few):
         kept = subject.read(case, capacity).kept
         invariants.no_key_before_its_time(kept, case.clock)
@@ -390,7 +390,7 @@ class Blind(Wrapper):
 
     def observe(self, state, observation, slots):
         unknown = {"attention": ("weights", "total"), "keys": ("keys",)}
-        hidden = [name for need, names in unknown.items() if need not in self.needs for name in names]
+        hidden = [name for need, names in unknown.items() if need not in self.traits.needs for name in names]
         blank = {name: jnp.full_like(getattr(observation, name), jnp.nan) for name in hidden}
         return self.policy.observe(state, observation._replace(**blank), slots)
 
@@ -401,7 +401,9 @@ def needs(subject: Subject, data: st.DataObject) -> None:
     case = subject.draw(data)
     blind = subject._replace(policy=Blind(policy=subject.policy))
     one, other = (each.read(case, subject.few) for each in (subject, blind))
-    invariants.same_decisions("needs", other.kept, one.kept, f"seeing more than {blind.policy.needs}", case.clock)
+    invariants.same_decisions(
+        "needs", other.kept, one.kept, f"seeing more than {blind.policy.traits.needs}", case.clock
+    )
 
 
 @_check

@@ -20,7 +20,7 @@ from corm_jax.command.plots import check_matplotlib
 from corm_jax.command.stopping import Stopped
 from corm_jax.command.tables import Column, print_table, show
 from corm_jax.core.cache import slots_for
-from corm_jax.core.types import Policy
+from corm_jax.core.policy import Policy
 from corm_jax.errors import CormError
 from corm_jax.files import check_new, deliver, finish, write_json
 from corm_jax.policies import parse

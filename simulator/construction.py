@@ -11,7 +11,6 @@ simulator.invariants.InvariantError: construction: Corm is a class: give an obje
 
 import copy
 import dataclasses
-import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
@@ -22,22 +21,22 @@ import numpy as np
 from corm_jax.core import cache as cache_lib
 from corm_jax.core.arrays import iota
 from corm_jax.core.attention import attend
-from corm_jax.core.types import EVERYTHING, CacheSpec
+from corm_jax.core.policy import EVERYTHING, Policy, Traits
+from corm_jax.core.types import CacheSpec, OfHead, by_slot
 from corm_jax.policies import Full
 from simulator.invariants import InvariantError
 from simulator.strategies import CHUNK, GROUP, KV_HEADS, TOKENS
 
 MEMBERS = {
-    "protected": "a property, how many keys of a head `rank` never gives up (0 for none)",
-    "init": "init(self, spec), the state of empty slots: jax.numpy arrays that end in the axes spec.slots",
+    "init": "init(self, spec), the state of empty slots: arrays that end in the axes spec.slots, or OfHead(by head)",
     "observe": "observe(self, state, observation, slots), the next state, of the same shapes and dtypes",
     "retain": "retain(self, state, slots), a bool for each slot: whether its key stays",
-    "rank": "rank(self, state, slots), a number for each slot: the key with the lowest is evicted first",
+    "score": "score(self, state, slots), a number for each slot: the key with the lowest is evicted first",
 }
 """What every policy has."""
 
 POLICY = (
-    "a policy, such as corm_jax.Corm(window=4, recent=2) or an object of your own class, see corm_jax.core.types.Policy"
+    "a policy, such as corm_jax.Corm(window=4, recent=2) or an object of a class that inherits from corm_jax.Policy"
 )
 
 SCENES = (
@@ -56,7 +55,7 @@ _sound: set[Any] = set()
 
 
 def check_construction(policy: Any) -> None:
-    """Checks that a policy, and each that it wraps, is built as `corm_jax.core.types.Policy` says.
+    """Checks that a policy, and each that it wraps, is built as `corm_jax.core.policy.Policy` says.
 
     Raises:
       InvariantError: named ``construction``, for the first thing that is wrong.
@@ -86,11 +85,11 @@ def _refuse(name: str, what: str) -> NoReturn:
 
 
 def _check_members(name: str, policy: Any) -> None:
-    # Without calling them: a property that fails is there all the same.
-    if missing := [member for member in MEMBERS if inspect.getattr_static(policy, member, None) is None]:
-        named, expected = ", ".join(f"`{member}`" for member in missing), [MEMBERS[member] for member in missing]
-        _refuse(name, f"has no {named}: expected {'; '.join(expected if len(missing) < 4 else [POLICY])}")
-    for member in [*MEMBERS][1:]:
+    if not isinstance(policy, Policy):
+        _refuse(name, f"is no policy: expected {POLICY}")
+    if type(policy).score is Policy.score:
+        _refuse(name, f"has no `score`: expected {MEMBERS['score']}")
+    for member in MEMBERS:
         if not callable(_get(name, policy, member)):
             _refuse(name, f"has a `{member}` that is no function: expected {MEMBERS[member]}")
 
@@ -142,43 +141,43 @@ def _check_pytree(name: str, policy: Any) -> Any:
 
 def _check_traits(name: str, policy: Any) -> None:
     """Checks what it says of itself, apart from its functions."""
-    if inspect.isroutine(_get(name, policy, "protected")):
-        _refuse(name, "has a `protected` that is a method: make it a @property")
+    says = _get(name, policy, "traits")
+    if not isinstance(says, Traits):
+        _refuse(name, f"has `traits` of {says!r}: expected a @property that gives corm_jax.Traits(...)")
     for trait, least, meaning in (
-        ("protected", 0, "how many keys of a head `rank` never gives up"),
+        ("protected", 0, "how many keys of a head `score` never gives up"),
         ("recent", 0, "a promise that the newest so many keys stay"),
         ("most", 1, "how many keys of a head stay at most"),
     ):
-        value: Any = _get(name, policy, trait)
-        if value is None and trait != "protected":
+        value: Any = getattr(says, trait)
+        if value is None and trait == "most":
             continue
         numbers = np.asarray(value if isinstance(value, jax.Array | np.ndarray | np.generic | int) else "no number")
         if numbers.dtype.kind not in "iu" or numbers.shape not in ((), (KV_HEADS,)) or numbers.min() < least:
             _refuse(
                 name, f"has a `{trait}` of {value!r}: expected {meaning}, a whole number from {least} up or one a head"
             )
-    if np.max(policy.protected) > MOST:
-        _refuse(name, f"protects {np.max(policy.protected):,} keys of a head: give numbers below {TOKENS} to try it")
-    needs = _get(name, policy, "needs", EVERYTHING)
+    if np.max(says.protected) > MOST:
+        _refuse(name, f"protects {np.max(says.protected):,} keys of a head: give numbers below {TOKENS} to try it")
+    needs = says.needs
     if not isinstance(needs, tuple | list | set | frozenset) or any(need not in EVERYTHING for need in needs):
         some = ", ".join(map(repr, EVERYTHING))
         _refuse(name, f"has a `needs` of {needs!r}: expected a tuple of what it looks at beside positions, of {some}")
-    waits = _get(name, policy, "whole_prompt", False)
+    waits = says.whole_prompt
     if not isinstance(waits, bool | np.bool_):
         _refuse(name, f"has a `whole_prompt` of {waits!r}: expected True or False")
-    positions = _get(name, policy, "positions", "original")
+    positions = says.positions
     if not isinstance(positions, str) or positions not in ("original", "cache"):
         _refuse(name, f"has `positions` of {positions!r}: expected 'original' or 'cache'")
     if positions == "cache":
         _refuse(name, "counts positions within the cache, which needs a rotation: try it with positions='original'")
-    if (for_layer := _get(name, policy, "for_layer")) is not None:
-        expected = "for_layer(self, layer, layers), the policy of one layer"
-        try:
-            found = for_layer(0, 1)
-        except Exception as error:
-            _refuse(name, f"has a `for_layer` that raises {_short(error)}: expected {expected}")
-        if isinstance(found, type) or any(inspect.getattr_static(found, member, None) is None for member in MEMBERS):
-            _refuse(name, f"has a `for_layer` that gives {found!r}: expected {expected}")
+    expected = "for_layer(self, layer, layers), the policy of one layer"
+    try:
+        found = policy.for_layer(0, 1)
+    except Exception as error:
+        _refuse(name, f"has a `for_layer` that raises {_short(error)}: expected {expected}")
+    if not isinstance(found, Policy):
+        _refuse(name, f"has a `for_layer` that gives {found!r}: expected {expected}")
 
 
 class _Scene:
@@ -190,11 +189,11 @@ class _Scene:
     def check(self) -> None:
         slots, observation = jax.eval_shape(self._slots)
         state, shape = self._state(), slots.position.shape
-        state = jax.tree.map(lambda x: jax.ShapeDtypeStruct((*x.shape[:-2], *shape), x.dtype), state)
+        state = by_slot(lambda x: jax.ShapeDtypeStruct((*x.shape[:-2], *shape), x.dtype), state)
         after = self._traced("observe", state, observation, slots)
         if _avals(after) != _avals(state):
             self._refuse("observe", f"turns a state of {_avals(state)} into {_avals(after)}")
-        for member, kinds in (("retain", (np.bool_,)), ("rank", (np.integer, np.floating))):
+        for member, kinds in (("retain", (np.bool_,)), ("score", (np.integer, np.floating))):
             value = self._traced(member, state, slots)
             good = isinstance(value, jax.ShapeDtypeStruct) and value.shape == shape
             if not good or not any(jnp.issubdtype(value.dtype, kind) for kind in kinds):
@@ -214,11 +213,14 @@ class _Scene:
 
     def _state(self) -> Any:
         state, slots = self._call("init", lambda: self.policy.init(self.spec)), self.spec.slots
-        for leaf in self._call("init", lambda: jax.tree.leaves(state)):
+        parts = self._call("init", lambda: jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, OfHead)))
+        for part in parts:
+            leaf, axes = (part.value, (self.spec.kv_heads,)) if isinstance(part, OfHead) else (part, slots)
             if not isinstance(leaf, jax.Array):
                 self._refuse("init", f"gives a {type(leaf).__module__}.{type(leaf).__qualname__}")
-            if leaf.shape[max(leaf.ndim - len(slots), 0) :] != slots:
-                self._refuse("init", f"gives {_avals(leaf)} for slots {list(slots)}")
+            if leaf.shape[max(leaf.ndim - len(axes), 0) :] != axes:
+                what = f"slots {list(slots)}" if axes is slots else f"{self.spec.kv_heads} heads"
+                self._refuse("init", f"gives {_avals(leaf)} for {what}")
             if leaf.weak_type:
                 self._refuse("init", f"gives {_avals(leaf)} of a weak type, which other steps change: say its dtype")
         traced = self._call("init", lambda: jax.eval_shape(lambda policy: policy.init(self.spec), self.policy))
@@ -250,12 +252,10 @@ def _names(policy: Any) -> list[str]:
     return [one.name for one in dataclasses.fields(policy)]
 
 
-def _get(name: str, policy: Any, member: str, default: Any = None) -> Any:
+def _get(name: str, policy: Any, member: str) -> Any:
     try:
         return getattr(policy, member)
     except Exception as error:
-        if isinstance(error, AttributeError) and inspect.getattr_static(policy, member, None) is None:
-            return default
         expected = MEMBERS.get(member, "what can be read at any time")
         _refuse(name, f"has a `{member}` that raises {_short(error)}: expected {expected}")
 

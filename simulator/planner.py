@@ -57,7 +57,7 @@ def plan(
     if len(shapes) > 1:
         raise CormError(f"the traces are of {len(shapes)} models: plan for each by itself")
     (model, layers, kv_heads, head_dim), policy = shapes.pop(), parse(spec)
-    capacity = np.array([np.max(one.protected) + chunk for one in per_layer(policy, layers)])
+    capacity = np.array([np.max(one.traits.protected) + chunk for one in per_layer(policy, layers)])
     for index, trace in enumerate(traces):
         before = index * layers
         result = replay(

@@ -15,8 +15,9 @@ from corm_jax.core.arrays import EMPTY, broadcasts, iota, narrow
 from corm_jax.core.attention import output, softmax
 from corm_jax.core.exact import FOREVER, Block, Room, settle
 from corm_jax.core.layout import Apart
+from corm_jax.core.observation import observed
 from corm_jax.core.slots import Slots
-from corm_jax.core.types import CacheSpec, observed, traits
+from corm_jax.core.types import CacheSpec, by_slot
 from simulator.trace import QKV, Rows
 
 SEGMENTS = 4
@@ -110,8 +111,8 @@ def _block(policy, layer, scale, steps, capacity, prompt, chunk, block, moments,
         seen = jnp.minimum(start + block, steps)
         live = (until == FOREVER) & (key < seen)
         slots = Slots(jnp.where(live, key, EMPTY), seen, prompt, layout)
-        fresh = jax.tree.map(lambda leaf: leaf[..., :1, :1], policy.init(CacheSpec(kv_heads, keys, 1)))
-        watched = attend if "attention" in traits(policy).needs else None
+        fresh = by_slot(lambda part: part[..., :1, :1], policy.init(CacheSpec(kv_heads, keys, 1)))
+        watched = attend if "attention" in policy.traits.needs else None
         one = Block(slots, clock, live & causal, watched, logits if watched and renormalized else None, vectors)
         found = settle(policy, state, fresh, one, None if capacity is None else Room(capacity), moments)
         state, until, lost = found.state, jnp.where(live, found.until, until), lost | found.lost
@@ -147,7 +148,7 @@ def _chunk(policy, layout, steps, capacity, prompt, chunk, start, attend, keys, 
 
     if capacity is not None:
         slots = view((until == FOREVER) & (key < before), None)
-        out = slots.lowest(policy.rank(state, slots), slots.total(slots.live) + (seen - before) - capacity, chunk)
+        out = slots.lowest(policy.score(state, slots), slots.total(slots.live) + (seen - before) - capacity, chunk)
         until, lost = jnp.where(out, before, until), lost | out
     live = (until == FOREVER) & (key < seen)
     slots, now = view(live, chunk), (start + begin + 1 + iota(chunk))[:, None, None]

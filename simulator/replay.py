@@ -25,8 +25,8 @@ import numpy as np
 from corm_jax.core.cache import per_layer, prompt_of, slots_for
 from corm_jax.core.exact import FOREVER, planned
 from corm_jax.core.options import is_share, whole
+from corm_jax.core.policy import Policy
 from corm_jax.core.step import counts_in_cache
-from corm_jax.core.types import Policy
 from corm_jax.errors import CormError
 from simulator.recurrence import read
 from simulator.trace import QKV, Rows, Trace

@@ -122,8 +122,8 @@ class StreamingLLM(Rule):
 class H2O(Rule):
     """H2O (arXiv 2306.14048), algorithm 1: the least accumulated attention goes, the newest are exempt."""
 
-    def __init__(self, *, recent, score):
-        self.recent, self.score = recent, score
+    def __init__(self, *, recent, attention):
+        self.recent, self.attention = recent, attention
         self.sum: dict[int, float] = {}
 
     def attended(self, t, head, rows):
@@ -131,7 +131,7 @@ class H2O(Rule):
             self.sum[i] = self.sum.get(i, 0.0) + sum(row[i] for row in rows[head]) / len(rows[head])
 
     def order(self, i, t):
-        return self.sum[i] if self.score == "raw" else self.sum[i] / (t - i)
+        return self.sum[i] if self.attention == "sum" else self.sum[i] / (t - i)
 
     def exempt(self, i, t):
         return i + 1 > t - self.recent

@@ -239,7 +239,7 @@ def _policy(variant: Variant, rng: np.random.Generator) -> Any:
             policy = budget(policy, whole(100, 800) / 1000)
         else:
             absolute, none = rng.random() < 0.5, whole(0, 0)
-            tokens, per_mille = (policy.protected + whole(1, 6), none) if absolute else (none, whole(100, 800))
+            tokens, per_mille = (policy.traits.protected + whole(1, 6), none) if absolute else (none, whole(100, 800))
             policy = Budget(policy=policy, tokens=tokens, per_mille=per_mille)
     return Oneshot(policy=policy) if variant.wrapped == "oneshot" else policy
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from corm_jax import policies
 from corm_jax.core.cache import whole_prompt
-from corm_jax.core.types import Policy
+from corm_jax.core.policy import Policy
 from corm_jax.errors import CormError
 from simulator import rules
 from simulator.reference import Reading, corm_messages
@@ -95,11 +95,11 @@ def rule_of(policy: Any, head: int, layer: int = 0, layers: int = 1) -> rules.Ru
     if isinstance(policy, COMBINATORS):
         inner = rule_of(fields.pop("policy"), head, layer, layers)
         if isinstance(policy, policies.Budget):
-            return rules.Budget(inner, least=int(_own(policy.protected, head, layer)), **fields)
+            return rules.Budget(inner, least=int(_own(policy.traits.protected, head, layer)), **fields)
         return (rules.Protect if isinstance(policy, policies.Protect) else rules.Oneshot)(inner, **fields)
     if type(policy) not in RULES:
         raise CormError(f"{type(policy).__name__} has no specification in simulator.rules")
-    where: dict[str, Any] = {"layer": layer, "layers": layers} if hasattr(policy, "for_layer") else {}
+    where: dict[str, Any] = {"layer": layer, "layers": layers} if isinstance(policy, policies.PyramidKV) else {}
     if issubclass(RULES[type(policy)], rules.AdaKV):
         sizes = (getattr(policy, name) for name in ("budget", "window"))
         heads = max(np.size(x) if np.ndim(x) < 2 else np.shape(x)[1] for x in sizes)

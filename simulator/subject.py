@@ -73,11 +73,11 @@ class Subject(NamedTuple):
     @property
     def few(self) -> int:
         """A capacity for half of the tokens, or for what the policy never gives up."""
-        return max(TOKENS // 2, int(np.max(self.policy.protected)) + CHUNK)
+        return max(TOKENS // 2, int(np.max(self.policy.traits.protected)) + CHUNK)
 
     def cache(self, capacity: int | None = None, prompt: int | np.ndarray = ENDLESS, **batch: int) -> LayerCache:
         """An empty cache; without a capacity, one in which nothing overflows."""
-        enough = max(TOKENS + CHUNK, int(np.max(self.policy.protected)))
+        enough = max(TOKENS + CHUNK, int(np.max(self.policy.traits.protected)))
         shape = CacheSpec(KV_HEADS, capacity or enough, TOKENS, stores=self.implementation.stores)
         return begin_prompt(self.implementation.make_cache(self.policy, shape, **batch), prompt)
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.errors import HypothesisException, NoSuchExample, Unsatisfiable
 
 from corm_jax.core.arrays import broadcasts
-from corm_jax.core.types import Policy
+from corm_jax.core.policy import Policy
 from corm_jax.policies import Corm
 from simulator.checks import CHECKS, CORM, ENOUGH, evicts_something, specification, untried
 from simulator.construction import check_construction

@@ -11,8 +11,9 @@ import numpy as np
 
 from corm_jax.core.arrays import ENDLESS, iota
 from corm_jax.core.cache import begin_prompt, make_cache, per_layer
+from corm_jax.core.policy import Policy
 from corm_jax.core.step import step
-from corm_jax.core.types import CacheSpec, Policy
+from corm_jax.core.types import CacheSpec
 from corm_jax.errors import CormError
 from corm_jax.policies import Corm
 from simulator import invariants

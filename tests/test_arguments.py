@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 import corm_jax as cj
 from corm_jax.core.cache import slots_for
-from corm_jax.core.types import Traits, traits
 from corm_jax.core.wrapper import Wrapper
 from corm_jax.runs.perplexity import read
 from simulator.testing import check_policy
@@ -214,7 +213,9 @@ WRONG = {
 
 @cj.policy
 class Nosy(cj.TOVA):
-    needs = ("heads",)
+    @property
+    def traits(self):
+        return super().traits._replace(needs=("heads",))
 
 
 @pytest.mark.parametrize("what", WRONG)
@@ -379,23 +380,19 @@ INSIDE += [Wrapper(policy=cj.Scissorhands(budget=12, recent=3))]
 
 @pytest.mark.parametrize("policy", INSIDE, ids=repr)
 def test_no_wrapper_loses_what_a_policy_says_of_itself(policy):
-    own = traits(policy)
-    for name in Traits._fields:
-        assert getattr(own, name) == getattr(policy, name, Traits._field_defaults[name]) or isinstance(
-            policy, cj.Protect
-        )
+    own = policy.traits
     protected = cj.protect(policy, sinks=4, recent=7)
     most = None if own.most is None else own.most + 11
-    assert traits(protected) == own._replace(protected=own.protected + 11, recent=max(own.recent, 7), most=most)
-    assert traits(cj.oneshot(policy)) == own._replace(whole_prompt=True, most=None)
-    assert traits(Wrapper(policy=policy)) == own
+    assert protected.traits == own._replace(protected=own.protected + 11, recent=max(own.recent, 7), most=most)
+    assert cj.oneshot(policy).traits == own._replace(whole_prompt=True, most=None)
+    assert Wrapper(policy=policy).traits == own
     if "budget" not in repr(policy):
-        assert traits(cj.Budget(policy=policy, tokens=300)) == own._replace(most=300, moments=0)
-        assert traits(cj.Budget(policy=policy, per_mille=300)) == own._replace(moments=0)
-        assert traits(cj.Budget(policy=cj.budget(policy, 290), tokens=300)) == own._replace(most=290, moments=0)
+        assert cj.Budget(policy=policy, tokens=300).traits == own._replace(most=300, moments=0)
+        assert cj.Budget(policy=policy, per_mille=300).traits == own._replace(moments=0)
+        assert cj.Budget(policy=cj.budget(policy, 290), tokens=300).traits == own._replace(most=290, moments=0)
     for wrap in (protected, cj.oneshot(policy), cj.oneshot(cj.oneshot(protected))):
-        assert wrap.needs == own.needs
-        assert wrap.positions == own.positions
+        assert wrap.traits.needs == own.needs
+        assert wrap.traits.positions == own.positions
         assert isinstance(wrap, cj.Policy)
 
 

@@ -46,7 +46,7 @@ POLICIES = {
     "adaptive_corm": lambda start: AdaptiveCorm(window=3, recent=2, multiple=start // 6, patience=2, trial=start + 6),
     "streaming_llm": lambda start: StreamingLLM(sinks=start + 3),
     "h2o": lambda start: budget(H2O(recent=2), 6),
-    "h2o by age": lambda start: budget(H2O(recent=2, score="mean"), 6),
+    "h2o by age": lambda start: budget(H2O(recent=2, attention="mean"), 6),
     "scissorhands": lambda start: Scissorhands(budget=6, window=5, recent=2),
     "tova": lambda start: budget(TOVA(), 6),
     "l2norm": lambda start: budget(L2Norm(), 6),
@@ -81,7 +81,7 @@ def test_decisions_at_any_clock(name, seed, start, how):
 def limit(seen, tokens, per_mille, sinks, recent):
     """What a budget comes to, and what it protects: with numbers that are traced, which nothing refuses."""
     policy = Budget(policy=protect(H2O(recent=3), sinks=sinks, recent=recent), tokens=tokens, per_mille=per_mille)
-    return policy.limit(seen), policy.protected
+    return policy.limit(seen), policy.traits.protected
 
 
 ANY = st.one_of(st.integers(0, ENDLESS), st.integers(0, 3000), st.integers(ENDLESS - 3000, ENDLESS))
@@ -98,7 +98,7 @@ def test_a_share_of_any_clock(seen, per_mille, tokens, sinks, recent):
 
 
 def test_guards_beyond_the_end_of_the_clock_are_refused():
-    assert protect(H2O(recent=3), sinks=np.array([ENDLESS - 5, 0]), recent=2).protected.tolist() == [ENDLESS, 5]
+    assert protect(H2O(recent=3), sinks=np.array([ENDLESS - 5, 0]), recent=2).traits.protected.tolist() == [ENDLESS, 5]
     with pytest.raises(CormError, match=f"would protect {ENDLESS + 1} keys of a head: at most {ENDLESS} can be"):
         protect(H2O(recent=3), sinks=ENDLESS - 5, recent=3)
 

@@ -11,18 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corm_jax import H2O, POLICIES, TOVA, Corm, Full, StreamingLLM, parse, policy, protect
+from corm_jax import H2O, POLICIES, TOVA, Corm, Full, Policy, StreamingLLM, Traits, parse, policy, protect
 from simulator.construction import MEMBERS, check_construction
 from simulator.invariants import InvariantError
 from simulator.testing import check_policy, parametrize_checks
 
 
-class Sound:
+class Sound(Policy):
     """Nothing is wrong with it, but for what those that inherit from it change."""
-
-    @property
-    def protected(self):
-        return 0
 
     def init(self, spec):
         return jnp.zeros(spec.slots, jnp.float32)
@@ -33,7 +29,7 @@ class Sound:
     def retain(self, state, slots):
         return slots.live & (slots.position >= slots.seen - 4)
 
-    def rank(self, state, slots):
+    def score(self, state, slots):
         return slots.position
 
 
@@ -56,7 +52,7 @@ class Child(Corm):
 
 
 class UndecoratedChild(Corm):
-    def rank(self, state, slots):
+    def score(self, state, slots):
         return state
 
 
@@ -144,12 +140,12 @@ WRONG = {
     "a class": (Corm, "Corm is a class: give an object of it, as in Corm(...)"),
     "text": ("corm", "'corm' is text: give the policy itself, as in corm_jax.parse('corm')"),
     "a list": ([Full()], "a list is no policy: give one at a time"),
-    "nothing": (None, "NoneType has no `protected`, `init`, `observe`, `retain`, `rank`: expected a policy, such as"),
-    "a function": (zeros, "function has no `protected`"),
-    "an object of another class": (Bare(), "Bare has no `protected`, `init`"),
-    "no protected": (built(protected=None), "Built has no `protected`: expected a property, how many keys of a head `"),
-    "no rank": (built(rank=None), "Built has no `rank`: expected rank(self, state, slots), a number for each slot"),
-    "rank is a number": (built(rank=3), "has a `rank` that is no function: expected rank(self, state, slots)"),
+    "nothing": (None, "NoneType is no policy: expected a policy, such as"),
+    "a function": (zeros, "function is no policy"),
+    "an object of another class": (Bare(), "Bare is no policy"),
+    "no traits": (built(traits=None), "Built has `traits` of None: expected a @property that gives corm_jax.Traits(.."),
+    "no score": (built(score=Policy.score), "Built has no `score`: expected score(self, state, slots), a number for e"),
+    "score is a number": (built(score=3), "has a `score` that is no function: expected score(self, state, slots)"),
     "no dataclass": (Undecorated(), "Undecorated is no dataclass: decorate the class with corm_jax.policy"),
     "a plain dataclass": (Plain(), "Plain is no pytree: decorate the class with corm_jax.policy"),
     "a child that is not decorated": (
@@ -164,20 +160,20 @@ WRONG = {
     "numbers for three heads": (Corm(window=np.array([3, 4, 5])), "Corm.window has the shape (3,): give a number, or "),
     "one without decoration inside another": (Around(policy=Plain()), "Plain is no pytree"),
     "a class inside another": (Around(policy=Corm), "Corm is a class: give an object"),
-    "nothing inside another": (Around(policy=None), "NoneType has no `protected`"),
-    "protected is a method": (built(protected=Sound.init), "has a `protected` that is a method: make it a @property"),
-    "protected fails": (built(protected=fails), "has a `protected` that raises KeyError: 'size': expected a property"),
-    "protected fails as if missing": (built(protected=fails_as_if_missing), "has a `protected` that raises AttributeE"),
-    "protected is negative": (built(protected=-1), "has a `protected` of -1: expected how many keys of a head"),
-    "protected is a share": (built(protected=0.5), "has a `protected` of 0.5"),
-    "protected for three heads": (built(protected=np.array([1, 2, 3])), "has a `protected` of array([1, 2, 3])"),
-    "protected beyond all histories": (built(protected=2**40), "protects 1,099,511,627,776 keys of a head: give num"),
-    "recent is a share": (built(recent=0.5), "has a `recent` of 0.5: expected a promise that the newest so many"),
-    "most is zero": (built(most=0), "has a `most` of 0: expected how many keys of a head stay at most, a whole"),
-    "needs is text": (built(needs="attention"), "has a `needs` of 'attention': expected a tuple of what it looks at"),
-    "needs what nobody has": (built(needs=("attention", "entropy")), "has a `needs` of ('attention', 'entropy')"),
-    "whole_prompt is text": (built(whole_prompt="yes"), "has a `whole_prompt` of 'yes': expected True or False"),
-    "positions of another kind": (built(positions="rope"), "Built has `positions` of 'rope': expected 'original' or '"),
+    "nothing inside another": (Around(policy=None), "NoneType is no policy"),
+    "traits are a method": (built(traits=Sound.init), "has `traits` of <bound method"),
+    "traits fail": (built(traits=fails), "has a `traits` that raises KeyError: 'size': expected"),
+    "traits fail as if missing": (built(traits=fails_as_if_missing), "has a `traits` that raises AttributeE"),
+    "protected is negative": (built(traits=Traits(protected=-1)), "has a `protected` of -1: expected how many keys of"),
+    "protected is a share": (built(traits=Traits(protected=0.5)), "has a `protected` of 0.5"),
+    "protected for three heads": (built(traits=Traits(protected=np.array([1, 2, 3]))), "has a `protected` of array([1"),
+    "protected beyond all histories": (built(traits=Traits(protected=2**40)), "protects 1,099,511,627,776 keys of a h"),
+    "recent is a share": (built(traits=Traits(recent=0.5)), "has a `recent` of 0.5: expected a promise that the newes"),
+    "most is zero": (built(traits=Traits(most=0)), "has a `most` of 0: expected how many keys of a head stay at most,"),
+    "needs is text": (built(traits=Traits(needs="attention")), "has a `needs` of 'attention': expected a tuple of wha"),
+    "needs what nobody has": (built(traits=Traits(needs=("attention", "entropy"))), "has a `needs` of ('attention', '"),
+    "whole_prompt is text": (built(traits=Traits(whole_prompt="yes")), "has a `whole_prompt` of 'yes': expected True"),
+    "positions of another kind": (built(traits=Traits(positions="rope")), "Built has `positions` of 'rope': expected"),
     "positions in the cache": (StreamingLLM(positions="cache"), "StreamingLLM counts positions within the cache"),
     "for_layer is a number": (built(for_layer=3), "has a `for_layer` that raises TypeError: 'int' obje"),
     "for_layer gives a number": (built(for_layer=lambda self, *layer: 3), "has a `for_layer` that gives 3: expected"),
@@ -237,10 +233,10 @@ WRONG = {
         Decides(), "has a `retain` that raises TracerBoolConversionError: Attempted boolean conversion of traced array"
     ),
     "retain lacks an argument": (built(retain=lambda self, state: state > 0), "has a `retain` that raises TypeError: "),
-    "rank gives verdicts": (built(rank=lambda self, state, slots: slots.live), "has a `rank` that gives bool[2, 16] f"),
-    "rank gives one number": (built(rank=lambda self, state, slots: 0), "has a `rank` that gives int32[] for slots [2"),
-    "rank gives text": (built(rank=lambda self, state, slots: "low"), "has a `rank` that raises TypeError: "),
-    "rank is complex": (built(rank=lambda self, state, slots: state + 0j), "has a `rank` that "),
+    "score gives verdicts": (built(score=lambda self, state, slots: slots.live), "has a `score` that gives bool[2, 16"),
+    "score gives one number": (built(score=lambda self, state, slots: 0), "has a `score` that gives int32[] for sl"),
+    "score gives text": (built(score=lambda self, state, slots: "low"), "has a `score` that raises TypeError: "),
+    "score is complex": (built(score=lambda self, state, slots: state + 0j), "has a `score` that "),
 }  # fmt: skip
 
 
@@ -276,9 +272,9 @@ def test_what_is_allowed():
     check_construction(Child())
     check_construction(Corm(window=jnp.array([3, 4]), recent=np.int64(2)))
     check_construction(protect(TOVA(), sinks=np.array([0, 4])))
-    check_construction(built(protected=np.array([1, 2]), needs=["keys"], most=None))
+    check_construction(built(traits=Traits(protected=np.array([1, 2]), needs=["keys"], most=None)))
     check_construction(built(init=lambda self, spec: (), observe=lambda self, state, observation, slots: state))
-    check_construction(built(rank=lambda self, state, slots: state.astype(jnp.bfloat16)))
+    check_construction(built(score=lambda self, state, slots: state.astype(jnp.bfloat16)))
     check_construction(built(retain=lambda self, state, slots: np.ones(slots.position.shape, bool)))
 
 
@@ -304,7 +300,7 @@ REPLACEMENTS = {
     "loops": lambda self, *arguments: self.loops,
     "is a generator": lambda self, *arguments: (yield 1),
 }
-TRAITS = ("recent", "most", "needs", "whole_prompt", "positions", "for_layer")
+TRAITS = ("protected", "recent", "most", "needs", "whole_prompt", "positions")
 
 
 def verdict(one):
@@ -317,10 +313,15 @@ def verdict(one):
 
 
 @settings(max_examples=80)
-@given(member=st.sampled_from([*MEMBERS, *TRAITS]), how=st.sampled_from([*REPLACEMENTS]), wrapped=st.booleans())
+@given(
+    member=st.sampled_from([*MEMBERS, *TRAITS, "traits", "for_layer"]),
+    how=st.sampled_from([*REPLACEMENTS]),
+    wrapped=st.booleans(),
+)
 def test_any_wrong_member_is_named(member, how, wrapped):
     """Nothing but a named error comes out, whatever stands in a member's place."""
-    one = built(**{member: REPLACEMENTS[how]})
+    wrong = REPLACEMENTS[how]
+    one = built(traits=Traits(**{member: wrong})) if member in TRAITS else built(**{member: wrong})
     error = verdict(Around(policy=one) if wrapped else one)
     if error is None:
         assert how in HARMLESS.get(member, set())
@@ -333,9 +334,9 @@ def test_any_wrong_member_is_named(member, how, wrapped):
 HARMLESS = {
     "protected": {"is a number"},
     "observe": {"gives its first argument"},
-    "recent": {"is missing", "is a number"},
+    "recent": {"is a number"},
     "most": {"is missing", "is a number"},
-    "for_layer": {"is missing", "gives itself"},
+    "for_layer": {"gives itself"},
 }
 """What is no mistake."""
 
@@ -348,7 +349,7 @@ def test_mistakes_that_show_later_bear_the_name_of_a_check():
             raise KeyError("only without jit")
         return slots.position
 
-    late = built(rank=fails_when_it_runs)
+    late = built(score=fails_when_it_runs)
     with pytest.raises(InvariantError, match="^jit_eager_vmap: Built raises KeyError: 'only without jit'"):
         check_policy(late, only="jit_eager_vmap")
 

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from corm_jax.core import attention
 from corm_jax.core.layout import Apart
+from corm_jax.core.observation import Observation
 from corm_jax.core.slots import Slots
-from corm_jax.core.types import CacheSpec, Observation
+from corm_jax.core.types import CacheSpec
 from corm_jax.policies import Corm
 from simulator.verify import drive
 from tests.heads import HEAD_DIM, TOKENS, heads, padded, slots_of

@@ -25,7 +25,7 @@ SPECS = [
     "corm:window=6,recent=2,budget=5",
     "adaptive_corm:window=3,recent=2,multiple=1,patience=3,trial=5",
     "h2o:recent=2,budget=5",
-    "h2o:recent=2,score=mean,budget=0.4",
+    "h2o:recent=2,attention=mean,budget=0.4",
     "tova:budget=5",
     "scissorhands:budget=6,window=5,recent=2",
     "streaming_llm:sinks=2,budget=6",

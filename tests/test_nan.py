@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from corm_jax import CacheSpec, budget, generate, make_cache, parse, step
+from corm_jax import CacheSpec, Policy, budget, generate, make_cache, parse, step
 from corm_jax.core import attention
 from corm_jax.core.layout import Apart, Paged, Shared
 from corm_jax.core.slots import Slots
@@ -25,7 +25,7 @@ ALONE = [  # what one head holds is no matter to another
     "corm:window=4,recent=2,multiple=2",
     "adaptive_corm:window=3,recent=2,multiple=2,patience=2,trial=4",
     "streaming_llm:sinks=2,budget=6",
-    "h2o:recent=2,score=mean,budget=6",
+    "h2o:recent=2,attention=mean,budget=6",
     "scissorhands:budget=6,window=5,recent=2",
     "l2norm:budget=6",
     "random:budget=6",
@@ -115,26 +115,12 @@ def test_the_lowest_of_any_numbers(rank, empty, counts):
 
 
 @policy
-class Spoilt:
+class Spoilt(Policy):
     """The key at one position is worth NaN."""
 
     at: int = 2
-    needs = ()
 
-    @property
-    def protected(self):
-        return 0
-
-    def init(self, spec):
-        return ()
-
-    def observe(self, state, observation, slots):
-        return state
-
-    def retain(self, state, slots):
-        return slots.live
-
-    def rank(self, state, slots):
+    def score(self, state, slots):
         return jnp.where(slots.position == self.at, jnp.nan, slots.position.astype(jnp.float32))
 
 

@@ -10,7 +10,6 @@ import pytest
 
 import corm_jax as cj
 from corm_jax import CormError
-from corm_jax.core.types import traits
 from corm_jax.policies import choice, number, size, static
 from simulator.replay import replay, sweep
 from simulator.specification import fields_of
@@ -92,7 +91,7 @@ def test_every_choice_is_one_of_its_choices(kind):
         (cj.Corm, {"group": "max"}),
         (cj.Corm, {"threshold": "foo"}),
         (cj.SnapKV, {"pool": "avg"}),
-        (cj.H2O, {"score": "x"}),
+        (cj.H2O, {"attention": "x"}),
         (cj.StreamingLLM, {"positions": "rope"}),
     ],
 )
@@ -247,7 +246,7 @@ def differing(kind):
 def test_one_for_each_head_of_each_layer(kind):
     """Specification, replay and cache decide alike."""
     policy, trace = differing(kind), noise(layers=2, steps=40, kv_heads=2)
-    findings = verify(trace, policy, prompt=30 if traits(policy).whole_prompt else None)
+    findings = verify(trace, policy, prompt=30 if policy.traits.whole_prompt else None)
     assert [finding for finding in findings if not finding.held] == []
     assert (replay(trace, policy, prompt=30, errors=False).live[..., -1] < 40).sum() >= 3
 

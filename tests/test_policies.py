@@ -23,7 +23,7 @@ SPECS = [
     "full:budget=5",
     "streaming_llm:sinks=2,budget=6",
     "h2o:recent=2,budget=5",
-    "h2o:recent=2,score=mean,budget=0.4",
+    "h2o:recent=2,attention=mean,budget=0.4",
     "scissorhands:budget=6,window=5,recent=2",
     "tova:budget=5",
     "l2norm:budget=5",
@@ -305,7 +305,7 @@ def test_who_waits_for_the_prompt_must_know_where_it_ends(prompt, message):
 
 def test_guards_add_up():
     policy = protect(budget(parse("h2o:recent=3"), 8), sinks=2, recent=1)
-    assert policy.protected == 6
+    assert policy.traits.protected == 6
     kept = replay(noise(steps=60), policy).history()[:, :, -1]
     assert kept[..., :2].all()
     assert kept[..., -3:].all()
@@ -420,8 +420,8 @@ def test_shares_have_bounds():
     ],
 )
 def test_keys_that_are_never_given_up(spec, protected):
-    assert parse(spec).protected == protected
-    assert Protect(policy=parse(spec)).protected == protected
+    assert parse(spec).traits.protected == protected
+    assert Protect(policy=parse(spec)).traits.protected == protected
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -464,7 +464,7 @@ def test_a_spec_on_a_budget():
     specs = {
         "tova": "tova:budget=9",
         "h2o": "h2o:recent=4,budget=9",
-        "h2o:score=mean": "h2o:score=mean,recent=4,budget=9",
+        "h2o:attention=mean": "h2o:attention=mean,recent=4,budget=9",
         "h2o:recent=2": "h2o:recent=2,budget=9",
         "corm:window=3": "corm:window=3,budget=9",
         "tova:budget=0.5": "tova:budget=0.5",

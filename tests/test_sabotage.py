@@ -129,13 +129,13 @@ class NewestBySlot(Corm):
 
 @policy
 class RankForgetsTheNewest(Corm):
-    def rank(self, state, slots):
+    def score(self, state, slots):
         return state
 
 
 @policy
 class NewestGoesFirstOfEquals(Corm):
-    def rank(self, state, slots):
+    def score(self, state, slots):
         return jnp.where(slots.newest(self.recent), NEVER * 0 + 2**30, jnp.maximum(state, -1) * 64 - slots.position)
 
 
@@ -187,15 +187,17 @@ class OwnClock(Corm):
     def retain(self, state, slots):
         return Corm.retain(self, state[0], slots)
 
-    def rank(self, state, slots):
-        return Corm.rank(self, state[0], slots)
+    def score(self, state, slots):
+        return Corm.score(self, state[0], slots)
 
 
 @policy
 class SeesMoreThanItSays(Corm):
     """Says that positions are enough."""
 
-    needs = ()
+    @property
+    def traits(self):
+        return super().traits._replace(needs=())
 
 
 @policy
@@ -248,15 +250,15 @@ class SaysFewer(Scissorhands):
     """Promises one key less than it may keep."""
 
     @property
-    def most(self):
-        return self.budget - 1
+    def traits(self):
+        return super().traits._replace(most=self.budget - 1)
 
 
 @policy
 class GivesUpTheNewest(H2O):
     """Says that they stay, and ranks them like any other."""
 
-    def rank(self, state, slots):
+    def score(self, state, slots):
         return state
 
 
@@ -266,7 +268,7 @@ class AddsNoSinks(Protect):
 
     @property
     def traits(self):
-        return super().traits._replace(most=self.policy.most)
+        return super().traits._replace(most=self.policy.traits.most)
 
 
 @policy
@@ -315,7 +317,7 @@ class CannotWait(SnapKV):
 class NoAgeForTheNewest(H2O):
     """Divides by the key's age, of which the newest has none: 0 / 0."""
 
-    def rank(self, state, slots):
+    def score(self, state, slots):
         age = (slots.seen - 1 - slots.position).astype(jnp.float32)
         return jnp.where(age == 0, 0.0, state) / age
 
@@ -332,7 +334,7 @@ class HardlyEver(Full):
 class AllAlike(Full):
     """Ranks all keys alike, which is no mistake: the oldest goes."""
 
-    def rank(self, state, slots):
+    def score(self, state, slots):
         return jnp.zeros_like(slots.position)
 
 
@@ -402,8 +404,8 @@ def in_other_order(order):
 
     @policy
     class Reordered(Wrapper):
-        def rank(self, state, slots):
-            rank = jnp.clip(self.policy.rank(state, slots), EMPTY, 2**20)
+        def score(self, state, slots):
+            rank = jnp.clip(self.policy.score(state, slots), EMPTY, 2**20)
             return rank * 64 + order(slots.position)
 
     return lambda one, *arguments: insert(Reordered(policy=one), *arguments)

@@ -128,7 +128,7 @@ def test_errors_are_differences(sabotage):
     def fails(self, state, slots):
         raise RuntimeError("lost\nits way")
 
-    sabotage(H2O, "rank", fails)
+    sabotage(H2O, "score", fails)
     (tally,) = soak.soak(start=batch_of("h2o"), cases=2)
     assert [line.partition(" slots a head: ")[2] for line in tally.differences] == [
         "cache: RuntimeError: lost its way"

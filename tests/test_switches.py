@@ -32,7 +32,6 @@ from corm_jax import (
 )
 from corm_jax import budget as on_budget
 from corm_jax.core.step import read
-from corm_jax.core.types import traits
 from corm_jax.model.generation import decode
 from corm_jax.runs import perplexity
 from simulator import calibrate, oracle, worth
@@ -51,7 +50,7 @@ SPECS = [
     "corm:window=4,recent=2,group=mean,threshold=live,budget=0.5",
     "adaptive_corm:window=3,recent=2,multiple=2,patience=2,trial=4",
     "streaming_llm:sinks=2,budget=6",
-    "h2o:recent=2,score=mean,budget=6",
+    "h2o:recent=2,attention=mean,budget=6",
     "scissorhands:budget=6,window=40,recent=2",
     "tova:budget=5,oneshot=true,sinks=1,recent=1",
     "l2norm:budget=5",
@@ -151,7 +150,7 @@ def test_no_number_has_64_bits(policy):
         layer = QKV(np.zeros((16, 2, 1, 4), np.float32), *np.zeros((2, 16, 2, 4), np.float32))
         for chunk in (1, 2):
             how = {"chunk": chunk, "block": 8, "moments": None, "fidelity": "renormalized", "errors": True}
-            if not np.any(traits(policy).moments):
+            if not np.any(policy.traits.moments):
                 how["moments"] = False
             numbers = jnp.float32(1), jnp.int32(16), jnp.int32(12), jnp.int32(9)
             assert not wide(jax.make_jaxpr(partial(recurrence, **how))(policy, layer, *numbers).jaxpr)

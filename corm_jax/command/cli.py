@@ -20,7 +20,8 @@ from corm_jax.command.limits import check_reading
 from corm_jax.command.tables import Column, print_table, show
 from corm_jax.core.arrays import ENDLESS
 from corm_jax.core.cache import check_prompt, prompt_of, slots_for, usage
-from corm_jax.core.types import Capacity, Policy
+from corm_jax.core.policy import Policy
+from corm_jax.core.types import Capacity
 from corm_jax.errors import CormError
 from corm_jax.evaluation import cli as evaluation
 from corm_jax.evaluation.lock import only_writer
@@ -90,7 +91,7 @@ _cache_options = console.options(
         type=click.Choice(["evict", "error"]),
         default="evict",
         show_default=True,
-        help="without a free slot: the policy's lowest rank is evicted, or stop",
+        help="without a free slot: the key that the policy scores lowest is evicted, or stop",
     ),
 )
 _text_option = click.option(

@@ -17,7 +17,7 @@ import jax
 from corm_jax.command import compiled
 from corm_jax.command.stopping import stoppable
 from corm_jax.core.cache import prompt_of
-from corm_jax.core.types import Policy
+from corm_jax.core.policy import Policy
 from corm_jax.errors import CormError
 from corm_jax.files import reason
 from corm_jax.policies import keeps_everything, keys_of, parse

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import jax
 
 from corm_jax.core.cache import per_layer_capacity
-from corm_jax.core.types import Capacity, Policy
+from corm_jax.core.policy import Policy
+from corm_jax.core.types import Capacity
 from corm_jax.errors import CormError
 
 if TYPE_CHECKING:  # the simulator does without the model

@@ -15,7 +15,8 @@ from jaxtyping import Array, Int
 
 from corm_jax.core import cache as cache_lib
 from corm_jax.core.options import concrete, numbers_of, shown
-from corm_jax.core.types import Caches, LayerCache, Policy, check_policy, traits
+from corm_jax.core.policy import Policy, check_policy
+from corm_jax.core.types import Caches, LayerCache
 from corm_jax.core.wrapper import name_of
 from corm_jax.errors import CormError
 
@@ -178,7 +179,7 @@ def _check_state(policy: Policy, cache: LayerCache) -> None:
             f"the cache holds a state of {_shapes(found)}, and {name} keeps {_shapes(expected)}: make one with "
             "make_cache(policy, spec)"
         )
-    if traits(policy).whole_prompt and made and made.prompt == "unknown":
+    if policy.traits.whole_prompt and made and made.prompt == "unknown":
         raise CormError(
             f"{name} waits for the end of the prompt: say how many tokens it has, with "
             "cache = corm_jax.begin_prompt(cache, tokens), before they are read"

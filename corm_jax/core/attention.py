@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from corm_jax.core.arrays import broadcasts, iota
 from corm_jax.core.layout import Apart, Layout
-from corm_jax.core.types import Observation, observed
+from corm_jax.core.observation import Observation, observed
 
 BLOCK = 512
 """Slots that many queries attend to at once, where nobody looks at the weights. Does not change results."""

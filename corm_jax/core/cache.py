@@ -7,7 +7,6 @@ sequence of any length.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, SupportsIndex
 
 import jax
@@ -18,20 +17,10 @@ from jaxtyping import Array, Bool, Float, Int
 from corm_jax.core.arrays import EMPTY, ENDLESS, anywhere, iota, ordered
 from corm_jax.core.exact import planned
 from corm_jax.core.layout import of_stores
-from corm_jax.core.options import concrete, integer, numbers_of, shown
+from corm_jax.core.options import concrete, integer, map_numbers, numbers_in, numbers_of, shown
+from corm_jax.core.policy import Policy, check_policy
 from corm_jax.core.slots import Slots
-from corm_jax.core.types import (
-    Caches,
-    CacheSpec,
-    Capacity,
-    LayerCache,
-    Made,
-    Policy,
-    State,
-    Usage,
-    check_policy,
-    traits,
-)
+from corm_jax.core.types import Caches, CacheSpec, Capacity, LayerCache, Made, State, Usage, by_slot
 from corm_jax.core.wrapper import Wrapper, name_of
 from corm_jax.errors import CormError
 
@@ -79,7 +68,7 @@ def make_cache(
         prompt=jnp.full((), ENDLESS, jnp.int32),
         overflow=jnp.zeros(spec.kv_heads, jnp.int32),
         layout=of_stores(*spec.slots, spec.kv_heads),
-        twin=None if traits(policy).independent else jnp.zeros((spec.kv_heads, *spec.slots), jnp.int32),
+        twin=None if policy.traits.independent else jnp.zeros((spec.kv_heads, *spec.slots), jnp.int32),
         made=made,
     )
     if batch is None:
@@ -109,9 +98,8 @@ def _checked(spec: CacheSpec) -> CacheSpec:
 
 def check_heads(policy: Policy, spec: CacheSpec) -> None:
     """Raises unless every number of a policy is one, or one for each head of a layer."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(policy):
+    for name, leaf in numbers_in(policy).items():
         if np.shape(leaf) not in ((), (spec.kv_heads,)):
-            name = jax.tree_util.keystr(path).lstrip(".")
             raise CormError(
                 f"the policy has {name} of shape {np.shape(leaf)} for a layer of {spec.kv_heads} key-value heads: "
                 "give one number, or one for each head"
@@ -126,7 +114,7 @@ def check_protected(policy: Policy, spec: CacheSpec, made: Made | None) -> None:
 
 def protected_slots(policy: Policy, spec: CacheSpec) -> int:
     """How many slots a head the keys take that the policy never gives up; 0 if that is traced."""
-    protected, stores = traits(policy).protected, spec.slots[0]
+    protected, stores = policy.traits.protected, spec.slots[0]
     if not concrete(protected):
         return 0
     each = np.broadcast_to(np.asarray(protected, np.int64), spec.kv_heads).reshape(stores, -1)
@@ -155,7 +143,7 @@ def spec(cache: LayerCache) -> CacheSpec:
 
 def fresh(policy: Policy, shape: CacheSpec) -> State:
     """The state of a key that has just arrived: ``[..., 1, 1]``."""
-    return jax.tree.map(lambda leaf: leaf[..., :1, :1], policy.init(shape))
+    return by_slot(lambda part: part[..., :1, :1], policy.init(shape))
 
 
 def stored(
@@ -180,26 +168,27 @@ def insert(
 ) -> LayerCache:
     """Stores one key and value of each head, if they are ``real``, and moves the clock on.
 
-    They take free slots. Where there is none, the key with the policy's lowest `rank` is evicted, of those that share
+    They take free slots. Where there is none, the key with the policy's lowest `score` is evicted, of those that share
     the store; among equals the oldest, then that of the first head. Each such loss is counted in ``overflow``.
     """
     view = replace(slots(cache), seen=cache.seen + real.astype(jnp.int32))
     stores, size = cache.position.shape
     each = cache.layout.kv_heads // stores
-    rank = jnp.where(view.live, ordered(policy.rank(cache.state, view)), jnp.iinfo(jnp.int32).min)
+    score = jnp.where(view.live, ordered(policy.score(cache.state, view)), jnp.iinfo(jnp.int32).min)
     last = jnp.iinfo(jnp.int32).max
     taken, slot = jnp.zeros_like(view.live), []
     for _ in range(each):
         first = ~taken
-        for key in (rank, cache.position, view.head)[: 3 if each > 1 else 1]:
+        for key in (score, cache.position, view.head)[: 3 if each > 1 else 1]:
             first &= key == jnp.where(first, key, last).min(-1, keepdims=True)
-        # Free slots have the lowest rank, and the lowest position.
+        # Free slots have the lowest score, and the lowest position.
         found = jax.lax.argmin(jnp.where(first, cache.position, last), 1, jnp.int32)
         taken |= iota(size) == found[:, None]
         slot.append(found)
     taken &= real
     slot = jnp.where(real, jnp.stack(slot, -1), size)  # out of bounds, so dropped
-    state = jax.tree.map(partial(jnp.where, taken), fresh(policy, spec(cache)), cache.state)
+    new = fresh(policy, spec(cache))
+    state = by_slot(lambda held, new: jnp.where(taken, new, held), cache.state, new)
     position = jnp.where(taken, cache.seen, cache.position)
     overflow = cache.overflow + view.total(taken & view.live)
     since, cache = cache.seen, cache._replace(position=position, state=state, seen=view.seen, overflow=overflow)
@@ -242,7 +231,7 @@ def make_room(policy: Policy, cache: LayerCache, count: Int[Array, ""], tokens: 
     further = (view.head,) if each > 1 else ()
 
     def lost():
-        return shared.lowest(policy.rank(cache.state, view), short, tokens * each, *further)
+        return shared.lowest(policy.score(cache.state, view), short, tokens * each, *further)
 
     out = jax.lax.cond(anywhere((short > 0).any()), lost, lambda: jnp.zeros_like(view.live))
     overflow = cache.overflow + view.total(out)
@@ -261,9 +250,8 @@ def insert_chunk(
     real = jnp.tile(iota(tokens) < count, (stores, kv_heads // stores))
     when = jnp.tile(cache.seen + iota(tokens), (stores, kv_heads // stores))
     slot, store = _free_for(real, cache.position), iota(stores)[:, None]
-    state = jax.tree.map(
-        lambda held, new: held.at[..., store, slot].set(new, mode="drop"), cache.state, fresh(policy, spec(cache))
-    )
+    new = fresh(policy, spec(cache))
+    state = by_slot(lambda held, new: held.at[..., store, slot].set(new, mode="drop"), cache.state, new)
     position = cache.position.at[store, slot].set(when, mode="drop")
     return _written(cache._replace(position=position, state=state, seen=cache.seen + count), k, v, slot)
 
@@ -279,7 +267,7 @@ def enlarged(cache: LayerCache, slots: int) -> LayerCache:
         k=more(cache.k, rows=True),
         v=more(cache.v, rows=True),
         position=more(cache.position, EMPTY),
-        state=jax.tree.map(more, cache.state),
+        state=by_slot(more, cache.state),
         layout=cache.layout.enlarged(slots),
     )
 
@@ -300,7 +288,7 @@ def shrunk(cache: LayerCache, slots: int) -> LayerCache:
         k=rows(cache.k),
         v=rows(cache.v),
         position=moved(cache.position),
-        state=jax.tree.map(moved, cache.state),
+        state=by_slot(moved, cache.state),
         layout=cache.layout.enlarged(-slots).given(slot, head[:, cut:]),
     )
 
@@ -419,7 +407,7 @@ def usage(caches: Caches) -> Usage:
 def per_layer(policy: Policy | Sequence[Policy], layers: int) -> tuple[Policy, ...]:
     """One policy a layer: those given, or the one given.
 
-    Where it, or one inside it, has a method `for_layer`, that says what a layer gets. Hyperparameters
+    Its method `for_layer` says what a layer gets. Hyperparameters
     ``[layers, kv_heads]`` are one for each layer and head.
 
     >>> from corm_jax.policies import Corm
@@ -436,22 +424,18 @@ def per_layer(policy: Policy | Sequence[Policy], layers: int) -> tuple[Policy, .
             check_policy(one)
         return tuple(policy)
     check_policy(policy)
-
-    def varies(part: Any) -> bool:
-        return hasattr(part, "for_layer")
-
-    def of_layer(layer: int) -> Policy:
-        one = jax.tree.map(lambda x: x.for_layer(layer, layers) if varies(x) else x, policy, is_leaf=varies)
-        return jax.tree.map(lambda x: x[layer] if np.ndim(x) == 2 else x, one)
-
-    for shape in map(np.shape, jax.tree.leaves(policy)):
+    one: Any = policy
+    for shape in map(np.shape, numbers_in(policy).values()):
         if len(shape) == 2 and shape[0] != layers:
             raise CormError(
                 f"the policy has hyperparameters for {shape[0]} layers of {shape[1]} heads, not for {layers} layers: "
                 "give [layers, kv_heads]"
             )
 
-    return tuple(of_layer(layer) for layer in range(layers))
+    def of_layer(layer: int) -> Policy:
+        return map_numbers(lambda x: x[layer] if np.ndim(x) == 2 else x, one.for_layer(layer, layers))
+
+    return tuple(map(of_layer, range(layers)))
 
 
 def per_layer_capacity(capacity: Capacity, layers: int) -> tuple[int, ...]:
@@ -473,7 +457,7 @@ def _sizes(capacity: Capacity) -> int | tuple[int, ...]:
 
 def whole_prompt(policy: Policy | Sequence[Policy]) -> bool:
     """Whether it keeps, in some layer, every key until the prompt has been read."""
-    return any(traits(one).whole_prompt for one in _several(policy))
+    return any(one.traits.whole_prompt for one in _several(policy))
 
 
 def _several(policy: Policy | Sequence[Policy]) -> Sequence[Policy]:
@@ -492,7 +476,7 @@ def slots_for(
     for one in policies:
         check_policy(one)
     if capacity is None:
-        most: list[Any] = [traits(one).most for one in policies]
+        most: list[Any] = [one.traits.most for one in policies]
         if not all(concrete(one) for one in most):
             return max(tokens, chunk)
         return max(min(tokens, max(int(np.max(one)) for one in most) + chunk), chunk)
@@ -500,7 +484,7 @@ def slots_for(
     check_slots(sizes, chunk, "a chunk")
     if not isinstance(sizes, int):
         policies = per_layer(policy, len(sizes))
-    protected = [traits(one).protected for one in policies]
+    protected = [one.traits.protected for one in policies]
     needs = [int(np.max(one)) if concrete(one) else 0 for one in protected]
     check_slots(sizes, max(needs) if isinstance(sizes, int) else needs, PROTECTED)
     return sizes
@@ -514,7 +498,7 @@ def prompt_of(policy: Policy | Sequence[Policy], prompt: SupportsIndex | None, t
     """
     if prompt is None:
         for one in _several(policy):
-            if traits(one).whole_prompt:
+            if one.traits.whole_prompt:
                 raise CormError(
                     f"{name_of(one)} waits for the end of the prompt: say how many of the tokens are the prompt, "
                     "with prompt=... or --prompt"

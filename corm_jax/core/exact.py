@@ -20,9 +20,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from corm_jax.core.arrays import EMPTY, anywhere
+from corm_jax.core.observation import Observation, observed
 from corm_jax.core.options import concrete
 from corm_jax.core.slots import Slots
-from corm_jax.core.types import Observation, State, observed, traits
+from corm_jax.core.types import State, by_slot
 
 FOREVER = np.iinfo(np.int32).max
 """The last query of a key that is not evicted."""
@@ -104,7 +105,7 @@ def settle(
         sound &= _fits(block, found, room)
     if moments is None:
         queries = block.visible.any((1, 2)).sum(dtype=jnp.int32)
-        sound &= (jnp.asarray(traits(policy).moments) >= queries).all()
+        sound &= (jnp.asarray(policy.traits.moments) >= queries).all()
     if block.softmax is None and room is None and moments:
         return found
     return jax.lax.cond(anywhere(~sound), by_query, lambda: found)
@@ -112,7 +113,7 @@ def settle(
 
 def planned(policy: Any) -> tuple[int, bool | None]:
     """How many queries to read at once under a policy whose numbers are known, and whether their moments are, too."""
-    about = traits(policy)
+    about = policy.traits
     if not concrete(about.moments):
         return about.block, None
     least = int(np.min(about.moments))
@@ -225,14 +226,14 @@ def _led(policy, state, fresh, block, room, weights, total):
             before = view((until == FOREVER) & (position < t - 1), t)
             stores = replace(before, layout=slots.layout.merged(room.heads))
             short = stores.total(stores.live) + room.heads - room.slots
-            score, head = policy.rank(state, before), (slots.head,) if room.heads > 1 else ()
+            score, head = policy.score(state, before), (slots.head,) if room.heads > 1 else ()
             out = stores.lowest(score, jnp.where(real, short, 0), room.heads, *head)
             until, lost = jnp.where(out, t - 1, until), lost | out
         arrives = real & (position == t - 1)
         live = (position >= 0) & (until == FOREVER) & (position < t)
         now = view(live, t)
         seen = Observation(weights[:, None], total[:, None], live[None], t[None, None, None], block.keys)
-        after = policy.observe(jax.tree.map(partial(jnp.where, arrives), fresh, state), seen, now)
+        after = policy.observe(by_slot(lambda held, new: jnp.where(arrives, new, held), state, fresh), seen, now)
         until = jnp.where(live & real & ~policy.retain(after, now), t, until)
         return (jax.tree.map(partial(jnp.where, real), after, state), until, lost), None
 

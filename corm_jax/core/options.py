@@ -8,7 +8,7 @@ these the dtype and the shape are checked, since the values are unknown. A truth
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any, TypeVar, dataclass_transform, no_type_check
@@ -23,6 +23,8 @@ from jaxtyping import Array, Int
 from corm_jax.errors import CormError
 
 INT32 = np.iinfo(np.int32)
+Tree = TypeVar("Tree")
+Class = TypeVar("Class", bound=type)
 
 
 def number(
@@ -52,6 +54,11 @@ def size(default: int | float, help: str) -> Any:
     A whole number and a share differ by their dtype, also where they are traced. See `held`.
     """
     return field(default=default, metadata={"help": help, "size": True})
+
+
+def weights(help: str) -> Any:
+    """A pytree of arrays that is trained, or loaded: leaves of the policy, whose axes are nobody's business."""
+    return field(metadata={"help": help, "weights": True})
 
 
 def choice(*choices: str, help: str) -> Any:
@@ -275,10 +282,7 @@ def _first(found: np.ndarray, wrong: np.ndarray) -> str:
 
 def _agree(policy: Any) -> None:
     """Raises unless all numbers of a policy, and of those inside it, are for equally many heads, and layers."""
-    arrays = [
-        (jax.tree_util.keystr(path).lstrip("."), np.shape(leaf))
-        for path, leaf in jax.tree_util.tree_leaves_with_path(policy)
-    ]
+    arrays = [(name, np.shape(leaf)) for name, leaf in numbers_in(policy).items()]
     for axis, what in ((-1, "heads"), (-2, "layers")):
         sizes = {name: shape[axis] for name, shape in arrays if len(shape) in (1, 2) and len(shape) >= -axis}
         if len(set(sizes.values())) > 1:
@@ -286,10 +290,30 @@ def _agree(policy: Any) -> None:
             raise CormError(f"{one} is for {few} {what} and {other} for {many}: give one number, or equally many")
 
 
-Class = TypeVar("Class", bound=type)
+def numbers_in(policy: Any) -> dict[str, Any]:
+    """The numbers of a policy and of those inside it by name, as in ``policy.recent``; no `weights`."""
+    paths = jax.tree_util.tree_leaves_with_path(policy)
+    return {jax.tree_util.keystr(path).lstrip("."): leaf for path, leaf in paths if not _weighs(policy, path)}
 
 
-@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(number, size, choice, static))
+def map_numbers(function: Callable[[Any], Any], policy: Tree) -> Tree:
+    """The policy with a function of each of its numbers in their place; its `weights` stay as they are."""
+    return jax.tree_util.tree_map_with_path(lambda path, x: x if _weighs(policy, path) else function(x), policy)
+
+
+def _weighs(policy: Any, path: Any) -> bool:
+    """Whether a path leads to `weights`."""
+    for key in path:
+        about = getattr(policy, "__dataclass_fields__", {}).get(getattr(key, "name", None))
+        if about is None or about.metadata.get("weights"):
+            return about is not None
+        policy = getattr(policy, about.name)
+    return False
+
+
+@dataclass_transform(
+    frozen_default=True, kw_only_default=True, field_specifiers=(number, size, weights, choice, static)
+)
 def policy(cls: Class) -> Class:
     """Makes a class a frozen, keyword-only dataclass and a pytree: numbers are leaves; choices and `static` are not.
 

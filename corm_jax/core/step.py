@@ -22,10 +22,12 @@ from corm_jax.core import cache as cache_lib
 from corm_jax.core.arguments import check_step
 from corm_jax.core.arrays import EMPTY, ENDLESS, broadcasts, iota, narrow
 from corm_jax.core.exact import FOREVER, Block, Room, alive, settle
+from corm_jax.core.observation import observed
 from corm_jax.core.options import concrete, integer
+from corm_jax.core.policy import Policy
 from corm_jax.core.positions import rotate
 from corm_jax.core.slots import Slots
-from corm_jax.core.types import LayerCache, Policy, observed, traits
+from corm_jax.core.types import LayerCache, by_slot
 from corm_jax.errors import CormError
 
 
@@ -107,7 +109,7 @@ def read(
         raise CormError(f"chunk {chunk} does not divide a block of {tokens} tokens: pad the block, and say so in count")
     policy, cache, count = _checked(policy, cache, q, k, v, count, frequencies)
     exact = chunk == 1 and tokens > 1 and not counts_in_cache(policy)
-    size = min((cache.made and cache.made.block) or traits(policy).block, tokens) if exact else chunk
+    size = min((cache.made and cache.made.block) or policy.traits.block, tokens) if exact else chunk
     blocks = -(-tokens // size)
 
     def body(cache, xs):
@@ -163,7 +165,7 @@ class _Open:
         self.cache, self.since, self.tokens = cache, since, tokens
         opened = cache.layout.opened(cache.position)
         take, self.back = opened.take, opened.back
-        self.k, self.v, self.state = take(cache.k, rows=True), take(cache.v, rows=True), jax.tree.map(take, cache.state)
+        self.k, self.v, self.state = take(cache.k, rows=True), take(cache.v, rows=True), by_slot(take, cache.state)
         view = replace(cache_lib.slots(cache), layout=opened.layout, twin=None, arrived=tokens)
         self.slots = replace(view, position=take(cache.position, EMPTY))
         self.clock = (since + 1 + iota(tokens))[:, None, None]
@@ -173,7 +175,7 @@ class _Open:
     def closed(self, keep: Array, state: Any, extra: int = 0) -> LayerCache:
         """The cache with the keys that are to be kept, without ``extra`` slots at the end of its stores."""
         position = jnp.where(self.back(keep), self.cache.position, EMPTY)
-        cache = self.cache._replace(position=position, state=jax.tree.map(self.back, state))
+        cache = self.cache._replace(position=position, state=by_slot(self.back, state))
         cache = cache_lib.shrunk(cache, extra) if extra else cache
         return cache_lib.twinned(cache, self.since, self.tokens)
 
@@ -220,7 +222,7 @@ def _exactly(policy, cache, q, k, v, count):
         jax.lax.stop_gradient(every),
         jax.lax.stop_gradient(held.k),
     )
-    known = traits(policy).moments
+    known = policy.traits.moments
     moments = bool(np.min(known) >= tokens) if concrete(known) else made and made.moments
     found = settle(policy, held.state, cache_lib.fresh(policy, spec), block, room, moments)
     seen = held.visible & (held.clock <= found.until)
@@ -245,12 +247,12 @@ def _as_found(layout, every, v, seen, weights, total):
 
 def watched(policy: Any) -> bool:
     """Whether it looks at the attention."""
-    return "attention" in traits(policy).needs
+    return "attention" in policy.traits.needs
 
 
 def counts_in_cache(policy: Any) -> bool:
     """Whether keys are rotated by their place within the cache, see `Policy`."""
-    return traits(policy).positions == "cache"
+    return policy.traits.positions == "cache"
 
 
 def _rotated_in_cache(q, keys, slots: Slots, position, frequencies):

@@ -3,24 +3,41 @@
 One layer of one sequence is the unit throughout; batches come from `jax.vmap`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, SupportsIndex, TypeAlias, runtime_checkable
+from functools import partial
+from typing import Any, NamedTuple, SupportsIndex, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Num, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from corm_jax.core.layout import Layout
-from corm_jax.core.slots import PerHead, Slots
-from corm_jax.errors import CormError
-
-EVERYTHING = ("attention", "keys")
-"""What a policy may need beside positions: attention probabilities, and the keys themselves."""
 
 State: TypeAlias = PyTree[Any]
-"""What a policy remembers: a pytree of arrays that each end in the slot axes, ``[..., *slots]``."""
+"""What a policy remembers: a pytree of arrays ``[..., *slots]``, one part for each slot, and of `OfHead`."""
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["value"], meta_fields=[])
+@dataclass(frozen=True)
+class OfHead:
+    """A part of a policy's state that belongs to a head, not to a slot: it outlives the keys.
+
+    Attributes:
+      value: an array ``[..., kv_heads]``.
+    """
+
+    value: Any  # unchecked, since JAX builds such objects of whatever it has
+
+
+def by_slot(function: Callable[..., Any], state: State, *others: State) -> State:
+    """A function of each part of a state that belongs to slots, and of the same part of others; the rest as it is."""
+
+    def one(part, *more):
+        return part if isinstance(part, OfHead) else function(part, *more)
+
+    return jax.tree.map(one, state, *others, is_leaf=lambda part: isinstance(part, OfHead))
 
 
 Capacity: TypeAlias = SupportsIndex | Sequence[SupportsIndex] | np.ndarray
@@ -49,144 +66,6 @@ class CacheSpec(NamedTuple):
         """The slot axes ``stores slots``, the shape of everything that a policy keeps per slot."""
         stores = self.stores or self.kv_heads
         return stores, self.kv_heads * self.capacity // stores
-
-
-class Observation(NamedTuple):
-    """What the newest queries saw: their attention over the slots, before any eviction.
-
-    Probabilities are kept as softmax computes them, ``alpha = weights / total``. Comparisons such as alpha >= 1/n are
-    then exact where ties are (n equal logits give weights 1 and total n), and a policy that needs only comparisons
-    costs no second pass over the exponentials. A fused attention that returns the logsumexp fits as
-    ``weights = exp(logits - logsumexp), total = 1``. Queries that only pad a ragged batch have zero weights. So have
-    those without a softmax (a logit is NaN or +infinity): probabilities are numbers, whatever the model computes. No
-    gradient goes through an observation.
-
-    Attributes:
-      weights: float32 ``[group, tokens, *slots]``.
-      total: float32, broadcastable against ``weights``: the sum over the slots of each head.
-      visible: bool ``[tokens, *slots]``, which slots the query could attend to.
-      seen: int32, broadcastable against ``visible``: the clock at each query (its position + 1).
-      keys: ``[*slots, head_dim]``, what the slots hold; None where a trace does not tell.
-    """
-
-    weights: Float[Array, "group tokens *slots"]
-    total: Float[Array, "group tokens *slots_or_1"]
-    visible: Bool[Array, "tokens *slots"]
-    seen: Int[Array, "tokens *ones"]
-    keys: Float[Array, "*slots head_dim"] | None = None
-
-    @property
-    def probability(self) -> Float[Array, "group tokens *slots"]:
-        """alpha, the attention probabilities."""
-        return self.weights / self.total
-
-
-def observed(
-    layout: Layout,
-    weights: Float[Array, "group tokens *slots"],
-    total: Float[Array, "group tokens kv_heads"],
-    visible: Bool[Array, "tokens *slots"],
-    seen: Int[Array, "tokens *ones"],
-    keys: Float[Array, "*slots head_dim"] | None,
-) -> Observation:
-    """What a policy gets to see of an attention: of a query without a softmax (its total is NaN), weights of 0."""
-    total = layout.spread(total)
-    broken = jnp.isnan(total)
-    return Observation(jnp.where(broken, 0.0, weights), jnp.where(broken, 1.0, total), visible, seen, keys)
-
-
-@runtime_checkable
-class Policy(Protocol):
-    """An eviction rule: hyperparameters in a frozen dataclass that is a pytree, and four pure functions.
-
-    `corm_jax.policy` makes such a class. Numbers such as a window are leaves: they may be traced, mapped over by
-    `jax.vmap`, and arrays ``[kv_heads]`` where a scalar was, or
-    ``[layers, kv_heads]`` in a policy for a whole model. Choices are static metadata. The cache calls, for each
-    chunk of newest tokens: `rank` while there are fewer free slots than new keys, `observe` after attention, then
-    `retain`.
-
-    The rest is voluntary: an attribute for any of the `Traits`, and a method ``for_layer(layer, layers)``, which
-    returns the policy of one layer, counted from 0, where they differ.
-    """
-
-    @property
-    def protected(self) -> PerHead:
-        """How many keys of a head `rank` never gives up: the least capacity that makes sense."""
-        ...
-
-    def init(self, spec: CacheSpec) -> State:
-        """The state of empty slots. A slot that is reused starts from here again."""
-        ...
-
-    def observe(self, state: State, observation: Observation, slots: Slots) -> State:
-        """The state after the newest queries attended."""
-        ...
-
-    def retain(self, state: State, slots: Slots) -> Bool[Array, "*slots"]:
-        """Which slots to keep. What is said of empty slots does not matter."""
-        ...
-
-    def rank(self, state: State, slots: Slots) -> Num[Array, "*slots"]:
-        """Who goes first when slots run out: the lowest, among equals the oldest key. NaN is as low as -infinity."""
-        ...
-
-
-class Traits(NamedTuple):
-    """What a policy says of itself, before it has seen anything. `simulator.testing` holds it to that.
-
-    Attributes:
-      protected: how many keys of a head `Policy.rank` never gives up: the least capacity that makes sense.
-      recent: the newest so many keys of a head are never evicted.
-      most: so many keys of a head are live at most after an eviction, which determines the capacity of caches; None if
-        that depends on the text.
-      needs: what it looks at beside positions, of `EVERYTHING`. What is not needed costs nothing: it is not computed
-        under `jax.jit`.
-      positions: ``"cache"`` if keys are to be rotated by their place among those of their head that are live, not by
-        their place in the text, ``"original"``.
-      whole_prompt: whether it keeps every key until the prompt has been read, and has to be told where the prompt ends.
-      independent: whether what a head keeps hangs on that head alone.
-      moments: in so many queries one after the other, the only moment at which a key can be evicted is known before
-        they come, and somebody who finds the key important by then puts it off beyond them. Such a policy has a method
-        ``moment(state, slots)``, the clock of that moment for each slot, and, if it needs attention,
-        ``important(observation, slots)``, bool ``[tokens, *slots]``. 0 if there is no such number.
-      block: queries that the exact recurrence reads at once, see `corm_jax.core.exact`. Does not change results.
-    """
-
-    protected: PerHead = 0
-    recent: PerHead = 0
-    most: PerHead | None = None
-    needs: tuple[str, ...] = EVERYTHING
-    positions: str = "original"
-    whole_prompt: bool = False
-    independent: bool = True
-    moments: PerHead = 0
-    block: int = 64
-
-
-def traits(policy: Any) -> Traits:
-    """What a policy says of itself: its attributes of these names, and the defaults for those that it lacks.
-
-    A policy around another has an attribute ``traits`` instead, see `corm_jax.core.wrapper`.
-
-    Raises:
-      CormError: for a need that is not in `EVERYTHING`, or other positions than ``"original"`` and ``"cache"``.
-    """
-    found = getattr(policy, "traits", None)
-    if not isinstance(found, Traits):
-        found = Traits(**{name: getattr(policy, name, default) for name, default in Traits._field_defaults.items()})
-    name = type(policy).__name__
-    if isinstance(found.needs, str) or not set(found.needs) <= set(EVERYTHING):
-        raise CormError(f"{name} needs {found.needs!r}: needs must be a tuple of some of {EVERYTHING}")
-    if found.positions not in ("original", "cache"):
-        raise CormError(f"{name} has positions={found.positions!r}: it must be 'original' or 'cache'")
-    return found
-
-
-def check_policy(policy: Any) -> None:
-    """Raises unless this is a policy, and one policy."""
-    if isinstance(policy, type) or not isinstance(policy, Policy):
-        what = f"{len(policy)} of them" if isinstance(policy, list | tuple) else " ".join(repr(policy).split())[:80]
-        raise CormError(f"a policy must be an object such as Corm(window=64), or corm_jax.parse(SPEC), not {what}")
 
 
 @jax.tree_util.register_static

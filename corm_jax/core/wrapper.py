@@ -1,20 +1,23 @@
 """A policy around another, the base of `Budget`, `Protect` and `Oneshot`."""
 
+import dataclasses
 from typing import Any
 
-from jaxtyping import Array, Bool, Num
+from jaxtyping import Array, Bool, Int, Num
 
+from corm_jax.core.observation import Observation
 from corm_jax.core.options import policy
-from corm_jax.core.slots import PerHead, Slots
-from corm_jax.core.types import CacheSpec, Observation, State, Traits, check_policy, traits
+from corm_jax.core.policy import Policy, Traits, check_policy
+from corm_jax.core.slots import Slots
+from corm_jax.core.types import CacheSpec, State
 
 
 @policy
-class Wrapper:
+class Wrapper(Policy):
     """Does all that the policy inside does. Those that inherit change what they are for.
 
     That holds for what it says of itself, too: `traits` are those of the policy inside, all of them, and a class that
-    inherits changes them there, in one place. Each is an attribute as well, as of any policy.
+    inherits changes them there, in one place.
     """
 
     policy: Any
@@ -24,16 +27,7 @@ class Wrapper:
 
     @property
     def traits(self) -> Traits:
-        return traits(self.policy)
-
-    @property
-    def protected(self) -> PerHead:
-        return self.traits.protected
-
-    def __getattr__(self, name: str) -> Any:  # asked only for what is found nowhere else
-        if name in Traits._fields:
-            return getattr(self.traits, name)
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return self.policy.traits
 
     def init(self, spec: CacheSpec) -> State:
         return self.policy.init(spec)
@@ -44,11 +38,17 @@ class Wrapper:
     def retain(self, state: State, slots: Slots) -> Bool[Array, "*slots"]:
         return self.policy.retain(state, slots)
 
+    def score(self, state: State, slots: Slots) -> Num[Array, "*slots"]:
+        return self.policy.score(state, slots)
+
+    def for_layer(self, layer: int, layers: int) -> Policy:
+        return dataclasses.replace(self, policy=self.policy.for_layer(layer, layers))
+
+    def moment(self, state: State, slots: Slots) -> Int[Array, "..."]:
+        return self.policy.moment(state, slots)
+
     def important(self, observation: Observation, slots: Slots) -> Bool[Array, "tokens *slots"]:
         return self.policy.important(observation, slots)
-
-    def rank(self, state: State, slots: Slots) -> Num[Array, "*slots"]:
-        return self.policy.rank(state, slots)
 
 
 def innermost(policy: Any) -> Any:

@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from corm_jax.core.cache import expect, prompt_of, slots_for, usage
-from corm_jax.core.types import Caches, Policy, Usage
+from corm_jax.core.policy import Policy
+from corm_jax.core.types import Caches, Usage
 from corm_jax.model.llama import Llama
 from corm_jax.policies import Full
 from corm_jax.runs.perplexity import cut

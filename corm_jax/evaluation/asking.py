@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from corm_jax.core.cache import per_layer_capacity, usage
-from corm_jax.core.types import Caches, Capacity, Policy, Usage
+from corm_jax.core.policy import Policy
+from corm_jax.core.types import Caches, Capacity, Usage
 from corm_jax.model.generation import STRETCH, decode, prefill
 from corm_jax.model.llama import Llama
 

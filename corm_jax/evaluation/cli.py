@@ -17,7 +17,7 @@ from corm_jax.command import console, plots
 from corm_jax.command.console import COUNT, SEED, Budget, Real, Spec, Whole
 from corm_jax.command.tables import Column, print_table, show
 from corm_jax.core.cache import slots_for
-from corm_jax.core.types import Policy
+from corm_jax.core.policy import Policy
 from corm_jax.errors import CormError
 from corm_jax.evaluation import agreement as agreements
 from corm_jax.evaluation import analysis
@@ -42,7 +42,7 @@ from corm_jax.runs.perplexity import read
 SMALL_CHUNK = 1024
 """A chunk that may be longer than any prompt."""
 
-POLICIES = ("full", "corm", "streaming_llm", "h2o:score=mean", "tova", "snapkv", "random")
+POLICIES = ("full", "corm", "streaming_llm", "h2o:attention=mean", "tova", "snapkv", "random")
 
 
 @dataclasses.dataclass(frozen=True)

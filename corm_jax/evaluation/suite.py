@@ -9,7 +9,8 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import numpy as np
 
-from corm_jax.core.types import Policy, Usage
+from corm_jax.core.policy import Policy
+from corm_jax.core.types import Usage
 from corm_jax.evaluation.records import Records
 from corm_jax.model.llama import Llama
 from corm_jax.policies import keys_of, lacks_window, parse

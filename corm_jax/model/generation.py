@@ -17,7 +17,8 @@ from corm_jax.core import cache
 from corm_jax.core.arguments import Prompts, check_batch, check_caches, prompts_of
 from corm_jax.core.arrays import broadcasts, iota
 from corm_jax.core.options import integer, one_of, real
-from corm_jax.core.types import Caches, Capacity, Policy
+from corm_jax.core.policy import Policy
+from corm_jax.core.types import Caches, Capacity
 from corm_jax.errors import CacheOverflowError
 from corm_jax.model.llama import Llama
 

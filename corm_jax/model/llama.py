@@ -19,7 +19,8 @@ from corm_jax.core import cache, positions, step
 from corm_jax.core.arguments import check_caches, check_count
 from corm_jax.core.arrays import broadcasts, iota
 from corm_jax.core.options import integer
-from corm_jax.core.types import Caches, CacheSpec, Capacity, LayerCache, Policy
+from corm_jax.core.policy import Policy
+from corm_jax.core.types import Caches, CacheSpec, Capacity, LayerCache
 from corm_jax.errors import CormError
 
 

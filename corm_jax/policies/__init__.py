@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from corm_jax.core.options import choice, number, policy, size, static
-from corm_jax.core.types import Policy
+from corm_jax.core.policy import Policy
 from corm_jax.errors import CormError
 from corm_jax.policies.adakv import AdaKV
 from corm_jax.policies.adaptive_corm import AdaptiveCorm

@@ -23,9 +23,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from corm_jax.core.observation import Observation
 from corm_jax.core.options import number, policy
+from corm_jax.core.policy import Policy, Traits
 from corm_jax.core.slots import PerHead, Slots
-from corm_jax.core.types import CacheSpec, Observation
+from corm_jax.core.types import CacheSpec
 from corm_jax.policies.corm import NEVER, Corm
 
 
@@ -37,7 +39,7 @@ class Returns(NamedTuple):
 
 
 @policy
-class AdaptiveCorm:
+class AdaptiveCorm(Policy):
     """Keep everything in heads that come back to dormant keys, and in the others do as CORM.
 
     Args:
@@ -58,11 +60,9 @@ class AdaptiveCorm:
     patience: PerHead = number(5, "p: queries that a head may take for each return to a dormant key", least=1)
     trial: PerHead = number(768, "tokens before a head has to come back to any", least=0)
 
-    needs = ("attention",)
-
     @property
-    def protected(self) -> PerHead:
-        return self.recent
+    def traits(self) -> Traits:
+        return Traits(protected=self.recent, recent=self.recent, needs=("attention",))
 
     @property
     def corm(self) -> Corm:
@@ -93,5 +93,5 @@ class AdaptiveCorm:
         whole = (slots.seen - jnp.asarray(self.trial) - 1) // jnp.asarray(self.patience) < returns  # no large products
         return slots.live & (slots.spread(whole) | self.corm.retain(state.last, slots))
 
-    def rank(self, state: Returns, slots: Slots) -> Int[Array, "*slots"]:
-        return self.corm.rank(state.last, slots)
+    def score(self, state: Returns, slots: Slots) -> Int[Array, "*slots"]:
+        return self.corm.score(state.last, slots)

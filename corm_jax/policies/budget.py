@@ -25,8 +25,9 @@ from corm_jax.core.options import (
     settled_size,
     thousandths,
 )
+from corm_jax.core.policy import Policy, Traits, check_policy
 from corm_jax.core.slots import PerHead, Slots
-from corm_jax.core.types import Policy, State, Traits, check_policy
+from corm_jax.core.types import State
 from corm_jax.core.wrapper import Wrapper, innermost
 from corm_jax.errors import CormError
 
@@ -60,7 +61,7 @@ class Budget(Wrapper):
         tokens, per_mille = np.broadcast_arrays(self.tokens, self.per_mille)
         if np.any(tokens + per_mille == 0):
             raise CormError("a budget must be a whole number of keys from 1 up, or a share such as 0.25, not 0")
-        if low := first_below(np.where(per_mille > 0, INT32.max, tokens), self.policy.protected):
+        if low := first_below(np.where(per_mille > 0, INT32.max, tokens), self.policy.traits.protected):
             raise CormError(f"a budget of {low[0]} keys is below the {low[1]} that the policy never gives up: raise it")
 
     @property
@@ -79,12 +80,12 @@ class Budget(Wrapper):
         over, most = rest.total(rest.live) - self.limit(slots.seen), slots.arrived  # since it held before they came
         if self.traits.whole_prompt and slots.reading:
             over, most = jnp.where(slots.seen < slots.prompt, 0, over), None
-        return keep & ~rest.lowest(self.policy.rank(state, rest), over, most)
+        return keep & ~rest.lowest(self.policy.score(state, rest), over, most)
 
     def limit(self, seen: Int[Array, ""]) -> Int[Array, "..."]:
         """How many keys of a head may stay after ``seen`` tokens."""
         tokens, share = jnp.asarray(self.tokens, jnp.int32), thousandths(self.per_mille, seen)
-        least = jnp.maximum(jnp.asarray(self.policy.protected, jnp.int32), 1)
+        least = jnp.maximum(jnp.asarray(self.policy.traits.protected, jnp.int32), 1)
         return jnp.maximum(jnp.minimum(tokens, ENDLESS - share) + share, least)  # the sum would exceed int32
 
 

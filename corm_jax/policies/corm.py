@@ -21,16 +21,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from corm_jax.core.arrays import ENDLESS
+from corm_jax.core.observation import Observation
 from corm_jax.core.options import choice, number, policy
+from corm_jax.core.policy import Policy, Traits
 from corm_jax.core.slots import PerHead, Slots
-from corm_jax.core.types import CacheSpec, Observation
+from corm_jax.core.types import CacheSpec
 
 NEVER = jnp.iinfo(jnp.int32).min
 PROTECTED = jnp.iinfo(jnp.int32).max
 
 
 @policy
-class Corm:
+class Corm(Policy):
     """Evict what none of the last w queries found important; keep the newest r.
 
     Args:
@@ -56,11 +58,9 @@ class Corm:
     group: str = choice("any", "mean", help="important to any query head of the group | in their mean")
     eager: PerHead = number(False, "evict before w queries were seen")
 
-    needs = ("attention",)
-
     @property
-    def protected(self) -> PerHead:
-        return self.recent
+    def traits(self) -> Traits:
+        return Traits(protected=self.recent, recent=self.recent, needs=("attention",), moments=self.window)
 
     def init(self, spec: CacheSpec) -> Int[Array, "*slots"]:
         return jnp.full(spec.slots, NEVER, jnp.int32)
@@ -68,10 +68,6 @@ class Corm:
     def observe(self, state: Int[Array, "*slots"], observation: Observation, slots: Slots) -> Int[Array, "*slots"]:
         found = self.important(observation, slots)
         return jnp.maximum(state, jnp.where(found, observation.seen, NEVER).max(0))
-
-    @property
-    def moments(self) -> PerHead:
-        return self.window
 
     def moment(self, state: Int[Array, "*slots"], slots: Slots) -> Int[Array, "*slots"]:
         """max(last + w, position + r + 1, w): the clock at which the key goes, unless it is important by then."""
@@ -97,5 +93,5 @@ class Corm:
         minor = (state <= slots.seen - window) & ((slots.seen >= window) | eager)
         return slots.live & (~minor | slots.newest(self.recent))
 
-    def rank(self, state: Int[Array, "*slots"], slots: Slots) -> Int[Array, "*slots"]:
+    def score(self, state: Int[Array, "*slots"], slots: Slots) -> Int[Array, "*slots"]:
         return jnp.where(slots.newest(self.recent), PROTECTED, state)

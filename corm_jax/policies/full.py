@@ -4,37 +4,24 @@ Without a free slot the oldest key goes, so that a capped full cache is a slidin
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Int
 
 from corm_jax.core.arrays import ENDLESS
 from corm_jax.core.options import policy
+from corm_jax.core.policy import Policy, Traits
 from corm_jax.core.slots import Slots
-from corm_jax.core.types import CacheSpec, Observation
 
 
 @policy
-class Full:
+class Full(Policy):
     """Keep everything."""
 
-    needs = ()
-    moments = ENDLESS
-    block = 256
-
     @property
-    def protected(self) -> int:
-        return 0
-
-    def init(self, spec: CacheSpec) -> tuple[()]:
-        return ()
-
-    def observe(self, state: tuple[()], observation: Observation, slots: Slots) -> tuple[()]:
-        return state
-
-    def retain(self, state: tuple[()], slots: Slots) -> Bool[Array, "*slots"]:
-        return slots.live
+    def traits(self) -> Traits:
+        return Traits(needs=(), moments=ENDLESS, block=256)
 
     def moment(self, state: tuple[()], slots: Slots) -> Int[Array, ""]:
         return jnp.int32(ENDLESS)
 
-    def rank(self, state: tuple[()], slots: Slots) -> Int[Array, "*slots"]:
+    def score(self, state: tuple[()], slots: Slots) -> Int[Array, "*slots"]:
         return slots.position

@@ -5,40 +5,40 @@ Every key accumulates the attention that it gets (section 4, algorithm 1), and w
     S[i]  =  sum over queries t of alpha_t[i]        (the mean over a group under grouped-query attention)
 
 The newest ``recent`` are exempt; the paper's runs split a budget B in halves, ``recent`` = B / 2. An evicted key's
-score is forgotten. A raw sum favours early keys, which more queries have seen: ``score=mean`` divides it by the key's
-age. The released code leaves one key neither candidate nor recent, and lets evicted keys come back on ties; this
+score is forgotten. A raw sum favours early keys, which more queries have seen: ``attention=mean`` divides it by the
+key's age. The released code leaves one key neither candidate nor recent, and lets evicted keys come back on ties; this
 follows the paper. The sum is float32, exact to the 2^24th part of itself: of a key that has drawn millions of
 queries' whole attention, one query more or less is no longer noticed.
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from corm_jax.core.arrays import largest
+from corm_jax.core.observation import Observation
 from corm_jax.core.options import choice, number, policy
+from corm_jax.core.policy import Policy, Traits
 from corm_jax.core.slots import PerHead, Slots
-from corm_jax.core.types import CacheSpec, Observation
+from corm_jax.core.types import CacheSpec
 
 
 @policy
-class H2O:
+class H2O(Policy):
     """On a budget, keep what has drawn most attention so far, and the newest.
 
     Without a budget (`corm_jax.budget`) nothing is evicted before the slots run out.
 
     Args:
       recent: newest keys that never go. A number, or one for each head.
-      score: ``"raw"``, the sum of the attention; ``"mean"``, the sum over the key's age in queries.
+      attention: ``"sum"`` of what a key has drawn, or its ``"mean"``: the sum over the key's age in queries.
     """
 
     recent: PerHead = number(256, "newest keys that never go; the paper: half of the budget", least=0)
-    score: str = choice("raw", "mean", help="attention summed | divided by the key's age")
-
-    needs = ("attention",)
+    attention: str = choice("sum", "mean", help="attention summed | divided by the key's age")
 
     @property
-    def protected(self) -> PerHead:
-        return self.recent
+    def traits(self) -> Traits:
+        return Traits(protected=self.recent, recent=self.recent, needs=("attention",))
 
     def init(self, spec: CacheSpec) -> Float[Array, "*slots"]:
         return jnp.zeros(spec.slots, jnp.float32)
@@ -46,10 +46,7 @@ class H2O:
     def observe(self, state: Float[Array, "*slots"], observation: Observation, slots: Slots) -> Float[Array, "*slots"]:
         return state + observation.probability.mean(0).sum(0)
 
-    def retain(self, state: Float[Array, "*slots"], slots: Slots) -> Bool[Array, "*slots"]:
-        return slots.live
-
-    def rank(self, state: Float[Array, "*slots"], slots: Slots) -> Float[Array, "*slots"]:
+    def score(self, state: Float[Array, "*slots"], slots: Slots) -> Float[Array, "*slots"]:
         age = (slots.seen - slots.position).astype(jnp.float32)
-        score = state if self.score == "raw" else state / age
+        score = state if self.attention == "sum" else state / age
         return jnp.where(slots.newest(self.recent), largest(score), score)

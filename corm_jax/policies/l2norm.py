@@ -6,26 +6,26 @@ In layer 0 a token's keys all have one norm, up to the rounding of its rotation,
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
+from corm_jax.core.observation import Observation
 from corm_jax.core.options import policy
+from corm_jax.core.policy import Policy, Traits
 from corm_jax.core.slots import Slots
-from corm_jax.core.types import CacheSpec, Observation
+from corm_jax.core.types import CacheSpec
 from corm_jax.errors import CormError
 
 
 @policy
-class L2Norm:
+class L2Norm(Policy):
     """On a budget, keep the keys of lowest norm.
 
     Without one (`corm_jax.budget`) nothing is evicted before the slots run out.
     """
 
-    needs = ("keys",)
-
     @property
-    def protected(self) -> int:
-        return 0
+    def traits(self) -> Traits:
+        return Traits(needs=("keys",))
 
     def init(self, spec: CacheSpec) -> Float[Array, "*slots"]:
         return jnp.zeros(spec.slots, jnp.float32)
@@ -35,8 +35,5 @@ class L2Norm:
             raise CormError("l2norm looks at keys, which an attention trace does not hold: record a qkv trace")
         return jnp.linalg.norm(observation.keys.astype(jnp.float32), axis=-1)
 
-    def retain(self, state: Float[Array, "*slots"], slots: Slots) -> Bool[Array, "*slots"]:
-        return slots.live
-
-    def rank(self, state: Float[Array, "*slots"], slots: Slots) -> Float[Array, "*slots"]:
+    def score(self, state: Float[Array, "*slots"], slots: Slots) -> Float[Array, "*slots"]:
         return -state

@@ -6,8 +6,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from corm_jax.core.options import policy
+from corm_jax.core.policy import Policy, Traits
 from corm_jax.core.slots import Slots
-from corm_jax.core.types import Policy, State, Traits
+from corm_jax.core.types import State
 from corm_jax.core.wrapper import Wrapper
 
 
@@ -34,7 +35,7 @@ def oneshot(policy: Policy) -> Oneshot:
     your own `corm_jax.begin_prompt`.
 
     >>> from corm_jax.policies import Corm
-    >>> oneshot(Corm(window=64, recent=32)).whole_prompt
+    >>> oneshot(Corm(window=64, recent=32)).traits.whole_prompt
     True
     """
     return Oneshot(policy=policy)

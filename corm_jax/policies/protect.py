@@ -8,8 +8,9 @@ from jaxtyping import Array, Bool, Int, Num
 
 from corm_jax.core.arrays import ENDLESS, largest
 from corm_jax.core.options import INT32, combined, concrete, number, policy
+from corm_jax.core.policy import Policy, Traits
 from corm_jax.core.slots import PerHead, Slots
-from corm_jax.core.types import Policy, State, Traits
+from corm_jax.core.types import State
 from corm_jax.core.wrapper import Wrapper
 from corm_jax.errors import CormError
 
@@ -23,7 +24,7 @@ class Protect(Wrapper):
 
     def __post_init__(self):
         super().__post_init__()
-        if concrete(most := self.protected) and np.max(most) > INT32.max:
+        if concrete(most := self.traits.protected) and np.max(most) > INT32.max:
             raise CormError(f"the policy would protect {np.max(most)} keys of a head: at most {INT32.max} can be")
 
     @property
@@ -45,9 +46,9 @@ class Protect(Wrapper):
         when = jnp.maximum(self.policy.moment(state, slots), old)
         return jnp.where(slots.position < slots.spread(self.sinks), ENDLESS, when)
 
-    def rank(self, state: State, slots: Slots) -> Num[Array, "*slots"]:
-        rank = self.policy.rank(state, slots)
-        return jnp.where(self._safe(slots), largest(rank), rank)
+    def score(self, state: State, slots: Slots) -> Num[Array, "*slots"]:
+        score = self.policy.score(state, slots)
+        return jnp.where(self._safe(slots), largest(score), score)
 
     def _safe(self, slots: Slots) -> Bool[Array, "*slots"]:
         return slots.newest(self.recent) | (slots.position < slots.spread(self.sinks))
@@ -64,7 +65,7 @@ def protect(policy: Policy, *, sinks: PerHead = 0, recent: PerHead = 0) -> Prote
       CormError: for other numbers.
 
     >>> from corm_jax.policies import TOVA
-    >>> protect(TOVA(), sinks=4, recent=32).protected
+    >>> protect(TOVA(), sinks=4, recent=32).traits.protected
     36
     """
     return Protect(policy=policy, sinks=sinks, recent=recent)

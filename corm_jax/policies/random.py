@@ -6,15 +6,17 @@ so that heads and layers draw each for itself. The same seed gives the same evic
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, UInt
+from jaxtyping import Array, Int, UInt
 
+from corm_jax.core.observation import Observation
 from corm_jax.core.options import number, policy
+from corm_jax.core.policy import Policy, Traits
 from corm_jax.core.slots import PerHead, Slots
-from corm_jax.core.types import CacheSpec, Observation
+from corm_jax.core.types import CacheSpec
 
 
 @policy
-class Random:
+class Random(Policy):
     """On a budget, keep keys at random.
 
     Without a budget (`corm_jax.budget`) nothing is evicted before the slots run out.
@@ -27,11 +29,9 @@ class Random:
     seed: PerHead = number(0, "another seed, another draw", least=0)
     recent: PerHead = number(1, "newest keys that never go", least=0)
 
-    needs = ("keys",)
-
     @property
-    def protected(self) -> PerHead:
-        return self.recent
+    def traits(self) -> Traits:
+        return Traits(protected=self.recent, recent=self.recent, needs=("keys",))
 
     def init(self, spec: CacheSpec) -> UInt[Array, "*slots"]:
         return jnp.zeros(spec.slots, jnp.uint32)
@@ -41,10 +41,7 @@ class Random:
             return state
         return jax.lax.bitcast_convert_type(observation.keys[..., 0].astype(jnp.float32), jnp.uint32)
 
-    def retain(self, state: UInt[Array, "*slots"], slots: Slots) -> Bool[Array, "*slots"]:
-        return slots.live
-
-    def rank(self, state: UInt[Array, "*slots"], slots: Slots) -> Int[Array, "*slots"]:
+    def score(self, state: UInt[Array, "*slots"], slots: Slots) -> Int[Array, "*slots"]:
         draw = state
         for number_ in (slots.position, slots.seen, slots.spread(self.seed)):
             draw = _mix(draw ^ number_.astype(jnp.uint32))

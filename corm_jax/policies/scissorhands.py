@@ -16,14 +16,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, UInt
 
+from corm_jax.core.observation import Observation
 from corm_jax.core.options import first_below, held, is_share, number, policy, size, static
+from corm_jax.core.policy import Policy, Traits
 from corm_jax.core.slots import PerHead, Slots
-from corm_jax.core.types import CacheSpec, Observation
+from corm_jax.core.types import CacheSpec
 from corm_jax.errors import CormError
 
 
 @policy
-class Scissorhands:
+class Scissorhands(Policy):
     """Above a budget, drop a share of it at once: the keys that most of the last queries found unimportant.
 
     Args:
@@ -39,20 +41,14 @@ class Scissorhands:
     recent: PerHead = number(10, "r: newest keys that never go", least=0)
     drop: PerHead = number(0.5, "share of the budget that goes at once", above=0, most=1)
 
-    needs = ("attention",)
-
     def __post_init__(self):
         if low := first_below(self.budget, self.recent):
             raise CormError(f"a budget of {low[0]} keys is below the newest {low[1]}, which stay: raise it")
 
     @property
-    def protected(self) -> PerHead:
-        return self.recent
-
-    @property
-    def most(self) -> PerHead | None:
-        """How many keys of a head stay at most; None if that depends on the text."""
-        return None if is_share(self.budget) else self.budget
+    def traits(self) -> Traits:
+        most = None if is_share(self.budget) else self.budget
+        return Traits(protected=self.recent, recent=self.recent, most=most, needs=("attention",))
 
     def init(self, spec: CacheSpec) -> UInt[Array, "words *slots"]:
         return jnp.zeros((math.ceil(self.window / 32), *spec.slots), jnp.uint32)
@@ -78,8 +74,8 @@ class Scissorhands:
         live, budget = slots.total(slots.live), jnp.maximum(held(self.budget, slots.seen), least)
         share = (jnp.asarray(self.drop, jnp.float32) * budget.astype(jnp.float32)).astype(jnp.int32)
         some = jnp.minimum(jnp.maximum(share, live - budget), live - jnp.asarray(self.recent))
-        return slots.live & ~slots.lowest(self.rank(state, slots), jnp.where(live > budget, some, 0))
+        return slots.live & ~slots.lowest(self.score(state, slots), jnp.where(live > budget, some, 0))
 
-    def rank(self, state: UInt[Array, "words *slots"], slots: Slots) -> Int[Array, "*slots"]:
+    def score(self, state: UInt[Array, "words *slots"], slots: Slots) -> Int[Array, "*slots"]:
         unimportant = jax.lax.population_count(state).astype(jnp.int32).sum(0, dtype=jnp.int32)
         return jnp.where(slots.newest(self.recent), jnp.iinfo(jnp.int32).max, -unimportant)

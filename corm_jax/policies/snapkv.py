@@ -26,9 +26,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from corm_jax.core.arrays import anywhere, largest
+from corm_jax.core.observation import Observation
 from corm_jax.core.options import choice, first_below, held, number, policy, size, static
+from corm_jax.core.policy import Policy, Traits
 from corm_jax.core.slots import PerHead, Slots
-from corm_jax.core.types import CacheSpec, Observation
+from corm_jax.core.types import CacheSpec
 from corm_jax.errors import CormError
 
 GONE = -1.0
@@ -42,7 +44,7 @@ class Scores(NamedTuple):
 
 
 @policy
-class SnapKV:
+class SnapKV(Policy):
     """When the prompt ends, keep what its last queries attend to.
 
     Args:
@@ -58,9 +60,6 @@ class SnapKV:
     kernel: int = static(7, "positions that are pooled, an odd number", least=1, most=2**10)
     pool: str = choice("max", "mean", help="how scores of neighbours are pooled")
 
-    needs = ("attention",)
-    whole_prompt = True
-
     def __post_init__(self):
         if self.kernel % 2 == 0:
             raise CormError(f"kernel must be odd, not {self.kernel}")
@@ -68,8 +67,8 @@ class SnapKV:
             raise CormError(f"a budget of {low[0]} keys is below the window of {low[1]}: raise it")
 
     @property
-    def protected(self) -> int:
-        return 0
+    def traits(self) -> Traits:
+        return Traits(needs=("attention",), whole_prompt=True)
 
     def init(self, spec: CacheSpec) -> Scores:
         return Scores(jnp.zeros(spec.slots, jnp.float32), jnp.zeros(spec.slots, jnp.int32))
@@ -106,7 +105,7 @@ class SnapKV:
     def retain(self, state: Scores, slots: Slots) -> Bool[Array, "*slots"]:
         return slots.live & (self._current(state, slots) >= 0)
 
-    def rank(self, state: Scores, slots: Slots) -> Float[Array, "*slots"]:
+    def score(self, state: Scores, slots: Slots) -> Float[Array, "*slots"]:
         scores = self._current(state, slots)
         return jnp.where(self._early(slots), scores, largest(scores))
 

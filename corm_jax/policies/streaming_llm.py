@@ -10,15 +10,15 @@ since a recorded trace holds keys that are rotated already.
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Int
 
 from corm_jax.core.options import choice, number, policy
+from corm_jax.core.policy import Policy, Traits
 from corm_jax.core.slots import PerHead, Slots
-from corm_jax.core.types import CacheSpec, Observation
 
 
 @policy
-class StreamingLLM:
+class StreamingLLM(Policy):
     """Keep the first tokens and, on a budget, the newest.
 
     Without a budget (`corm_jax.budget`) nothing is evicted before the slots run out.
@@ -31,20 +31,9 @@ class StreamingLLM:
     sinks: PerHead = number(4, "first tokens that never go", least=0)
     positions: str = choice("original", "cache", help="rotate keys by position in the text | in the cache")
 
-    needs = ()
-
     @property
-    def protected(self) -> PerHead:
-        return self.sinks
+    def traits(self) -> Traits:
+        return Traits(protected=self.sinks, needs=(), positions=self.positions)
 
-    def init(self, spec: CacheSpec) -> tuple[()]:
-        return ()
-
-    def observe(self, state: tuple[()], observation: Observation, slots: Slots) -> tuple[()]:
-        return state
-
-    def retain(self, state: tuple[()], slots: Slots) -> Bool[Array, "*slots"]:
-        return slots.live
-
-    def rank(self, state: tuple[()], slots: Slots) -> Int[Array, "*slots"]:
+    def score(self, state: tuple[()], slots: Slots) -> Int[Array, "*slots"]:
         return jnp.where(slots.position < slots.spread(self.sinks), jnp.iinfo(jnp.int32).max, slots.position)

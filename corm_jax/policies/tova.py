@@ -7,26 +7,25 @@ is what is attended to. The newest token is a candidate like any other.
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
+from corm_jax.core.observation import Observation
 from corm_jax.core.options import policy
+from corm_jax.core.policy import Policy, Traits
 from corm_jax.core.slots import Slots
-from corm_jax.core.types import CacheSpec, Observation
+from corm_jax.core.types import CacheSpec
 
 
 @policy
-class TOVA:
+class TOVA(Policy):
     """On a budget, keep what the newest query attends to.
 
     Without one (`corm_jax.budget`) nothing is evicted before the slots run out.
     """
 
-    needs = ("attention",)
-    independent = False
-
     @property
-    def protected(self) -> int:
-        return 0
+    def traits(self) -> Traits:
+        return Traits(needs=("attention",), independent=False)
 
     def init(self, spec: CacheSpec) -> Float[Array, "*slots"]:
         return jnp.zeros(spec.slots, jnp.float32)
@@ -36,8 +35,5 @@ class TOVA:
         attention = jnp.where(newest, observation.probability.mean(0), 0.0).sum(0)
         return jnp.where(newest.any(), slots.mean_over_heads(attention), state)
 
-    def retain(self, state: Float[Array, "*slots"], slots: Slots) -> Bool[Array, "*slots"]:
-        return slots.live
-
-    def rank(self, state: Float[Array, "*slots"], slots: Slots) -> Float[Array, "*slots"]:
+    def score(self, state: Float[Array, "*slots"], slots: Slots) -> Float[Array, "*slots"]:
         return state

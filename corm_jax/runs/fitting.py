@@ -9,9 +9,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from corm_jax.core.arguments import Tokens, token_ids
+from corm_jax.core.observation import Observation
 from corm_jax.core.options import integer
+from corm_jax.core.policy import Policy, Traits
 from corm_jax.core.slots import Slots
-from corm_jax.core.types import CacheSpec, Observation, Policy, State, Traits
+from corm_jax.core.types import CacheSpec, State
 from corm_jax.core.wrapper import Wrapper, name_of
 from corm_jax.errors import CormError
 from corm_jax.model.generation import prefill
@@ -48,7 +50,7 @@ class WidestGap(Wrapper):
     def retain(self, state: State, slots: Slots) -> Bool[Array, "*slots"]:
         return slots.live
 
-    def rank(self, state: State, slots: Slots) -> Int[Array, "*slots"]:
+    def score(self, state: State, slots: Slots) -> Int[Array, "*slots"]:
         return slots.position
 
 

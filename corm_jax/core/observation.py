@@ -1,0 +1,52 @@
+"""What a policy gets to see of an attention."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from corm_jax.core.layout import Layout
+
+
+class Observation(NamedTuple):
+    """What the newest queries saw: their attention over the slots, before any eviction.
+
+    Probabilities are kept as softmax computes them, ``alpha = weights / total``. Comparisons such as alpha >= 1/n are
+    then exact where ties are (n equal logits give weights 1 and total n), and a policy that needs only comparisons
+    costs no second pass over the exponentials. A fused attention that returns the logsumexp fits as
+    ``weights = exp(logits - logsumexp), total = 1``. Queries that only pad a ragged batch have zero weights. So have
+    those without a softmax (a logit is NaN or +infinity): probabilities are numbers, whatever the model computes. No
+    gradient goes through an observation.
+
+    Attributes:
+      weights: float32 ``[group, tokens, *slots]``.
+      total: float32, broadcastable against ``weights``: the sum over the slots of each head.
+      visible: bool ``[tokens, *slots]``, which slots the query could attend to.
+      seen: int32, broadcastable against ``visible``: the clock at each query (its position + 1).
+      keys: ``[*slots, head_dim]``, what the slots hold; None where a trace does not tell.
+    """
+
+    weights: Float[Array, "group tokens *slots"]
+    total: Float[Array, "group tokens *slots_or_1"]
+    visible: Bool[Array, "tokens *slots"]
+    seen: Int[Array, "tokens *ones"]
+    keys: Float[Array, "*slots head_dim"] | None = None
+
+    @property
+    def probability(self) -> Float[Array, "group tokens *slots"]:
+        """alpha, the attention probabilities."""
+        return self.weights / self.total
+
+
+def observed(
+    layout: Layout,
+    weights: Float[Array, "group tokens *slots"],
+    total: Float[Array, "group tokens kv_heads"],
+    visible: Bool[Array, "tokens *slots"],
+    seen: Int[Array, "tokens *ones"],
+    keys: Float[Array, "*slots head_dim"] | None,
+) -> Observation:
+    """What a policy gets to see of an attention: of a query without a softmax (its total is NaN), weights of 0."""
+    total = layout.spread(total)
+    broken = jnp.isnan(total)
+    return Observation(jnp.where(broken, 0.0, weights), jnp.where(broken, 1.0, total), visible, seen, keys)
