@@ -59,7 +59,7 @@ class Contender:
 
     def make_caches(self, model):
         made = model.make_caches(self.policy, batch=self.batch, capacity=self.slots, stores=self.stores)
-        return tuple(cj.end_prompt(cj.begin_prompt(one, 1)) for one in made)
+        return cj.end_prompt(cj.begin_prompt(made, 1))
 
     def arguments(self, model, caches):
         logits, done = jnp.zeros((self.batch, model.config.vocab)), jnp.zeros(self.batch, bool)
@@ -86,11 +86,11 @@ class Contender:
                 v=v,
                 position=jnp.tile(position, (self.batch, *(1,) * position.ndim)),
                 state=jax.tree.map(lambda leaf: jnp.full_like(leaf, self.context), cache.state),  # all just asked for
-                seen=jnp.full(self.batch, self.context, jnp.int32),
+                clock=replace(cache.clock, seen=jnp.full(self.batch, self.context, jnp.int32)),
                 layout=cache.layout if self.stores is None else Shared(whose, kv_heads),
             )
             caches.append(cache)
-        return tuple(caches)
+        return cj.Caches.of(caches)
 
 
 def race(model, programs: dict[Contender, Any], rounds: int) -> dict[Contender, tuple[np.ndarray, int]]:

@@ -44,7 +44,7 @@ def compiled(spec: str, stores: int | None, layers: int, capacity: int) -> str:
 
     def caches():
         made = model.make_caches(policy, batch=1, capacity=capacity, stores=stores)
-        return tuple(cj.end_prompt(cj.begin_prompt(one, 1)) for one in made)
+        return cj.end_prompt(cj.begin_prompt(made, 1))
 
     numbers = np.int32(STEPS), np.zeros(0, np.int32), np.float32(0), np.float32(1)
     arguments = jnp.zeros((1, shape["vocab"])), jax.random.key(0), jnp.zeros(1, bool), *numbers

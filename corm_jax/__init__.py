@@ -10,7 +10,7 @@ from corm_jax.core.observation import Observation
 from corm_jax.core.policy import Policy, Traits
 from corm_jax.core.slots import Slots
 from corm_jax.core.step import step
-from corm_jax.core.types import Caches, CacheSpec, LayerCache, OfHead, Usage
+from corm_jax.core.types import Caches, CacheSpec, Clock, LayerCache, OfHead, Usage
 from corm_jax.errors import CacheOverflowError, CheckpointError, CheckpointWarning, CormError
 from corm_jax.model.checkpoint import load
 from corm_jax.model.generation import Generation, decode, generate, prefill, stream
@@ -53,6 +53,7 @@ __all__ = [
     "Caches",
     "CheckpointError",
     "CheckpointWarning",
+    "Clock",
     "Config",
     "Corm",
     "CormError",

@@ -1,5 +1,6 @@
 """A layer of a cache, driven token by token or chunk by chunk, beside the same of the specification."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -22,6 +23,11 @@ def normal(seed, scale=2.0):
     """Queries, keys and values of a layer: no two logits are equal."""
     rng = np.random.default_rng(seed)
     return tuple((factor * rng.normal(size=shape)).astype(np.float32) for factor, shape in zip((scale, 1, 1), SHAPES))  # noqa: B905
+
+
+def at_clock(layer, **fields):
+    """A cache whose clock shows something else."""
+    return layer._replace(clock=replace(layer.clock, **fields))
 
 
 def in_cache(policy, q, k, v, counts, *, capacity=TOKENS + CHUNK, stores=None, prompts=None, start=0):
@@ -55,10 +61,10 @@ def _in_cache(policy, q, k, v, counts, ends, start, *, chunk, capacity, stores):
         layer, at = carry
         count, prompt = xs
         pieces = (jax.lax.dynamic_slice_in_dim(x, at, chunk) for x in (q, k, v))
-        output, layer = step(policy, layer._replace(prompt=prompt), *pieces, count)
+        output, layer = step(policy, at_clock(layer, prompt=prompt), *pieces, count)
         return (layer, at + count), (output, by_head(layer))
 
-    (layer, _), (outputs, position) = jax.lax.scan(body, (layer._replace(seen=start), jnp.int32(0)), (counts, ends))
+    (layer, _), (outputs, position) = jax.lax.scan(body, (at_clock(layer, seen=start), jnp.int32(0)), (counts, ends))
     return outputs, position, layer
 
 

@@ -12,6 +12,7 @@ from corm_jax.core.cache import slots_for
 from corm_jax.core.wrapper import Wrapper
 from corm_jax.runs.perplexity import read
 from simulator.testing import check_policy
+from tests.drive import at_clock
 from tests.mistakes import refused
 from tests.models import tiny
 
@@ -261,16 +262,16 @@ def test_shapes_at_random(data):
 def test_a_traced_count_ends_at_the_tokens_there_are():
     for count, expected in ((9, 3), (3, 3), (0, 0), (-2, 0)):
         cache = jax.jit(lambda count: step(count=count)[1])(count)
-        assert int(cache.seen) == expected
+        assert int(cache.clock.seen) == expected
         assert (np.asarray(cache.position) >= 0).sum() == 2 * expected
     for count in (np.int64(2), jnp.int32(2), np.array(2), 2):
-        assert int(step(count=count)[1].seen) == 2
+        assert int(step(count=count)[1].clock.seen) == 2
 
 
 def test_a_position_alone_is_everybodys():
     """Policies that remember nothing take over each other's caches."""
     _, cache = step(cj.Full())
-    assert int(step(cj.StreamingLLM(), cache)[1].seen) == 6
+    assert int(step(cj.StreamingLLM(), cache)[1].clock.seen) == 6
 
 
 TWO = [[1, 2, 3], [4, 5, 6]]
@@ -280,11 +281,17 @@ TWO = [[1, 2, 3], [4, 5, 6]]
     ("caches", "message"),
     [
         (lambda: MODEL.make_caches(CORM, batch=3, capacity=8), "are of a batch of 3, and there are 2 rows to read"),
-        (lambda: MODEL.make_caches(CORM, batch=2, capacity=8)[:1], "caches for 1 layers, and the model has 2"),
+        (
+            lambda: cj.Caches.of(list(MODEL.make_caches(CORM, batch=2, capacity=8))[:1]),
+            "caches for 1 layers, and the model has 2",
+        ),
         (lambda: MODEL.make_caches(cj.TOVA(), batch=2, capacity=8), "was made for TOVA, and Corm cannot go on"),
         (lambda: tiny(kv_heads=1).make_caches(CORM, batch=2, capacity=8), "of layer 0 is for 1 key-value heads of 8"),
         (lambda: [cache_of()] * 2, "the caches are of one sequence, and there are 2 rows to read"),
-        (lambda: MODEL.make_caches(CORM, batch=2, capacity=8)[0], "a tuple of LayerCache, one a layer"),
+        (
+            lambda: MODEL.make_caches(CORM, batch=2, capacity=8)[0],
+            "are Caches, as make_caches returns them, not LayerCache",
+        ),
         (lambda: None, "a tuple of LayerCache"),
         (lambda: ["a", "b"], "must be the LayerCache of one layer"),
     ],
@@ -344,9 +351,9 @@ def test_who_waits_for_the_prompts_end_is_told_it(policy):
     expected = WAITING[policy]
     assert live[:2] == expected[:2]
     assert live[2:] == expected[2:] if expected[3] else live[2] <= 8
-    assert int(cj.begin_prompt(cache, np.int64(6)).prompt) == 17
-    assert cj.begin_prompt(cache_of(policy, batch=2), [3, 4]).prompt.tolist() == [3, 4]
-    assert int(jax.jit(cj.begin_prompt)(cache_of(policy), 7).prompt) == 7
+    assert int(cj.begin_prompt(cache, np.int64(6)).clock.prompt) == 17
+    assert cj.begin_prompt(cache_of(policy, batch=2), [3, 4]).clock.prompt.tolist() == [3, 4]
+    assert int(jax.jit(cj.begin_prompt)(cache_of(policy), 7).clock.prompt) == 7
 
 
 def test_a_prompt_that_cannot_be():
@@ -355,18 +362,18 @@ def test_a_prompt_that_cannot_be():
         refused("prompt", cj.begin_prompt, cache, wrong)
     refused("for a cache of one sequence: give one number", cj.begin_prompt, cache, [1, 2])
     refused(r"the shape \(3,\) for a cache of 2 rows", cj.begin_prompt, cache_of(batch=2), [1, 2, 3])
-    refused("takes the LayerCache of one layer, not tuple", cj.begin_prompt, (cache,), 3)
-    assert int(cj.begin_prompt(cache._replace(seen=jnp.int32(5)), 2**31 - 1).prompt) == 2**31 - 1
+    refused("takes a LayerCache, or the Caches of a model, not tuple", cj.begin_prompt, (cache,), 3)
+    assert int(cj.begin_prompt(at_clock(cache, seen=jnp.int32(5)), 2**31 - 1).clock.prompt) == 2**31 - 1
 
 
 def test_a_model_that_was_not_told_the_prompt():
     policy = cj.SnapKV(budget=4, window=2)
     caches = MODEL.make_caches(policy, batch=1, capacity=16)
     refused("SnapKV waits for the end", MODEL, policy, caches, jnp.array([[1, 2, 3]]), jnp.array([3]), chunk=1)
-    told = tuple(cj.begin_prompt(cache, 3) for cache in caches)
+    told = cj.begin_prompt(caches, 3)
     _, after, _ = MODEL(policy, told, jnp.array([[1, 2, 3, 4, 5, 6]]), jnp.array([6]), chunk=3)
     assert (np.asarray(cj.usage(after).live) == 6).all()
-    told = tuple(cj.begin_prompt(cache, 6) for cache in caches)
+    told = cj.begin_prompt(caches, 6)
     _, after, _ = MODEL(policy, told, jnp.array([[1, 2, 3, 4, 5, 6]]), jnp.array([6]), chunk=3)
     assert (np.asarray(cj.usage(after).live) == 4).all()
 

@@ -12,6 +12,7 @@ from corm_jax import (
     TOVA,
     AdaKV,
     AdaptiveCorm,
+    Caches,
     CacheSpec,
     Corm,
     CormError,
@@ -31,7 +32,7 @@ from corm_jax import (
 )
 from corm_jax.core.arrays import ENDLESS
 from corm_jax.policies import Budget
-from tests.drive import CHUNK, KV_HEADS, TOKENS, in_cache, in_numpy, normal
+from tests.drive import CHUNK, KV_HEADS, TOKENS, at_clock, in_cache, in_numpy, normal
 from tests.heads import chunks_of
 from tests.models import tiny
 
@@ -73,7 +74,7 @@ def test_decisions_at_any_clock(name, seed, start, how):
     outputs, held, last = in_cache(policy, *columns, counts, **options)
     assert held == [reading.kept for reading in expected]
     assert last.overflow.tolist() == [reading.overflow for reading in expected]
-    assert int(last.seen) == start + TOKENS
+    assert int(last.clock.seen) == start + TOKENS
     np.testing.assert_allclose(outputs.swapaxes(0, 1), [reading.outputs for reading in expected], atol=2e-5)
 
 
@@ -105,20 +106,20 @@ def test_guards_beyond_the_end_of_the_clock_are_refused():
 
 def test_the_end_of_the_clock():
     """Of five tokens three fit: the others are as padding, and no key is lost."""
-    cache = make_cache(Full(), CacheSpec(1, 8, 4))._replace(seen=jnp.int32(ENDLESS - 3))
+    cache = at_clock(make_cache(Full(), CacheSpec(1, 8, 4)), seen=jnp.int32(ENDLESS - 3))
     q, k = jnp.ones((5, 1, 1, 4)), jnp.ones((5, 1, 4))
     output, cache = jax.jit(step)(Full(), cache, q, k, k, 5)
     assert cache.position[0].tolist() == [ENDLESS - 3, ENDLESS - 2, ENDLESS - 1, -1, -1, -1, -1, -1]
-    assert int(cache.seen) == ENDLESS
+    assert int(cache.clock.seen) == ENDLESS
     assert output[:, 0, 0, 0].tolist() == [1, 1, 1, 0, 0]
 
 
 def test_who_would_pass_the_end_of_the_clock_is_told():
     model, policy = tiny(), Corm(window=4, recent=2)
     caches = model.make_caches(policy, batch=2, capacity=8)
-    caches = tuple(one._replace(seen=jnp.array([0, ENDLESS - 2], jnp.int32)) for one in caches)
+    caches = Caches.of(at_clock(one, seen=jnp.array([0, ENDLESS - 2], jnp.int32)) for one in caches)
     with pytest.raises(CormError, match="the clock of a cache ends at 2147483647 tokens, not 2147483648: go on in an"):
         prefill(model, policy, caches, [[1, 2], [1, 2, 3]])
     assert usage(caches).bytes_full == (ENDLESS - 2) * 2 * 2 * 2 * 8 * 4  # layers, heads, k and v, numbers, bytes
-    rows = tuple(one._replace(seen=jnp.full(2, ENDLESS, jnp.int32)) for one in caches)
+    rows = Caches.of(at_clock(one, seen=jnp.full(2, ENDLESS, jnp.int32)) for one in caches)
     assert usage(rows).bytes_full == 2 * ENDLESS * 2 * 2 * 2 * 8 * 4

@@ -41,7 +41,7 @@ def test_each_row_of_a_ragged_batch_is_as_if_alone(prompts, chunk, window, capac
         np.testing.assert_allclose(logits[row], alone[0], atol=2e-5)
         assert kept(caches, row) == kept(own, 0)
         assert [layer.overflow[row].tolist() for layer in caches] == [layer.overflow[0].tolist() for layer in own]
-        assert int(caches[0].seen[row]) == len(prompt)
+        assert int(caches.clock.seen[row]) == len(prompt)
 
 
 def test_a_window_beyond_the_sequence_is_the_full_cache():
@@ -132,7 +132,7 @@ def test_rows_stop_at_their_own_end():
         expected = free.tokens[row]
         expected = expected[: expected.index(end)] if end in expected else expected
         assert stopped.tokens[row] == expected
-    assert int(stopped.caches[0].seen[0]) == len(prompts[0]) + len(stopped.tokens[0]) + 1  # the end itself was read
+    assert int(stopped.caches.clock.seen[0]) == len(prompts[0]) + len(stopped.tokens[0]) + 1  # the end itself was read
     pieces = list(stream(MODEL, Full(), prompts[:1], max_new_tokens=20))
     assert [len(piece.tokens[0]) for piece in pieces] == [16, 4]
 
@@ -189,9 +189,8 @@ def test_usage_counts_bytes():
     assert used.bytes_live == int(used.live.sum()) * per_key
     assert used.bytes_full == 2 * 2 * 32 * per_key  # layers, heads, 30 + 2 tokens
     slots = 2 * 2 * 2 * 40  # layers, rows, heads, capacity
-    assert used.bytes_allocated == slots * (per_key + 4 + 4) + 2 * 2 * (
-        4 + 4 + 2 * 4
-    )  # position, last; seen, prompt, overflow
+    held = slots * (per_key + 4 + 4) + 2 * 2 * 2 * 4  # position, last; overflow
+    assert used.bytes_allocated == held + 2 * (4 + 4)  # seen, prompt
     assert used.seen.tolist() == [30, 2]
 
 
@@ -337,7 +336,7 @@ def test_rows_that_stand_still_keep_their_logits():
     assert done.tolist() == [True, False]
     for one, position in zip(caches, positions, strict=True):
         np.testing.assert_array_equal(one.position[0], position[0])
-        assert one.seen.tolist() == [3, 5]
+        assert one.clock.seen.tolist() == [3, 5]
 
 
 def test_a_mistake_costs_no_cache():

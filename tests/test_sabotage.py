@@ -357,7 +357,7 @@ def step_of(insert=insert, evict=evict, attend=attend, mask=None, evict_first=Fa
     """`corm_jax.step` out of parts that may be broken."""
 
     def step(policy, one, q, k, v, count):
-        position = (one.seen + jnp.arange(q.shape[0]))[:, None, None]
+        position = (one.clock.seen + jnp.arange(q.shape[0]))[:, None, None]
         real = (jnp.arange(q.shape[0]) < count)[:, None, None]
         one = insert(policy, one, k, v, count)
         held = one.position[None]
@@ -388,14 +388,14 @@ def state_is_not_reset(policy, one, k, v, count):
 def slots_in_turn(policy, one, k, v, count):
     """The slot is the position modulo the capacity, whether it is free or not."""
     capacity = one.position.shape[1]
-    new = jnp.where(jnp.arange(k.shape[0]) < count, (one.seen + jnp.arange(k.shape[0])) % capacity, capacity)
+    new = jnp.where(jnp.arange(k.shape[0]) < count, (one.clock.seen + jnp.arange(k.shape[0])) % capacity, capacity)
     fresh = policy.init(CacheSpec(k.shape[1], capacity, k.shape[2]))
     return one._replace(
         k=one.k.at[:, new].set(k.swapaxes(0, 1), mode="drop"),
         v=one.v.at[:, new].set(v.swapaxes(0, 1), mode="drop"),
-        position=one.position.at[:, new].set(one.seen + jnp.arange(k.shape[0]), mode="drop"),
+        position=one.position.at[:, new].set(one.clock.seen + jnp.arange(k.shape[0]), mode="drop"),
         state=one.state.at[:, new].set(fresh[:, : k.shape[0]], mode="drop"),
-        seen=one.seen + count,
+        clock=one.clock.after(count),
     )
 
 
@@ -421,12 +421,12 @@ def overflow_is_silent(policy, one, k, v, count):
 
 def padding_is_stored(policy, one, k, v, count):
     after = insert(policy, one, k, v, jnp.where(count > 0, k.shape[0], 0))
-    return after._replace(seen=one.seen + count)
+    return after._replace(clock=one.clock.after(count))
 
 
 def clock_moves_by_the_chunk(policy, one, k, v, count):
     after = insert(policy, one, k, v, count)
-    return after._replace(seen=one.seen + k.shape[0])
+    return after._replace(clock=one.clock.after(k.shape[0]))
 
 
 def values_are_exchanged(policy, one, k, v, count):
@@ -450,7 +450,7 @@ def state_of_the_first_row(policy, one, k, v, count):
 
 def evicted_come_back(policy, one, allowed):
     """Eviction hides a position as a negative number; every third step it is found again."""
-    found = jnp.where((one.position < EMPTY) & (one.seen % 3 == 0), -2 - one.position, one.position)
+    found = jnp.where((one.position < EMPTY) & (one.clock.seen % 3 == 0), -2 - one.position, one.position)
     one = one._replace(position=found)
     after = evict(policy, one, allowed)
     return after._replace(position=jnp.where((after.position < 0) & (found >= 0), -2 - found, after.position))
@@ -474,7 +474,7 @@ def otherwise_when_compiled(q, k, v, visible, seen, layout):
 def grows(policy, one, q, k, v, count):
     output, one = step(policy, one, q, k, v, count)
     wider = cache.make_cache(policy, CacheSpec(k.shape[1], 1, k.shape[2]))._replace(
-        seen=one.seen, overflow=one.overflow
+        clock=one.clock, overflow=one.overflow
     )
 
     def join(x, y):

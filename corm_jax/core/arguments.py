@@ -66,7 +66,7 @@ def check_cache(cache: Any, batch: int | None) -> None:
     if not isinstance(cache, LayerCache):
         what = "several layers: take each by itself" if isinstance(cache, list | tuple) else type(cache).__name__
         raise CormError(f"the cache must be the LayerCache of one layer, as make_cache returns it, not {what}")
-    rows = cache.seen.shape
+    rows = cache_lib.clock_of(cache).seen.shape
     if batch is None and rows:
         raise CormError(f"the cache is one of a batch of {rows[0]}, and the step one of a sequence: use jax.vmap")
     if batch is not None and rows != (batch,):
@@ -78,10 +78,8 @@ def check_cache(cache: Any, batch: int | None) -> None:
 
 def check_caches(policies: Sequence[Policy], caches: Caches, kv_heads: int, head_dim: int, batch: int) -> None:
     """Raises unless these are a model's caches, one for each policy, of a batch of so many rows."""
-    if isinstance(caches, LayerCache) or not isinstance(caches, list | tuple):
-        raise CormError(
-            f"the caches of a model are a tuple of LayerCache, one a layer, not one {type(caches).__name__}"
-        )
+    if not isinstance(caches, Caches):
+        raise CormError(f"the caches of a model are Caches, as make_caches returns them, not {type(caches).__name__}")
     if len(caches) != len(policies):
         raise CormError(f"there are caches for {len(caches)} layers, and the model has {len(policies)}: make new ones")
     for layer, (policy, cache) in enumerate(zip(policies, caches, strict=True)):
@@ -179,7 +177,7 @@ def _check_state(policy: Policy, cache: LayerCache) -> None:
             f"the cache holds a state of {_shapes(found)}, and {name} keeps {_shapes(expected)}: make one with "
             "make_cache(policy, spec)"
         )
-    if policy.traits.whole_prompt and made and made.prompt == "unknown":
+    if policy.traits.whole_prompt and cache_lib.clock_of(cache).stage == "unknown":
         raise CormError(
             f"{name} waits for the end of the prompt: say how many tokens it has, with "
             "cache = corm_jax.begin_prompt(cache, tokens), before they are read"

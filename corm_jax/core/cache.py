@@ -20,7 +20,7 @@ from corm_jax.core.layout import of_stores
 from corm_jax.core.options import concrete, integer, map_numbers, numbers_in, numbers_of, shown
 from corm_jax.core.policy import Policy, check_policy
 from corm_jax.core.slots import Slots
-from corm_jax.core.types import Caches, CacheSpec, Capacity, LayerCache, Made, State, Usage, by_slot
+from corm_jax.core.types import Caches, CacheSpec, Capacity, Clock, LayerCache, Made, State, Usage, by_slot
 from corm_jax.core.wrapper import Wrapper, name_of
 from corm_jax.errors import CormError
 
@@ -64,12 +64,11 @@ def make_cache(
         v=jnp.zeros((*spec.slots, spec.head_dim), spec.dtype),
         position=jnp.full(spec.slots, EMPTY, jnp.int32),
         state=policy.init(spec),
-        seen=jnp.zeros((), jnp.int32),
-        prompt=jnp.full((), ENDLESS, jnp.int32),
         overflow=jnp.zeros(spec.kv_heads, jnp.int32),
         layout=of_stores(*spec.slots, spec.kv_heads),
         twin=None if policy.traits.independent else jnp.zeros((spec.kv_heads, *spec.slots), jnp.int32),
         made=made,
+        clock=Clock(jnp.zeros((), jnp.int32), jnp.full((), ENDLESS, jnp.int32)),
     )
     if batch is None:
         return cache
@@ -130,8 +129,15 @@ def remembers(policy: Any) -> str:
 
 def slots(cache: LayerCache) -> Slots:
     """The view of a cache that a policy gets."""
-    reading = cache.made is None or cache.made.prompt != "read"
-    return Slots(cache.position, cache.seen, cache.prompt, cache.layout, cache.twin, reading)
+    clock = clock_of(cache)
+    return Slots(cache.position, clock.seen, clock.prompt, cache.layout, cache.twin, clock.stage != "read")
+
+
+def clock_of(cache: LayerCache) -> Clock:
+    """Where the sequence stands."""
+    if cache.clock is None:
+        raise CormError("the cache of the layer has no clock: take it out of its Caches by index, or give it theirs")
+    return cache.clock
 
 
 def spec(cache: LayerCache) -> CacheSpec:
@@ -171,7 +177,8 @@ def insert(
     They take free slots. Where there is none, the key with the policy's lowest `score` is evicted, of those that share
     the store; among equals the oldest, then that of the first head. Each such loss is counted in ``overflow``.
     """
-    view = replace(slots(cache), seen=cache.seen + real.astype(jnp.int32))
+    since, clock = clock_of(cache).seen, clock_of(cache).after(real)
+    view = replace(slots(cache), seen=clock.seen)
     stores, size = cache.position.shape
     each = cache.layout.kv_heads // stores
     score = jnp.where(view.live, ordered(policy.score(cache.state, view)), jnp.iinfo(jnp.int32).min)
@@ -189,9 +196,9 @@ def insert(
     slot = jnp.where(real, jnp.stack(slot, -1), size)  # out of bounds, so dropped
     new = fresh(policy, spec(cache))
     state = by_slot(lambda held, new: jnp.where(taken, new, held), cache.state, new)
-    position = jnp.where(taken, cache.seen, cache.position)
+    position = jnp.where(taken, since, cache.position)
     overflow = cache.overflow + view.total(taken & view.live)
-    since, cache = cache.seen, cache._replace(position=position, state=state, seen=view.seen, overflow=overflow)
+    cache = cache._replace(position=position, state=state, clock=clock, overflow=overflow)
     return twinned(_written(cache, k[:, None], v[:, None], slot), since, 1)
 
 
@@ -221,7 +228,7 @@ def twinned(cache: LayerCache, since: Int[Array, ""], tokens: int) -> LayerCache
 
 def make_room(policy: Policy, cache: LayerCache, count: Int[Array, ""], tokens: int) -> LayerCache:
     """Evicts for want of slots, so that ``count`` keys of each head, ``tokens`` at most, can come. See `insert`."""
-    view = replace(slots(cache), seen=cache.seen + count)
+    view = replace(slots(cache), seen=clock_of(cache).seen + count)
     stores, size = cache.position.shape
     each = cache.layout.kv_heads // stores
     if tokens * each > size:
@@ -248,12 +255,12 @@ def insert_chunk(
     """Stores the first ``count`` keys and values of each head in free slots, of which there are enough."""
     (kv_heads, tokens, _), (stores, _) = k.shape, cache.position.shape
     real = jnp.tile(iota(tokens) < count, (stores, kv_heads // stores))
-    when = jnp.tile(cache.seen + iota(tokens), (stores, kv_heads // stores))
+    when = jnp.tile(clock_of(cache).seen + iota(tokens), (stores, kv_heads // stores))
     slot, store = _free_for(real, cache.position), iota(stores)[:, None]
     new = fresh(policy, spec(cache))
     state = by_slot(lambda held, new: held.at[..., store, slot].set(new, mode="drop"), cache.state, new)
     position = cache.position.at[store, slot].set(when, mode="drop")
-    return _written(cache._replace(position=position, state=state, seen=cache.seen + count), k, v, slot)
+    return _written(cache._replace(position=position, state=state, clock=clock_of(cache).after(count)), k, v, slot)
 
 
 def enlarged(cache: LayerCache, slots: int) -> LayerCache:
@@ -315,14 +322,14 @@ def _first(free: Bool[Array, "stores slots"], count: int) -> Int[Array, "stores 
     return RUN * run + (inside <= (nth - earlier)[..., None]).sum(-1, dtype=jnp.int32)
 
 
-def begin_prompt(cache: LayerCache, tokens: Any) -> LayerCache:
+def begin_prompt(cache: Any, tokens: Any) -> Any:
     """The cache, told that the next ``tokens`` tokens are a prompt. A policy that waits for its end evicts there.
 
     That is for a model of your own, which calls `corm_jax.step`: `corm_jax.prefill` does it for the models of this
     package. The prompt may be read in any number of steps; keys are evicted after the step in which it ends.
 
     Args:
-      cache: of one layer; of one sequence, or of a batch.
+      cache: a `LayerCache`, or the `Caches` of a model.
       tokens: how many, a whole number from 1 up; for a batch also ``[batch]``. May be traced.
 
     Raises:
@@ -330,30 +337,45 @@ def begin_prompt(cache: LayerCache, tokens: Any) -> LayerCache:
 
     >>> from corm_jax.policies import SnapKV
     >>> cache = make_cache(SnapKV(budget=4, window=2), CacheSpec(kv_heads=1, capacity=16, head_dim=8))
-    >>> int(begin_prompt(cache, 12).prompt)
+    >>> int(begin_prompt(cache, 12).clock.prompt)
     12
     """
-    if not isinstance(cache, LayerCache):
-        raise CormError(f"begin_prompt takes the LayerCache of one layer, not {type(cache).__name__}: do it for each")
+    clock = _clock_in(cache, "begin_prompt")
     found = numbers_of(tokens)
     if found is None or not jnp.issubdtype(found.dtype, jnp.integer) or (concrete(found) and np.any(found < 1)):
         raise CormError(f"a prompt must have a whole number of tokens from 1 up, not {shown(tokens)}")
     if concrete(found) and np.any(found > ENDLESS):
         raise CormError(f"a prompt can have up to {ENDLESS} tokens, not {shown(tokens)}")
-    if found.shape not in ((), cache.seen.shape):
-        rows = f"{cache.seen.size} rows" if cache.seen.ndim else "one sequence"
+    if found.shape not in ((), clock.seen.shape):
+        rows = f"{clock.seen.size} rows" if clock.seen.ndim else "one sequence"
         raise CormError(f"tokens has the shape {found.shape} for a cache of {rows}: give one number, or one a row")
-    prompt = cache.seen + jnp.minimum(jnp.asarray(found, jnp.int32), ENDLESS - cache.seen)
-    return cache._replace(prompt=prompt, made=cache.made and replace(cache.made, prompt="reading"))
+    prompt = clock.seen + jnp.minimum(jnp.asarray(found, jnp.int32), ENDLESS - clock.seen)
+    return _with(cache, replace(clock, prompt=prompt, stage="reading"))
 
 
-def end_prompt(cache: LayerCache) -> LayerCache:
-    """The cache, told that the prompt has been read to its end, in all rows of a batch.
+def end_prompt(cache: Any) -> Any:
+    """The `LayerCache` or the `Caches`, told that the prompt has been read to its end, in all rows of a batch.
 
     That only makes the steps that follow cheaper: they are compiled without the verdict on a prompt. `begin_prompt`
     begins another one.
     """
-    return cache._replace(made=cache.made and replace(cache.made, prompt="read", roomy=False, block=None, moments=None))
+    clock = replace(_clock_in(cache, "end_prompt"), stage="read")
+    return _with(cache, clock, roomy=False, block=None, moments=None)
+
+
+def _clock_in(cache: Any, what: str) -> Clock:
+    if isinstance(cache, LayerCache):
+        return clock_of(cache)
+    if not isinstance(cache, Caches):
+        raise CormError(f"{what} takes a LayerCache, or the Caches of a model, not {type(cache).__name__}")
+    return cache.clock
+
+
+def _with(cache: Any, clock: Clock, **made: Any) -> Any:
+    """The cache, or the caches, at this clock, and with that known of them."""
+    if isinstance(cache, Caches):
+        return Caches(tuple(_with(one, clock, **made)._replace(clock=None) for one in cache.layers), clock)
+    return cache._replace(clock=clock, made=cache.made and replace(cache.made, **made))
 
 
 def expect(policy: Policy | Sequence[Policy], caches: Caches, tokens: Int[np.ndarray, " batch"], prompt: Any) -> Caches:
@@ -361,16 +383,15 @@ def expect(policy: Policy | Sequence[Policy], caches: Caches, tokens: Int[np.nda
 
     What is known of the numbers is looked at here, so that programs can do without what cannot happen.
     """
-    end = np.asarray(caches[0].seen).astype(np.int64) + tokens
+    end = np.asarray(caches.clock.seen).astype(np.int64) + tokens
+    caches = begin_prompt(caches, prompt)
 
     def one(policy: Policy, cache: LayerCache) -> LayerCache:
         slots = cache.position.shape[-2] * cache.position.shape[-1]
         roomy, (block, moments) = bool(np.max(end) * cache.layout.kv_heads <= slots), planned(policy)
-        cache = begin_prompt(cache, prompt)
-        made = cache.made and replace(cache.made, roomy=roomy, block=block, moments=moments)
-        return cache._replace(made=made)
+        return cache._replace(made=cache.made and replace(cache.made, roomy=roomy, block=block, moments=moments))
 
-    return tuple(map(one, per_layer(policy, len(caches)), caches))
+    return Caches.of(map(one, per_layer(policy, len(caches)), caches))
 
 
 def live_keys(cache: LayerCache) -> Int[Array, " kv_heads"]:
@@ -384,15 +405,15 @@ def usage(caches: Caches) -> Usage:
     Raises:
       CormError: for anything but the caches of a model, each with a ``batch`` axis.
     """
-    if isinstance(caches, LayerCache) or not all(isinstance(one, LayerCache) and one.seen.ndim == 1 for one in caches):
+    if not isinstance(caches, Caches) or caches.clock.seen.ndim != 1:
         raise CormError(
-            "usage takes a tuple of caches, one a layer, each of a batch; of one sequence: "
-            "jax.tree.map(lambda x: x[None], (cache,))"
+            "usage takes the Caches of a model, each of a batch; of one sequence and layer: "
+            "jax.tree.map(lambda x: x[None], Caches.of([cache]))"
         )
     live = jnp.stack([jax.vmap(live_keys)(cache) for cache in caches])
     bytes_per_key = [2 * cache.k.shape[-1] * cache.k.dtype.itemsize for cache in caches]
     kv_heads = [cache.overflow.shape[-1] for cache in caches]
-    seen = caches[0].seen
+    seen = caches.clock.seen
     tokens = int(np.asarray(seen).sum(dtype=np.int64))
     return Usage(
         live=live,
@@ -529,7 +550,7 @@ def check_slots(capacity: Capacity, need: int | Sequence[int], what: str) -> Non
 
 def check_clock(caches: Caches, tokens: Int[np.ndarray, " batch"]) -> None:
     """Raises if so many tokens more would pass the end of a row's clock, `ENDLESS`: positions are int32."""
-    end = int((np.asarray(caches[0].seen).astype(np.int64) + tokens).max())
+    end = int((np.asarray(caches.clock.seen).astype(np.int64) + tokens).max())
     if end > ENDLESS:
         raise CormError(f"the clock of a cache ends at {ENDLESS} tokens, not {end}: go on in an empty cache")
 

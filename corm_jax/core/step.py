@@ -54,8 +54,8 @@ def step(
     Args:
       policy, cache: the rule, and what it has kept so far, as `corm_jax.make_cache` returns it. If the policy waits for
         the end of the prompt, `corm_jax.begin_prompt` has to say how many tokens that has.
-      q, k, v: the chunk's queries, keys and values, rotated at positions ``cache.seen + (0, 1, ...)``. Each query sees
-        the live keys and, causally, the chunk.
+      q, k, v: the chunk's queries, keys and values, rotated at positions ``cache.clock.seen + (0, 1, ...)``. Each query
+        sees the live keys and, causally, the chunk.
       count: how many of them are real, from 0 to all; the rest pads a ragged batch, and changes nothing. So do tokens
         beyond the end of the clock, 2^31 - 1. A traced count that is not in that range counts as its nearest end.
       frequencies: for a policy that counts ``positions`` within the cache: radians a token for each pair of a head.
@@ -137,12 +137,12 @@ def _checked(policy, cache, q, k, v, count, frequencies):
     if counts_in_cache(policy) and frequencies is None:
         raise CormError("the policy counts positions within the cache: give frequencies, and q and k unrotated")
     cache = cache._replace(state=jax.lax.stop_gradient(cache.state))  # decisions have no gradient
-    return policy, cache, jnp.minimum(count, ENDLESS - cache.seen)
+    return policy, cache, jnp.minimum(count, ENDLESS - cache.clock.seen)
 
 
 def _one(policy, cache, q, k, v, count, frequencies):
     """One token: a straight line, without loops, sorts, or copies of what is held."""
-    real, position = count > 0, cache.seen[None]
+    real, position = count > 0, cache.clock.seen[None]
     k, v = cache_lib.stored(k, v, cache.k.dtype)
     cache = cache_lib.insert(policy, cache, k[:, 0], v[:, 0], real)
     slots, keys = replace(cache_lib.slots(cache), arrived=1), cache.k
@@ -182,7 +182,7 @@ class _Open:
 
 def _several(policy, cache, q, k, v, count, frequencies):
     """A chunk: room is made before, and keys are evicted after it."""
-    since, tokens = cache.seen, len(q)
+    since, tokens = cache.clock.seen, len(q)
     cache = cache_lib.make_room(policy, cache, count, tokens)
     cache = cache_lib.insert_chunk(policy, cache, *cache_lib.stored(k, v, cache.k.dtype), count)
     held = _Open(cache, since, tokens, count)
@@ -205,7 +205,7 @@ def _several(policy, cache, q, k, v, count, frequencies):
 
 def _exactly(policy, cache, q, k, v, count):
     """A block, as if read token by token. Where slots may be lacking, it gets some of its own as long as it lasts."""
-    made, spec, since, tokens = cache.made, cache_lib.spec(cache), cache.seen, len(q)
+    made, spec, since, tokens = cache.made, cache_lib.spec(cache), cache.clock.seen, len(q)
     stores, size = cache.position.shape
     room = None if made and made.roomy else Room(size, spec.kv_heads // stores)
     extra = 0 if room is None else tokens * room.heads

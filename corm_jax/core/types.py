@@ -3,15 +3,15 @@
 One layer of one sequence is the unit throughout; batches come from `jax.vmap`.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, SupportsIndex, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from corm_jax.core.layout import Layout
 
@@ -68,6 +68,27 @@ class CacheSpec(NamedTuple):
         return stores, self.kv_heads * self.capacity // stores
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["seen", "prompt"], meta_fields=["stage"])
+@dataclass(frozen=True)
+class Clock:
+    """Where a sequence stands. In a batch each row has its own: ``[batch]``.
+
+    Attributes:
+      seen: int32 scalar, tokens read so far.
+      prompt: int32 scalar, how many there are when the prompt has been read; `ENDLESS` if nobody said.
+      stage: ``"unknown"`` if nobody said where the prompt ends, ``"reading"`` from then on, ``"read"`` after it. It is
+        static, so that a mistake shows while a program is traced.
+    """
+
+    seen: Any  # unchecked, since JAX builds such objects of whatever it has
+    prompt: Any
+    stage: str = "unknown"
+
+    def after(self, count: Int[Array, ""] | Bool[Array, ""] | int) -> "Clock":
+        """The clock when so many tokens more were read."""
+        return replace(self, seen=self.seen + jnp.asarray(count, jnp.int32))
+
+
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class Made:
@@ -75,7 +96,6 @@ class Made:
 
     Attributes:
       policy: the name of the policy whose state the cache holds.
-      prompt: ``"unknown"`` if nobody said where the prompt ends, ``"reading"`` from then on, ``"read"`` after it.
       enough: whether there are slots for all tokens that will be read, though fewer than the policy protects keys.
       roomy: whether there are slots for all tokens of the prompt: none of them overflows.
       block: queries that the exact recurrence reads at once; None for what the policy says.
@@ -83,7 +103,6 @@ class Made:
     """
 
     policy: str
-    prompt: str = "unknown"
     enough: bool = False
     roomy: bool = False
     block: int | None = None
@@ -101,29 +120,54 @@ class LayerCache(NamedTuple):
         cache. Values are finite, those of empty slots too: see `corm_jax.core.cache.stored`.
       position: int32 ``[*slots]``, `EMPTY` where no key is.
       state: the policy's state.
-      seen: int32 scalar, tokens read so far.
-      prompt: int32 scalar, how many there are when the prompt has been read; `ENDLESS` if nobody said.
       overflow: int32 ``[kv_heads]``, keys that were evicted because no slot was free.
       layout: whose slots they are.
       twin: int32 ``[kv_heads, *slots]``, for a policy whose heads are not independent: in which slot, counted over all
         stores, each head has or had the token whose key a slot holds. None for others.
       made: what is known of it without its arrays. None if that is nothing.
+      clock: where the sequence stands. None in `Caches`, which hold it once for all layers.
     """
 
     k: Float[Array, "*slots head_dim"]
     v: Float[Array, "*slots head_dim"]
     position: Int[Array, "*slots"]
     state: State
-    seen: Int[Array, ""]
-    prompt: Int[Array, ""]
     overflow: Int[Array, " kv_heads"]
     layout: Layout
     twin: Int[Array, "kv_heads *slots"] | None = None
     made: Made | None = None
+    clock: Clock | None = None
 
 
-Caches: TypeAlias = tuple[LayerCache, ...]
-"""The caches of a model: one a layer, each leaf with a leading ``batch`` axis."""
+@partial(jax.tree_util.register_dataclass, data_fields=["layers", "clock"], meta_fields=[])
+@dataclass(frozen=True)
+class Caches:
+    """The caches of a model: one a layer, and the clock of the sequence that all of them hold.
+
+    They are a sequence of `LayerCache`, each with the clock. Every leaf has a leading ``batch`` axis.
+
+    Attributes:
+      layers: a `LayerCache` a layer, without a clock.
+      clock: where the sequence stands.
+    """
+
+    layers: Any
+    clock: Any
+
+    @classmethod
+    def of(cls, layers: Iterable[LayerCache]) -> "Caches":
+        """The caches of layers that stand at the same place."""
+        layers = tuple(layers)
+        return cls(tuple(one._replace(clock=None) for one in layers), layers[0].clock)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, layer: int) -> LayerCache:
+        return self.layers[layer]._replace(clock=self.clock)
+
+    def __iter__(self) -> Iterator[LayerCache]:
+        return (one._replace(clock=self.clock) for one in self.layers)
 
 
 class Usage(NamedTuple):

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +73,7 @@ def compare(
     if full is None:
         full = (block.log_probability for block in blocks(model, Full(), tokens, prompt, chunk))
     rows, live = [], []
-    caches: Caches = ()
+    caches: Any = None
     for log_p, block, target, (count,) in zip(
         full, blocks(model, policy, tokens, prompt, chunk), targets, counts, strict=True
     ):

@@ -105,7 +105,7 @@ def prefill(
     for index, count in enumerate(blocks.count):
         logits, caches = _prefill_block(model, policy, caches, logits, blocks.tokens[:, index], count, chunk=chunk)
         check(caches)
-    return logits, tuple(map(cache.end_prompt, caches))
+    return logits, cache.end_prompt(caches)
 
 
 @partial(jax.jit, static_argnames="chunk", donate_argnames="caches")

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from corm_jax.core import cache, positions, step
 from corm_jax.core.arguments import check_caches, check_count
 from corm_jax.core.arrays import broadcasts, iota
+from corm_jax.core.cache import clock_of
 from corm_jax.core.options import integer
 from corm_jax.core.policy import Policy
 from corm_jax.core.types import Caches, CacheSpec, Capacity, LayerCache
@@ -89,7 +90,7 @@ class Attention(nnx.Module):
     ]:
         batch, tokens, _ = x.shape
         later = step.counts_in_cache(policy)
-        q, k, v = self.project(x, None if later else cache.seen[:, None] + iota(tokens)[None])
+        q, k, v = self.project(x, None if later else clock_of(cache).seen[:, None] + iota(tokens)[None])
         read = jax.vmap(partial(step.read, chunk=chunk), in_axes=(None, 0, 0, 0, 0, 0, None))
         output, cache, live, passes = read(policy, cache, q, k, v, count, self.frequencies if later else None)
         return self.out(output.reshape(batch, tokens, -1)), cache, live, passes
@@ -190,7 +191,7 @@ class Llama(nnx.Module):
         specs = [CacheSpec(self.config.kv_heads, size, self.config.head_dim, self.dtype, shared) for size in sizes]
         policies = cache.per_layer(policy, self.config.layers)
         pairs = zip(policies, specs, strict=True)
-        return tuple(cache.make_cache(one, spec, batch, tokens=tokens) for one, spec in pairs)
+        return Caches.of(cache.make_cache(one, spec, batch, tokens=tokens) for one, spec in pairs)
 
     @broadcasts
     def __call__(
@@ -230,7 +231,7 @@ class Llama(nnx.Module):
             x, cache_out, live_in_layer = layer(x, cache_in, one, count, chunk)
             updated.append(cache_out)
             live.append(live_in_layer)
-        return self.norm(x), tuple(updated), jnp.stack(live)
+        return self.norm(x), Caches.of(updated), jnp.stack(live)
 
     @broadcasts
     def logits(self, x: Float[Array, "... dim"]) -> Float[Array, "... vocab"]:

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float
 
 from corm_jax.core.arrays import broadcasts, iota
-from corm_jax.core.cache import make_cache
+from corm_jax.core.cache import clock_of, make_cache
 from corm_jax.core.types import CacheSpec
 from corm_jax.errors import CormError
 from corm_jax.files import whole_file
@@ -120,7 +120,7 @@ def resume(
 @partial(jax.jit, donate_argnames="cache")
 @broadcasts
 def _layer(layer, cache, x, count):
-    position = cache.seen[:, None] + iota(x.shape[1])[None]
+    position = clock_of(cache).seen[:, None] + iota(x.shape[1])[None]
     qkv = layer.attention.project(layer.attention_norm(x), position)  # once more, for the compiler to merge
     x, cache, _ = layer(x, cache, Full(), count, x.shape[1])
     return x, cache, *qkv
