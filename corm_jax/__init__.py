@@ -8,6 +8,7 @@ from corm_jax.core.attention import attend
 from corm_jax.core.cache import begin_prompt, end_prompt, make_cache, usage
 from corm_jax.core.observation import Observation
 from corm_jax.core.policy import Policy, Traits
+from corm_jax.core.positions import ALiBi, Rope, Rotary
 from corm_jax.core.slots import Slots
 from corm_jax.core.step import step
 from corm_jax.core.types import Caches, CacheSpec, Clock, LayerCache, OfHead, Usage
@@ -45,6 +46,7 @@ __all__ = [
     "H2O",
     "POLICIES",
     "TOVA",
+    "ALiBi",
     "AdaKV",
     "AdaptiveCorm",
     "Budget",
@@ -69,6 +71,8 @@ __all__ = [
     "Protect",
     "PyramidKV",
     "Random",
+    "Rope",
+    "Rotary",
     "Scissorhands",
     "Slots",
     "SnapKV",

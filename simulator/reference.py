@@ -9,7 +9,7 @@ the current one included.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -57,15 +57,21 @@ def softmax(logits: Sequence[float]) -> list[float]:
     return [weight / total for weight in weights]
 
 
-def attention(query, keys, values, live: Sequence[int]) -> tuple[dict[int, float], np.ndarray]:
+def attention(
+    query, keys, values, live: Sequence[int], logit: Callable[[int, float], float] | None = None
+) -> tuple[dict[int, float], np.ndarray]:
     """Attention of one query over the live keys: ``{key: probability}`` and the output ``[head_dim]``.
+
+    ``logit``, if given, says what becomes of the product ``q . k`` of a key; otherwise it is divided by
+    ``sqrt(head_dim)``.
 
     A query that has no softmax, since one of its logits is NaN or +infinity, attended to nothing: every probability is
     0, and its output is NaN. Where all logits are -infinity there is nothing to attend to: the output is 0.
     """
     scale = 1.0 / math.sqrt(len(query))
+    logit = logit or (lambda i, product: scale * product)
     with np.errstate(invalid="ignore", over="ignore"):
-        logits = [scale * float(np.dot(query, keys[i])) for i in live]
+        logits = [logit(i, float(np.dot(query, keys[i]))) for i in live]
         probabilities = softmax(logits)
         output = np.full(len(values[live[0]]), np.nan if any(math.isnan(x) or x == math.inf for x in logits) else 0.0)
         for i, probability in zip(live, probabilities, strict=True):

@@ -6,7 +6,8 @@ position ``i + 1``; the clock ``t`` is the number of tokens seen. Both are Pytho
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
@@ -177,7 +178,7 @@ class TOVA(Rule):
         self.attention = {i: sum(row.get(i, 0.0) for row in every) / len(every) for i in set().union(*every)}
 
     def order(self, i, t):
-        return self.attention[i]
+        return self.attention.get(i, 0.0)  # nothing, where the query may not look
 
 
 class L2Norm(Rule):
@@ -240,7 +241,7 @@ class SnapKV(Rule):
         for h, (scores, group) in enumerate(zip(self.scores, rows, strict=True)):
             for i in group[0]:
                 if self.prompt - self.window_of(h) < t <= self.prompt:
-                    scores[i] = scores.get(i, 0.0) + sum(row[i] for row in group) / len(group)
+                    scores[i] = scores.get(i, 0.0) + sum(row.get(i, 0.0) for row in group) / len(group)
         if t == self.prompt:
             self.scores = [self._pooled(h, group[0]) for h, group in enumerate(rows)]
 
@@ -397,6 +398,50 @@ def rotated(x: np.ndarray, position: int, frequencies: np.ndarray) -> np.ndarray
     return np.concatenate([turned.real, turned.imag])
 
 
+@dataclass(frozen=True)
+class Form:
+    """The form of an attention, see `corm_jax.core.form`: a logit is ``cap(scale q . k) - slope distance``.
+
+    Attributes:
+      scale: None for ``1 / sqrt(head_dim)``.
+      softcap: ``cap(x) = softcap tanh(x / softcap)``; None for no cap.
+      window: a query sees itself and the ``window - 1`` positions before it.
+      mask: whether a query at one position sees a key at another.
+      slopes: ``[kv_heads][group]``, ALiBi (arXiv 2108.12409): the distance to a key costs so much.
+      frequencies: radians a token for each pair of a head, by which queries and keys are rotated.
+      in_cache: whether positions are counted among the live keys of a head, 0 for the oldest, not in the text.
+    """
+
+    scale: float | None = None
+    softcap: float | None = None
+    window: float = math.inf
+    mask: Callable[[int, int], bool] = lambda query, key: True
+    slopes: Sequence[Sequence[float]] | None = None
+    frequencies: np.ndarray | None = None
+    in_cache: bool = False
+
+    def rotated(self, x: np.ndarray, place: int) -> np.ndarray:
+        """A query or key as it is at some place."""
+        return x if self.frequencies is None else rotated(x, place, self.frequencies)
+
+    def attend(self, head: int, queries, keys, values, live: Sequence[int], index: int) -> list:
+        """`attention` of each query of a group at position ``index``, over what it sees of the live keys."""
+        place = {i: place if self.in_cache else i for place, i in enumerate(live)}
+        seen = [i for i in live if index - i < self.window and self.mask(index, i)]
+        found = []
+        for one, query in enumerate(queries):
+            slope = self.slopes[head][one] if self.slopes is not None else 0.0
+
+            def logit(i, product, query=query, slope=slope):
+                scaled = product / math.sqrt(len(query)) if self.scale is None else self.scale * product
+                capped = scaled if self.softcap is None else self.softcap * math.tanh(scaled / self.softcap)
+                return capped - slope * (place[index] - place[i])
+
+            held = {i: self.rotated(keys[i], place[i]) for i in seen}
+            found.append(attention(self.rotated(query, place[index]), held, values, seen, logit))
+        return found
+
+
 def without(rules: Sequence[Rule], live: list[list[int]], t: int, count: int) -> list[list[int]]:
     """The live keys of some heads, without the first ``count`` of all of them to go; among equals the first head's."""
     live = [list(keys) for keys in live]
@@ -431,7 +476,7 @@ def read(
     capacity: int | None = None,
     stores: int | None = None,
     prompt: float | Mapping[int, float] = math.inf,
-    frequencies: np.ndarray | None = None,
+    form: Form = Form(),
     start: int = 0,
 ) -> list[Reading]:
     """Reads one sequence through the heads of a layer.
@@ -445,8 +490,7 @@ def read(
         has its own.
       prompt: the clock at which the prompt ends, if anybody said; or, for several prompts, that of each by the clock at
         which it begins, where a chunk must begin too.
-      frequencies: radians a token for each pair of a head. Queries and keys then come unrotated, and are rotated by
-        their position within the cache, 0 for the oldest key that is live.
+      form: that of the attention.
       start: what the clock shows before the first of these tokens: of earlier ones no key is left.
     """
     prompts = prompt if isinstance(prompt, Mapping) else {start: prompt}
@@ -477,12 +521,9 @@ def read(
             rows: list[list[dict[int, float]]] = []
             for head in range(heads):
                 visible = [i for i in live[head] if i <= index]
-                asked, held = queries[index - first, head], {i: keys[i - first, head] for i in visible}
-                if frequencies is not None:
-                    asked = [rotated(q, len(visible) - 1, frequencies) for q in asked]
-                    held = {i: rotated(held[i], place, frequencies) for place, i in enumerate(visible)}
+                held = {i: keys[i - first, head] for i in visible}
                 read_ = {i: values[i - first, head] for i in visible}
-                found = [attention(q, held, read_, visible) for q in asked]
+                found = form.attend(head, queries[index - first, head], held, read_, visible, index)
                 rows.append([row for row, _ in found])
                 outputs[head, index - first] = [output for _, output in found]
             for head, rule in enumerate(rules):

@@ -107,7 +107,9 @@ def mixed(layer, x, change, g):
     """A layer whose heads' outputs are a mixture of everything and a window, plus a change."""
     tokens = x.shape[1]
     position = iota(tokens)
-    q, k, v = (x[0].astype(jnp.float32) for x in layer.attention.project(layer.attention_norm(x), position[None]))
+    q, k, v = (x[0] for x in layer.attention.project(layer.attention_norm(x)))
+    q, k = (layer.attention.encoding.rotate(x, position).astype(jnp.float32) for x in (q, k))
+    v = v.astype(jnp.float32)
 
     @jax.checkpoint
     def read(q, k, v, age, visible):

@@ -30,7 +30,7 @@ def at_clock(layer, **fields):
     return layer._replace(clock=replace(layer.clock, **fields))
 
 
-def in_cache(policy, q, k, v, counts, *, capacity=TOKENS + CHUNK, stores=None, prompts=None, start=0):
+def in_cache(policy, q, k, v, counts, *, capacity=TOKENS + CHUNK, stores=None, prompts=None, start=0, step=step):
     """Outputs ``[tokens, ...]``, the keys of each head after each step, and the cache at the end.
 
     Args:
@@ -38,13 +38,14 @@ def in_cache(policy, q, k, v, counts, *, capacity=TOKENS + CHUNK, stores=None, p
       stores: sets of slots; None: one for each head.
       prompts: the clock at which a prompt ends, by the clock at which it begins.
       start: what the clock shows before the first token.
+      step: what reads; `corm_jax.step`, or that with more arguments.
     """
     counts, chunk = np.array(counts, np.int32), max(1, *counts)
     clock = start + counts.cumsum() - counts
     ends = [max((begin, end) for begin, end in (prompts or {}).items() if begin <= t)[1] if prompts else ENDLESS
             for t in clock]  # fmt: skip
     padded = (np.concatenate([x, np.full((CHUNK, *x.shape[1:]), 7, x.dtype)]) for x in (q, k, v))
-    chunk, static = (1 if chunk == 1 else CHUNK), {"capacity": capacity, "stores": stores}
+    chunk, static = (1 if chunk == 1 else CHUNK), {"capacity": capacity, "stores": stores, "step": step}
     ends = np.array(ends, np.int32)
     outputs, position, last = _in_cache(policy, *padded, counts, ends, np.int32(start), chunk=chunk, **static)
     rows = np.concatenate([out[:count] for out, count in zip(np.asarray(outputs), counts, strict=True)])
@@ -52,8 +53,8 @@ def in_cache(policy, q, k, v, counts, *, capacity=TOKENS + CHUNK, stores=None, p
     return rows, held, last
 
 
-@partial(jax.jit, static_argnames=("chunk", "capacity", "stores"))
-def _in_cache(policy, q, k, v, counts, ends, start, *, chunk, capacity, stores):
+@partial(jax.jit, static_argnames=("chunk", "capacity", "stores", "step"))
+def _in_cache(policy, q, k, v, counts, ends, start, *, chunk, capacity, stores, step):
     layer = cache.make_cache(policy, CacheSpec(k.shape[1], capacity, k.shape[2], k.dtype, stores))
     layer = cache.begin_prompt(layer, 1)  # where it really ends is set below, before each step
 
@@ -68,8 +69,8 @@ def _in_cache(policy, q, k, v, counts, ends, start, *, chunk, capacity, stores):
     return outputs, position, layer
 
 
-def in_numpy(policy, q, k, v, counts, *, capacity=None, stores=None, prompts=None, start=0):
+def in_numpy(policy, q, k, v, counts, *, capacity=None, stores=None, prompts=None, **how):
     """The readings of the specification, head by head."""
     heads = [rule_of(policy, head) for head in range(q.shape[1])]
-    how = {"capacity": capacity, "stores": stores, "start": start}
+    how |= {"capacity": capacity, "stores": stores}
     return rules.read(heads, q, k, v, chunks=counts, prompt=prompts or {}, **how)

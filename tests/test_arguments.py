@@ -205,9 +205,17 @@ WRONG = {
         r"the policy has window of shape \(1, 2\)",
     ),
     "frequencies": (
-        lambda: step(cj.StreamingLLM(positions="cache"), frequencies=np.ones(3)),
+        lambda: step(cj.StreamingLLM(positions="cache"), encoding=cj.Rotary(np.ones(3))),
         r"frequencies must be \[head_dim / 2\]",
     ),
+    "slopes": (lambda: step(encoding=cj.ALiBi(np.ones((3, 2)))), r"slopes must be \[kv_heads, group\] = \(2, 1\), got"),
+    "no encoding": (lambda: step(encoding=np.ones(4)), r"encoding must be how positions enter, such as Rotary"),
+    "a window of none": (lambda: step(window=0), "window must be a whole number above 0, not 0"),
+    "half a window": (lambda: step(window=1.5), "window must be a whole number, not 1.5"),
+    "a negative scale": (lambda: step(scale=-1), "scale must be a number above 0, not -1"),
+    "a soft cap of text": (lambda: step(softcap="50"), "softcap must be a number, not '50'"),
+    "an endless soft cap": (lambda: step(softcap=np.inf), "softcap must be a number above 0, not inf"),
+    "a mask of numbers": (lambda: step(mask=np.ones((3, 3))), "mask must be a function of the positions"),
     "who needs something unknown": (lambda: cj.make_cache(Nosy(), SPEC), r"Nosy needs \('heads',\): needs must be"),
 }  # fmt: skip
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from corm_jax import CacheSpec, Corm, Full, begin_prompt, make_cache, parse
+from corm_jax import CacheSpec, Corm, Full, Rotary, begin_prompt, make_cache, parse
 from corm_jax.core import attention
 from corm_jax.core.arrays import ENDLESS
 from corm_jax.core.positions import Rope
@@ -97,12 +97,12 @@ def test_forwards_as_well_and_twice(monkeypatch):
 def test_positions_in_the_cache(monkeypatch):
     """Where keys are rotated by their place: finite differences."""
     policy = parse("streaming_llm:sinks=2,budget=6,positions=cache")
-    columns, frequencies = normal(4), Rope().frequencies(4)
+    columns, encoding = normal(4), Rotary(Rope().frequencies(4))
     cache = make_cache(policy, CacheSpec(KV_HEADS, TOKENS, 4))
 
     @jax.jit
     def loss(*columns):
-        outputs, *_ = read(policy, cache, *columns, jnp.int32(TOKENS), frequencies, chunk=CHUNK - 1)
+        outputs, *_ = read(policy, cache, *columns, jnp.int32(TOKENS), encoding, chunk=CHUNK - 1)
         return (outputs * WEIGHTS).sum()
 
     for at in range(3):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from corm_jax import CacheSpec, CormError, Full, make_cache, parse, prefill, step
+from corm_jax import CacheSpec, CormError, Full, Rotary, make_cache, parse, prefill, step
 from corm_jax.core.positions import Rope
 from corm_jax.core.step import read
 from simulator import rules
@@ -26,9 +26,10 @@ def test_positions_in_the_cache_are_those_of_the_specification(spec, chunk):
     rng, policy = np.random.default_rng(chunk), parse(spec)
     q, k, v = (3 * rng.normal(size=shape).astype(np.float32) for shape in ((24, 2, 3, 8), (24, 2, 8), (24, 2, 8)))
     cache = make_cache(policy, CacheSpec(kv_heads=2, capacity=7 + chunk, head_dim=8))
-    output, cache, *_ = jax.jit(partial(read, policy, chunk=chunk))(cache, q, k, v, 24, frequencies=FREQUENCIES)
+    output, cache, *_ = jax.jit(partial(read, policy, chunk=chunk))(cache, q, k, v, 24, Rotary(FREQUENCIES))
     rules_ = [rule_of(policy, head) for head in range(2)]
-    expected = rules.read(rules_, q, k, v, chunks=[chunk] * (24 // chunk), frequencies=FREQUENCIES)
+    form = rules.Form(frequencies=FREQUENCIES, in_cache=True)
+    expected = rules.read(rules_, q, k, v, chunks=[chunk] * (24 // chunk), form=form)
     for head, reading in enumerate(expected):
         np.testing.assert_allclose(output[:, head], reading.outputs, atol=2e-5)
         assert set(np.asarray(cache.position[head])) - {-1} == reading.kept[-1]
@@ -53,7 +54,7 @@ def test_a_layer_sees_the_sinks_and_the_newest_as_a_text_of_their_own():
 def test_who_cannot_rotate_says_so():
     policy, x = parse(SPEC), jnp.ones((1, 1, 8))
     cache = make_cache(policy, CacheSpec(kv_heads=1, capacity=9, head_dim=8))
-    with pytest.raises(CormError, match="counts positions within the cache: give frequencies, and q and k unrotated"):
+    with pytest.raises(CormError, match="counts positions within the cache: give an encoding such as Rotary"):
         step(policy, cache, x[:, :, None], x, x, jnp.int32(1))
     with pytest.raises(CormError, match="a trace holds keys that are rotated already: replay .* positions='original'"):
         replay(noise(steps=20), policy)

@@ -22,6 +22,7 @@ from corm_jax import (
     CacheSpec,
     Corm,
     Full,
+    Rotary,
     attend,
     begin_prompt,
     generate,
@@ -181,7 +182,7 @@ def in_layers():
             for spec in ("full", "corm", "streaming_llm:positions=cache"):
                 policy = parse(spec)
                 cache = make_cache(policy, CacheSpec(2, 600, 8, stores=stores))
-                arguments = q[:tokens], k[:tokens], k[:tokens], jnp.int32(tokens), np.ones(4, np.float32)
+                arguments = q[:tokens], k[:tokens], k[:tokens], jnp.int32(tokens), Rotary(np.ones(4, np.float32))
                 yield partial(step, policy), cache, *arguments
 
 

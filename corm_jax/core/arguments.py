@@ -14,9 +14,11 @@ from jax.core import Tracer
 from jaxtyping import Array, Int
 
 from corm_jax.core import cache as cache_lib
+from corm_jax.core.form import Form
 from corm_jax.core.options import concrete, numbers_of, shown
 from corm_jax.core.policy import Policy, check_policy
-from corm_jax.core.types import Caches, LayerCache
+from corm_jax.core.positions import Encoding
+from corm_jax.core.types import Caches, CacheSpec, LayerCache
 from corm_jax.core.wrapper import name_of
 from corm_jax.errors import CormError
 
@@ -27,9 +29,7 @@ Prompts: TypeAlias = Sequence[Tokens] | np.ndarray | jax.Array
 """The token ids of several texts, one a row."""
 
 
-def check_step(
-    policy: Policy, cache: LayerCache, q: Any, k: Any, v: Any, count: Any, frequencies: Any
-) -> Int[Array, ""]:
+def check_step(policy: Policy, cache: LayerCache, q: Any, k: Any, v: Any, count: Any, form: Form) -> Int[Array, ""]:
     """Raises unless these are arguments for `corm_jax.step`. Returns the count, between 0 and the number of tokens."""
     check_policy(policy)
     check_cache(cache, batch=None)
@@ -53,8 +53,7 @@ def check_step(
             raise CormError(f"{name} must be {names}, got the shape {shape} with queries of {q.shape[0]} tokens")
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise CormError(f"{name} must hold floating-point numbers, not {x.dtype}")
-    if frequencies is not None and np.shape(frequencies) != (spec.head_dim // 2,):
-        raise CormError(f"frequencies must be [head_dim / 2], got the shape {np.shape(frequencies)}")
+    _check_form(policy, form, spec, q.shape[2])
     cache_lib.check_heads(policy, spec)
     cache_lib.check_protected(policy, spec, cache.made)
     _check_state(policy, cache)
@@ -158,6 +157,32 @@ def token_ids(tokens: Any, vocab: int) -> np.ndarray:
             f"token id {found[outside][0]} is outside the vocabulary of {vocab}: is this the right tokenizer?"
         )
     return found.astype(np.int32)
+
+
+def _check_form(policy: Policy, form: Form, spec: CacheSpec, group: int) -> None:
+    """Raises unless attention can have this form."""
+    if form.encoding is not None:
+        if not isinstance(form.encoding, Encoding):
+            raise CormError(
+                f"encoding must be how positions enter, such as Rotary(frequencies), not {shown(form.encoding)}"
+            )
+        form.encoding.check(spec.kv_heads, group, spec.head_dim)
+    elif policy.traits.positions == "cache":
+        raise CormError(
+            f"{name_of(policy)} counts positions within the cache: give an encoding such as Rotary(frequencies), and q "
+            "and k without positions"
+        )
+    for name in ("scale", "softcap", "window"):
+        value, number = getattr(form, name), numbers_of(getattr(form, name))
+        kind, what = (jnp.integer, "a whole number") if name == "window" else (jnp.number, "a number")
+        if value is None:
+            continue
+        if number is None or number.shape or not jnp.issubdtype(number.dtype, kind):
+            raise CormError(f"{name} must be {what}, not {shown(value)}")
+        if concrete(number) and not 0 < number < np.inf:
+            raise CormError(f"{name} must be {what} above 0, not {shown(value)}")
+    if form.mask is not None and not callable(form.mask):
+        raise CormError(f"mask must be a function of the positions of queries and keys, not {shown(form.mask)}")
 
 
 def _check_state(policy: Policy, cache: LayerCache) -> None:

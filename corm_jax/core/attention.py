@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from corm_jax.core.arrays import broadcasts, iota
+from corm_jax.core.form import Form
 from corm_jax.core.layout import Apart, Layout
 from corm_jax.core.observation import Observation, observed
 
@@ -16,6 +17,9 @@ BLOCK = 512
 
 FEW = 8
 """So many queries attend to all slots at once, whoever looks."""
+
+PLAIN = Form()
+"""Over all earlier keys, ``q . k / sqrt(head_dim)``."""
 
 LEAST = float(np.finfo(np.float32).min)
 """The logit of a slot that is not seen: finite, so that differences of such logits are numbers. Its weight is 0."""
@@ -51,14 +55,9 @@ def attend(
       The output, in the dtype of ``q``, and what the policy gets to see. ``seen`` only passes through to the latter.
     """
     layout = layout or Apart(q.shape[1])
-    weights, total = softmax(layout, logits(layout, q, k), visible)
+    weights, total = softmax(layout, PLAIN.logits(layout, q, k), visible)
     seen = seen[:, None, None]
     return output(layout, weights, total, v).astype(q.dtype), observed(layout, weights, total, visible, seen, k)
-
-
-def logits(layout: Layout, q: Array, k: Array) -> Float[Array, "group tokens *slots"]:
-    """``q . k / sqrt(head_dim)``, float32."""
-    return layout.logits(q, k) * q.shape[-1] ** -0.5
 
 
 def softmax(
@@ -79,16 +78,19 @@ def output(
     return layout.weighted(weights, v) / total.transpose(1, 2, 0)[..., None]
 
 
-def attended(layout: Layout, q: Array, k: Array, v: Array, visible: Array) -> Array:
+def attended(
+    layout: Layout, q: Array, k: Array, v: Array, visible: Array, form: Form = PLAIN, bias: Array | None = None
+) -> Array:
     """The output alone, float32: on a CPU block by block, which keeps nothing of the size tokens x slots."""
-    arguments = layout, q, k, v, visible
-    if len(q) <= FEW or k.shape[1] <= BLOCK:
+    arguments = layout, q, k, v, visible, form.scale, form.softcap, bias
+    if len(q) <= FEW or k.shape[1] <= BLOCK or bias is not None:
         return _at_once(*arguments)
     return jax.lax.platform_dependent(*arguments, cpu=derived_from(_at_once, _by_blocks), default=_at_once)
 
 
-def _at_once(layout, q, k, v, visible):
-    return output(layout, *softmax(layout, logits(layout, q, k), visible), v)
+def _at_once(layout, q, k, v, visible, scale, softcap, bias):
+    form = Form(scale=scale, softcap=softcap)
+    return output(layout, *softmax(layout, form.logits(layout, q, k, bias), visible), v)
 
 
 def derived_from(plain, fast):
@@ -102,12 +104,12 @@ def derived_from(plain, fast):
     return both
 
 
-def _by_blocks(layout, q, k, v, visible):
+def _by_blocks(layout, q, k, v, visible, scale, softcap, bias):
     """`attended`, a block of slots at a time, corrected by the largest logit so far, up to the last that is seen.
 
     (Milakov and Gimelshein, arXiv 1805.02867.)
     """
-    slots = k.shape[1]
+    slots, form = k.shape[1], Form(scale=scale, softcap=softcap)
     used = jnp.where(visible.any((0, 1)), iota(slots) + 1, 0).max()
 
     def body(carry):
@@ -115,7 +117,7 @@ def _by_blocks(layout, q, k, v, visible):
         start = jnp.minimum(block * BLOCK, slots - BLOCK)  # the last block overlaps the one before
         part = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=BLOCK)
         own = part(visible, axis=2) & (start + iota(BLOCK) >= block * BLOCK)
-        here = jnp.where(own, logits(layout, q, part(k, axis=1)), LEAST)
+        here = jnp.where(own, form.logits(layout, q, part(k, axis=1)), LEAST)
         new = jnp.maximum(largest, layout.most(here))
         weights, factor = jnp.where(own, jnp.exp(here - layout.spread(new)), 0.0), jnp.exp(largest - new)
         summed = summed * factor.transpose(1, 2, 0)[..., None] + layout.weighted(weights, part(v, axis=1))

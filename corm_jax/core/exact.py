@@ -44,6 +44,7 @@ class Block(NamedTuple):
         `corm_jax.core.attention.softmax`. None where the policy does not look at attention.
       logits: float32 ``[group, tokens, *slots]``, if ``softmax`` is their softmax.
       keys: ``[*slots, head_dim]``, or None.
+      within: bool ``[tokens, *slots]``, what each may see at all, live or not; None for everything.
     """
 
     slots: Slots
@@ -52,6 +53,11 @@ class Block(NamedTuple):
     softmax: Any
     logits: Any
     keys: Float[Array, "*slots head_dim"] | None
+    within: Bool[Array, "tokens *slots"] | None = None
+
+    def attended(self, visible: Array) -> Array:
+        """Those of some keys that the queries may see at all."""
+        return visible if self.within is None else visible & self.within
 
     def observation(self, weights: Array, total: Array, visible: Array) -> Observation:
         """What a policy gets to see."""
@@ -153,7 +159,7 @@ def _by_moments(policy, state, block) -> tuple[Settled, Bool[Array, ""]]:
     if block.logits is None:
         softmax, sound = block.softmax, jnp.asarray(True)
     else:
-        layout, masked = slots.layout, jnp.where(visible, block.logits, -jnp.inf)
+        layout, masked = slots.layout, jnp.where(block.attended(visible), block.logits, -jnp.inf)
         shift = layout.most(jnp.where(t <= when, masked, -jnp.inf))
         powers = jnp.exp(masked - layout.spread(jnp.where(jnp.isfinite(shift), shift, 0.0)))
 
@@ -165,7 +171,7 @@ def _by_moments(policy, state, block) -> tuple[Settled, Bool[Array, ""]]:
         sound = jnp.isfinite(shift) | ~visible.any((1, 2))[:, None]
 
     def seen_under(evicted):
-        return visible & ~(evicted & (t > when))
+        return block.attended(visible & ~(evicted & (t > when)))
 
     def body(carry):
         evicted, total, _, passes = carry
@@ -176,7 +182,7 @@ def _by_moments(policy, state, block) -> tuple[Settled, Bool[Array, ""]]:
         total = jax.lax.cond(changed, lambda: softmax(seen_under(now))[1], lambda: total)
         return now, total, changed, passes + 1
 
-    total = softmax(visible)[1]
+    total = softmax(block.attended(visible))[1]
     if block.logits is not None:
         sound = (sound & jnp.isfinite(total)).all()
     start = lost, total, jnp.asarray(True), jnp.int32(0)
@@ -198,7 +204,7 @@ def _by_query(policy, state, fresh, block, room) -> Settled:
 
     def body(carry):
         until, *_, passes = carry
-        weights, total = block.softmax(block.visible & (t <= until))
+        weights, total = block.softmax(block.attended(block.visible & (t <= until)))
         seen = block.observation(weights, total, block.visible)
         now, lost, after = _led(policy, state, fresh, block, room, seen.weights, seen.total)
         changed = (jnp.minimum(now, end) != jnp.minimum(until, end)).any()
@@ -221,7 +227,7 @@ def _led(policy, state, fresh, block, room, weights, total):
 
     def body(carry, xs):
         state, until, lost = carry
-        weights, total, t, real = xs
+        weights, total, t, real, within = xs
         if room is not None:
             before = view((until == FOREVER) & (position < t - 1), t)
             stores = replace(before, layout=slots.layout.merged(room.heads))
@@ -232,13 +238,14 @@ def _led(policy, state, fresh, block, room, weights, total):
         arrives = real & (position == t - 1)
         live = (position >= 0) & (until == FOREVER) & (position < t)
         now = view(live, t)
-        seen = Observation(weights[:, None], total[:, None], live[None], t[None, None, None], block.keys)
+        attended = live if within is None else live & within
+        seen = Observation(weights[:, None], total[:, None], attended[None], t[None, None, None], block.keys)
         after = policy.observe(by_slot(lambda held, new: jnp.where(arrives, new, held), state, fresh), seen, now)
         until = jnp.where(live & real & ~policy.retain(after, now), t, until)
         return (jax.tree.map(partial(jnp.where, real), after, state), until, lost), None
 
     until = jnp.full(position.shape, FOREVER, jnp.int32)
     real = block.visible.any((1, 2))
-    xs = weights.swapaxes(0, 1), total.swapaxes(0, 1), block.clock[:, 0, 0], real
+    xs = weights.swapaxes(0, 1), total.swapaxes(0, 1), block.clock[:, 0, 0], real, block.within
     (state, until, lost), _ = jax.lax.scan(body, (state, until, jnp.zeros(until.shape, bool)), xs)
     return until, lost, state

@@ -1,15 +1,21 @@
-"""Rotary position embedding (RoFormer, arXiv 2104.09864), with the scalings that LLaMA checkpoints use.
+"""How positions enter attention: rotary embedding (RoFormer, arXiv 2104.09864), or a bias (ALiBi, arXiv 2108.12409).
 
-Rotation takes the true position of a token, never the slot or the number of keys kept: after eviction the relative
-distances are still those of the text.
+Both take the true position of a token, never the slot or the number of keys kept: after eviction the relative distances
+are still those of the text, unless the policy counts ``positions`` within the cache (`corm_jax.core.policy.Traits`).
 """
 
 import math
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+
+from corm_jax.core.layout import Layout
+from corm_jax.errors import CormError
 
 
 class Rope(NamedTuple):
@@ -68,3 +74,77 @@ def rotate(
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+class Encoding:
+    """How positions enter attention: queries and keys are rotated, a bias is added to the logits, both, or neither.
+
+    Those that inherit change what they are for, and are pytrees: `Rotary`, `ALiBi`.
+    """
+
+    def rotate(self, x: Float[Array, "tokens *heads head_dim"], position: Int[Array, " tokens"]) -> Array:
+        """Queries or keys of the tokens at these positions, as attention takes them."""
+        return x
+
+    def bias(self, distance: Int[Array, "tokens *slots"], layout: Layout) -> Float[Array, "group tokens *slots"] | None:
+        """What is added to the logits where a query stands so far behind a key; None for nothing."""
+        return None
+
+    def check(self, kv_heads: int, group: int, head_dim: int) -> None:
+        """Raises unless it is one for heads of this shape."""
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["frequencies"], meta_fields=[])
+@dataclass(frozen=True)
+class Rotary(Encoding):
+    """Rotation by position.
+
+    Attributes:
+      frequencies: float32 ``[head_dim / 2]``, radians a token for each pair of a head; see `Rope`.
+    """
+
+    frequencies: Any  # unchecked, since JAX builds such objects of whatever it has
+
+    def rotate(self, x, position):
+        return rotate(x, position, self.frequencies)
+
+    def check(self, kv_heads, group, head_dim):
+        if np.shape(self.frequencies) != (head_dim // 2,):
+            raise CormError(f"frequencies must be [head_dim / 2], got the shape {np.shape(self.frequencies)}")
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["slopes"], meta_fields=[])
+@dataclass(frozen=True)
+class ALiBi(Encoding):
+    """A penalty that grows with the distance: the bias of query i for key j is ``-slope (i - j)``, head by head.
+
+    Attributes:
+      slopes: float32 ``[kv_heads, group]``, one for each query head.
+
+    >>> ALiBi.of(kv_heads=2, group=2).slopes.tolist()
+    [[0.25, 0.0625], [0.015625, 0.00390625]]
+    """
+
+    slopes: Any  # unchecked, since JAX builds such objects of whatever it has
+
+    @classmethod
+    def of(cls, kv_heads: int, group: int = 1) -> "ALiBi":
+        """The slopes of the paper, section 3: of n heads, n a power of 2, the i-th (from 1) has ``2^(-8 i / n)``.
+
+        For another number, those of the next lower power of 2, and after them every second one of twice as many.
+        """
+        heads = kv_heads * group
+        lower = 2 ** int(math.log2(heads))
+        powers = [2 ** (-8 * i / lower) for i in range(1, lower + 1)]
+        powers += [2 ** (-4 * i / lower) for i in range(1, 2 * lower, 2)][: heads - lower]
+        return cls(np.asarray(powers, np.float32).reshape(kv_heads, group))
+
+    def bias(self, distance, layout):
+        slope = layout.spread(jnp.asarray(self.slopes, jnp.float32).T)  # [group, stores, slots or 1]
+        return -slope[:, None] * distance.astype(jnp.float32)
+
+    def check(self, kv_heads, group, head_dim):
+        if np.shape(self.slopes) != (kv_heads, group):
+            raise CormError(
+                f"slopes must be [kv_heads, group] = {(kv_heads, group)}, got the shape {np.shape(self.slopes)}"
+            )

@@ -8,6 +8,7 @@ A layer's keys depend on the layers below, never on what this layer has evicted.
 tokens at once and leave only attention and eviction to the loop over chunks here.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any, SupportsIndex
@@ -22,11 +23,11 @@ from corm_jax.core import cache as cache_lib
 from corm_jax.core.arguments import check_step
 from corm_jax.core.arrays import EMPTY, ENDLESS, broadcasts, iota, narrow
 from corm_jax.core.exact import FOREVER, Block, Room, alive, settle
+from corm_jax.core.form import Form
 from corm_jax.core.observation import observed
 from corm_jax.core.options import concrete, integer
 from corm_jax.core.policy import Policy
-from corm_jax.core.positions import rotate
-from corm_jax.core.slots import Slots
+from corm_jax.core.positions import Encoding
 from corm_jax.core.types import LayerCache, by_slot
 from corm_jax.errors import CormError
 
@@ -39,7 +40,12 @@ def step(
     k: Float[Array, "tokens kv_heads head_dim"],
     v: Float[Array, "tokens kv_heads head_dim"],
     count: Int[Array, ""] | SupportsIndex,
-    frequencies: Float[Array | np.ndarray, " pairs"] | None = None,
+    encoding: Encoding | None = None,
+    *,
+    scale: Any = None,
+    softcap: Any = None,
+    window: Any = None,
+    mask: Callable[[Array, Array], Array] | None = None,
 ) -> tuple[Float[Array, "tokens kv_heads group head_dim"], LayerCache]:
     """One chunk through one layer of one sequence: insert, attend, observe, evict.
 
@@ -54,19 +60,21 @@ def step(
     Args:
       policy, cache: the rule, and what it has kept so far, as `corm_jax.make_cache` returns it. If the policy waits for
         the end of the prompt, `corm_jax.begin_prompt` has to say how many tokens that has.
-      q, k, v: the chunk's queries, keys and values, rotated at positions ``cache.clock.seen + (0, 1, ...)``. Each query
-        sees the live keys and, causally, the chunk.
+      q, k, v: the chunk's queries, keys and values, at positions ``cache.clock.seen + (0, 1, ...)``. Each query sees
+        the live keys and, causally, the chunk.
       count: how many of them are real, from 0 to all; the rest pads a ragged batch, and changes nothing. So do tokens
         beyond the end of the clock, 2^31 - 1. A traced count that is not in that range counts as its nearest end.
-      frequencies: for a policy that counts ``positions`` within the cache: radians a token for each pair of a head.
-        Queries and keys then come unrotated.
+      encoding: how positions enter, such as `corm_jax.Rotary` or `corm_jax.ALiBi`, if queries and keys come without
+        them. None if the model has encoded them already; a policy that counts ``positions`` within the cache needs one.
+      scale, softcap, window, mask: the form of the attention, see `corm_jax.core.form.Form`. Numbers may be traced.
+        What a query may not see is held all the same: it takes its slot, and draws no attention.
 
     Returns:
       The outputs, in the dtype of ``q``, and the cache.
 
     Raises:
       CormError: for arguments whose shapes do not fit together, a cache of another policy, more tokens than the cache
-        has slots, and without ``frequencies`` or an end of the prompt that the policy needs.
+        has slots, and without an ``encoding`` or an end of the prompt that the policy needs.
 
     >>> from corm_jax import CacheSpec, Corm, make_cache
     >>> policy = Corm(window=4, recent=2)
@@ -76,8 +84,9 @@ def step(
     >>> cache.position.tolist(), cache.state.tolist()      # all equal, so all important at t = 3
     ([[0, 1, 2, -1]], [[3, 3, 3, -2147483648]])
     """
-    policy, cache, count = _checked(policy, cache, q, k, v, count, frequencies)
-    return (_one if len(q) == 1 else _several)(policy, cache, q, k, v, count, frequencies)
+    form = Form(encoding, scale, softcap, window, mask)
+    policy, cache, q, k, count = _checked(policy, cache, q, k, v, count, form)
+    return (_one if len(q) == 1 else _several)(policy, cache, q, k, v, count, form)
 
 
 @broadcasts
@@ -88,9 +97,13 @@ def read(
     k: Float[Array, "tokens kv_heads head_dim"],
     v: Float[Array, "tokens kv_heads head_dim"],
     count: Int[Array, ""] | SupportsIndex,
-    frequencies: Float[Array | np.ndarray, " pairs"] | None = None,
+    encoding: Encoding | None = None,
     *,
     chunk: SupportsIndex,
+    scale: Any = None,
+    softcap: Any = None,
+    window: Any = None,
+    mask: Callable[[Array, Array], Array] | None = None,
 ) -> tuple[
     Float[Array, "tokens kv_heads group head_dim"],
     LayerCache,
@@ -107,7 +120,8 @@ def read(
     tokens, chunk = q.shape[0], integer("chunk", chunk)
     if tokens % chunk:
         raise CormError(f"chunk {chunk} does not divide a block of {tokens} tokens: pad the block, and say so in count")
-    policy, cache, count = _checked(policy, cache, q, k, v, count, frequencies)
+    form = Form(encoding, scale, softcap, window, mask)
+    policy, cache, q, k, count = _checked(policy, cache, q, k, v, count, form)
     exact = chunk == 1 and tokens > 1 and not counts_in_cache(policy)
     size = min((cache.made and cache.made.block) or policy.traits.block, tokens) if exact else chunk
     blocks = -(-tokens // size)
@@ -116,9 +130,9 @@ def read(
         q, k, v, start = xs
         here = jnp.clip(count - start, 0, size)
         if exact:
-            output, cache, live, passes = _exactly(policy, cache, q, k, v, here)
+            output, cache, live, passes = _exactly(policy, cache, q, k, v, here, form)
         else:
-            output, cache = (_one if size == 1 else _several)(policy, cache, q, k, v, here, frequencies)
+            output, cache = (_one if size == 1 else _several)(policy, cache, q, k, v, here, form)
             live, passes = cache_lib.live_keys(cache)[None], jnp.int32(1)
         return cache, (output, live, passes)
 
@@ -132,30 +146,38 @@ def read(
     return outputs.reshape(-1, *q.shape[1:])[:tokens], cache, live, passes
 
 
-def _checked(policy, cache, q, k, v, count, frequencies):
-    policy, count = narrow(policy), check_step(policy, cache, q, k, v, count, frequencies)
-    if counts_in_cache(policy) and frequencies is None:
-        raise CormError("the policy counts positions within the cache: give frequencies, and q and k unrotated")
+def _checked(policy, cache, q, k, v, count, form):
+    policy, count = narrow(policy), check_step(policy, cache, q, k, v, count, form)
+    if not counts_in_cache(policy):
+        position = cache.clock.seen + iota(len(q))
+        q, k = form.encoded(q, position), form.encoded(k, position)
     cache = cache._replace(state=jax.lax.stop_gradient(cache.state))  # decisions have no gradient
-    return policy, cache, jnp.minimum(count, ENDLESS - cache.clock.seen)
+    return policy, cache, q, k, jnp.minimum(count, ENDLESS - cache.clock.seen)
 
 
-def _one(policy, cache, q, k, v, count, frequencies):
+def _one(policy, cache, q, k, v, count, form):
     """One token: a straight line, without loops, sorts, or copies of what is held."""
-    real, position = count > 0, cache.clock.seen[None]
+    real, clock = count > 0, (cache.clock.seen + 1)[None, None, None]
     k, v = cache_lib.stored(k, v, cache.k.dtype)
     cache = cache_lib.insert(policy, cache, k[:, 0], v[:, 0], real)
-    slots, keys = replace(cache_lib.slots(cache), arrived=1), cache.k
-    if counts_in_cache(policy):
-        q, keys = _rotated_in_cache(q, keys, slots, position, frequencies)
+    slots, layout = replace(cache_lib.slots(cache), arrived=1), cache.layout
     visible = (slots.live & real)[None]
-    weights, total = attention.softmax(cache.layout, attention.logits(cache.layout, q, keys), visible)
-    output = attention.output(cache.layout, weights, total, cache.v).astype(q.dtype)
+    visible, q, keys, bias = _seen(policy, form, slots, visible, clock, q, cache.k)
+    weights, total = attention.softmax(layout, form.logits(layout, q, keys, bias), visible)
+    output = attention.output(layout, weights, total, cache.v).astype(q.dtype)
     weights, total, keys = jax.lax.stop_gradient((weights, total, keys))
-    seen = observed(cache.layout, weights, total, visible, (position + 1)[:, None, None], keys)
-    state = policy.observe(cache.state, seen, slots)
+    state = policy.observe(cache.state, observed(layout, weights, total, visible, clock, keys), slots)
     keep = policy.retain(state, slots) | ~real
     return output, cache._replace(state=state, position=jnp.where(keep, cache.position, EMPTY))
+
+
+def _seen(policy, form, slots, visible, clock, q, keys):
+    """What the queries see of what is visible, queries and keys at their places, and the bias of these."""
+    within = form.within(clock - 1, slots.position)
+    visible = visible if within is None else visible & within
+    if counts_in_cache(policy):
+        return visible, *form.in_cache(q, keys, slots, clock)
+    return visible, q, keys, form.bias(clock - 1, slots.position, slots.layout)
 
 
 class _Open:
@@ -180,30 +202,29 @@ class _Open:
         return cache_lib.twinned(cache, self.since, self.tokens)
 
 
-def _several(policy, cache, q, k, v, count, frequencies):
+def _several(policy, cache, q, k, v, count, form):
     """A chunk: room is made before, and keys are evicted after it."""
     since, tokens = cache.clock.seen, len(q)
     cache = cache_lib.make_room(policy, cache, count, tokens)
     cache = cache_lib.insert_chunk(policy, cache, *cache_lib.stored(k, v, cache.k.dtype), count)
     held = _Open(cache, since, tokens, count)
-    layout, keys = held.slots.layout, held.k
-    if counts_in_cache(policy):
-        q, keys = _rotated_in_cache(q, keys, held.slots, held.clock[:, 0, 0] - 1, frequencies)
+    layout = held.slots.layout
+    visible, q, keys, bias = _seen(policy, form, held.slots, held.visible, held.clock, q, held.k)
     if watched(policy):
-        weights, total = attention.softmax(layout, attention.logits(layout, q, keys), held.visible)
+        weights, total = attention.softmax(layout, form.logits(layout, q, keys, bias), visible)
         output = attention.output(layout, weights, total, held.v)
     else:
-        output = attention.attended(layout, q, keys, held.v, held.visible)
-        weights = jnp.zeros((q.shape[2], *held.visible.shape), jnp.float32)
+        output = attention.attended(layout, q, keys, held.v, visible, form, bias)
+        weights = jnp.zeros((q.shape[2], *visible.shape), jnp.float32)
         total = jnp.ones((q.shape[2], tokens, layout.kv_heads), jnp.float32)
     weights, total, keys = jax.lax.stop_gradient((weights, total, keys))
-    seen = observed(layout, weights, total, held.visible, held.clock, keys)
+    seen = observed(layout, weights, total, visible, held.clock, keys)
     state = policy.observe(held.state, seen, held.slots)
     keep = policy.retain(state, held.slots) | (count == 0)
     return output.astype(q.dtype), held.closed(keep, state)
 
 
-def _exactly(policy, cache, q, k, v, count):
+def _exactly(policy, cache, q, k, v, count, form):
     """A block, as if read token by token. Where slots may be lacking, it gets some of its own as long as it lasts."""
     made, spec, since, tokens = cache.made, cache_lib.spec(cache), cache.clock.seen, len(q)
     stores, size = cache.position.shape
@@ -213,21 +234,18 @@ def _exactly(policy, cache, q, k, v, count):
     cache = cache_lib.insert_chunk(policy, cache, *cache_lib.stored(k, v, cache.k.dtype), count)
     held = _Open(cache, since, tokens, count)
     layout = held.slots.layout
-    every = attention.logits(layout, q, held.k) if watched(policy) else None
-    block = Block(
-        held.slots,
-        held.clock,
-        held.visible,
-        None if every is None else partial(attention.softmax, layout, jax.lax.stop_gradient(every)),
-        jax.lax.stop_gradient(every),
-        jax.lax.stop_gradient(held.k),
-    )
+    within = form.within(held.clock - 1, held.slots.position)
+    bias = form.bias(held.clock - 1, held.slots.position, layout)
+    every = form.logits(layout, q, held.k, bias) if watched(policy) else None
+    fixed, keys = jax.lax.stop_gradient((every, held.k))
+    softmax: Any = None if fixed is None else partial(attention.softmax, layout, fixed)
+    block = Block(held.slots, held.clock, held.visible, softmax, fixed, keys, within)
     known = policy.traits.moments
     moments = bool(np.min(known) >= tokens) if concrete(known) else made and made.moments
     found = settle(policy, held.state, cache_lib.fresh(policy, spec), block, room, moments)
-    seen = held.visible & (held.clock <= found.until)
+    seen = block.attended(held.visible & (held.clock <= found.until))
     if every is None:
-        output = attention.attended(layout, q, held.k, held.v, seen)
+        output = attention.attended(layout, q, held.k, held.v, seen, form, bias)
     else:
         again = attention.derived_from(_anew, _as_found)
         output = again(layout, every, held.v, seen, found.weights, found.total)
@@ -251,13 +269,5 @@ def watched(policy: Any) -> bool:
 
 
 def counts_in_cache(policy: Any) -> bool:
-    """Whether keys are rotated by their place within the cache, see `Policy`."""
+    """Whether keys have positions by their place within the cache, see `corm_jax.core.policy.Traits`."""
     return policy.traits.positions == "cache"
-
-
-def _rotated_in_cache(q, keys, slots: Slots, position, frequencies):
-    """Queries and keys at the angles of their places among the live keys of their head."""
-    before = slots.live & (slots.position < position[:, None, None])
-    q = jax.vmap(rotate, in_axes=(1, 1, None), out_axes=1)(q, slots.total(before), frequencies)
-    flat = rotate(keys.reshape(-1, keys.shape[-1]), slots.place().reshape(-1), frequencies)
-    return q, flat.reshape(keys.shape)

@@ -17,8 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from corm_jax.core import cache, positions, step
 from corm_jax.core.arguments import check_caches, check_count
-from corm_jax.core.arrays import broadcasts, iota
-from corm_jax.core.cache import clock_of
+from corm_jax.core.arrays import broadcasts
 from corm_jax.core.options import integer
 from corm_jax.core.policy import Policy
 from corm_jax.core.types import Caches, CacheSpec, Capacity, LayerCache
@@ -89,33 +88,28 @@ class Attention(nnx.Module):
         Int[Array, "batch blocks"],
     ]:
         batch, tokens, _ = x.shape
-        later = step.counts_in_cache(policy)
-        q, k, v = self.project(x, None if later else clock_of(cache).seen[:, None] + iota(tokens)[None])
         read = jax.vmap(partial(step.read, chunk=chunk), in_axes=(None, 0, 0, 0, 0, 0, None))
-        output, cache, live, passes = read(policy, cache, q, k, v, count, self.frequencies if later else None)
+        output, cache, live, passes = read(policy, cache, *self.project(x), count, self.encoding)
         return self.out(output.reshape(batch, tokens, -1)), cache, live, passes
 
     @property
-    def frequencies(self) -> np.ndarray:
-        """Radians a token for each pair of a head."""
-        return self.rope.frequencies(self.head_dim)
+    def encoding(self) -> positions.Rotary:
+        """How positions enter."""
+        return positions.Rotary(self.rope.frequencies(self.head_dim))
 
     def project(
-        self, x: Float[Array, "batch tokens dim"], position: Int[Array, "batch tokens"] | None
+        self, x: Float[Array, "batch tokens dim"]
     ) -> tuple[
         Float[Array, "batch tokens kv_heads group head_dim"],
         Float[Array, "batch tokens kv_heads head_dim"],
         Float[Array, "batch tokens kv_heads head_dim"],
     ]:
-        """Queries, keys and values of tokens; queries and keys are rotated at ``position``, if there is one."""
+        """Queries, keys and values of tokens, without positions."""
         batch, tokens, _ = x.shape
         q = self.q(x).reshape(batch, tokens, self.kv_heads, -1, self.head_dim)
         k = self.k(x).reshape(batch, tokens, self.kv_heads, self.head_dim)
         v = self.v(x).reshape(batch, tokens, self.kv_heads, self.head_dim)
-        if position is None:
-            return q, k, v
-        rotate = jax.vmap(partial(positions.rotate, frequencies=self.frequencies))
-        return rotate(q, position), rotate(k, position), v
+        return q, k, v
 
 
 class FeedForward(nnx.Module):

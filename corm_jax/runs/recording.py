@@ -121,9 +121,10 @@ def resume(
 @broadcasts
 def _layer(layer, cache, x, count):
     position = clock_of(cache).seen[:, None] + iota(x.shape[1])[None]
-    qkv = layer.attention.project(layer.attention_norm(x), position)  # once more, for the compiler to merge
+    q, k, v = layer.attention.project(layer.attention_norm(x))  # once more, for the compiler to merge
+    q, k = (jax.vmap(layer.attention.encoding.rotate)(x, position) for x in (q, k))
     x, cache, _ = layer(x, cache, Full(), count, x.shape[1])
-    return x, cache, *qkv
+    return x, cache, q, k, v
 
 
 def _save(state: Path, layers: int, x: np.ndarray) -> None:

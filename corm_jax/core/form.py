@@ -1,0 +1,66 @@
+"""The form of an attention: how positions enter it, its scale, a soft cap, and what a query may see at all."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from corm_jax.core.layout import Layout
+from corm_jax.core.positions import Encoding
+from corm_jax.core.slots import Slots
+
+
+class Form(NamedTuple):
+    """What a model's attention is beside ``softmax(q . k / sqrt(head_dim))`` over all earlier keys.
+
+        logit  =  cap(scale q . k) + bias(distance),      cap(x) = softcap tanh(x / softcap)
+
+    Attributes:
+      encoding: how positions enter; None if queries and keys come with them.
+      scale: of ``q . k``; None for ``1 / sqrt(head_dim)``.
+      softcap: logits stay within plus and minus this; None for no such cap.
+      window: a query sees itself and the ``window - 1`` positions before it; None for all.
+      mask: a function ``(query, key) -> bool`` of two positions, arrays that broadcast, that says what else a query
+        sees of what lies before it; None for all.
+    """
+
+    encoding: Encoding | None = None
+    scale: Any = None
+    softcap: Any = None
+    window: Any = None
+    mask: Callable[[Array, Array], Array] | None = None
+
+    def logits(self, layout: Layout, q: Array, k: Array, bias: Array | None = None) -> Array:
+        """The logits ``[group, tokens, *slots]``, float32."""
+        found = layout.logits(q, k) * (q.shape[-1] ** -0.5 if self.scale is None else jnp.float32(self.scale))
+        if self.softcap is not None:
+            cap = jnp.float32(self.softcap)
+            found = cap * jnp.tanh(found / cap)
+        return found if bias is None else found + bias
+
+    def within(self, query: Int[Array, "tokens 1 1"], key: Int[Array, "*slots"]) -> Bool[Array, "tokens *slots"] | None:
+        """What the queries at some positions may see of keys at others, or before them; None for everything."""
+        found = None if self.window is None else query - key < jnp.asarray(self.window, jnp.int32)
+        if self.mask is not None:
+            allowed = jnp.broadcast_to(self.mask(query, key), jnp.broadcast_shapes(query.shape, key.shape))
+            found = allowed if found is None else found & allowed
+        return found
+
+    def encoded(self, x: Float[Array, "tokens *heads head_dim"], position: Int[Array, " tokens"]) -> Array:
+        """Queries or keys of these positions, as attention takes them."""
+        return x if self.encoding is None else self.encoding.rotate(x, position)
+
+    def bias(self, query: Int[Array, "tokens ..."], key: Int[Array, "*slots"], layout: Layout) -> Array | None:
+        """What is added to the logits of queries at these positions; None for nothing."""
+        return None if self.encoding is None else self.encoding.bias(query - key, layout)
+
+    def in_cache(
+        self, q: Array, keys: Array, slots: Slots, clock: Int[Array, "tokens 1 1"]
+    ) -> tuple[Array, Array, Any]:
+        """Queries and keys encoded by their places among the live keys of their head, and the bias for these places."""
+        before = slots.total(slots.live & (slots.position < clock - 1))  # [tokens, kv_heads]
+        heads = [self.encoded(q[:, head], before[:, head]) for head in range(q.shape[1])]
+        place = slots.place()
+        flat = self.encoded(keys.reshape(-1, keys.shape[-1]), place.reshape(-1))
+        return jnp.stack(heads, 1), flat.reshape(keys.shape), self.bias(slots.spread(before), place, slots.layout)
