@@ -178,7 +178,7 @@ class TOVA(Rule):
         self.attention = {i: sum(row.get(i, 0.0) for row in every) / len(every) for i in set().union(*every)}
 
     def order(self, i, t):
-        return self.attention.get(i, 0.0)  # nothing, where the query may not look
+        return self.attention[i]
 
 
 class L2Norm(Rule):
@@ -241,7 +241,7 @@ class SnapKV(Rule):
         for h, (scores, group) in enumerate(zip(self.scores, rows, strict=True)):
             for i in group[0]:
                 if self.prompt - self.window_of(h) < t <= self.prompt:
-                    scores[i] = scores.get(i, 0.0) + sum(row.get(i, 0.0) for row in group) / len(group)
+                    scores[i] = scores.get(i, 0.0) + sum(row[i] for row in group) / len(group)
         if t == self.prompt:
             self.scores = [self._pooled(h, group[0]) for h, group in enumerate(rows)]
 
@@ -438,7 +438,8 @@ class Form:
                 return capped - slope * (place[index] - place[i])
 
             held = {i: self.rotated(keys[i], place[i]) for i in seen}
-            found.append(attention(self.rotated(query, place[index]), held, values, seen, logit))
+            row, output = attention(self.rotated(query, place[index]), held, values, seen, logit)
+            found.append(({i: row.get(i, 0.0) for i in live}, output))
         return found
 
 

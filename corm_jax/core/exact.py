@@ -171,15 +171,15 @@ def _by_moments(policy, state, block) -> tuple[Settled, Bool[Array, ""]]:
         sound = jnp.isfinite(shift) | ~visible.any((1, 2))[:, None]
 
     def seen_under(evicted):
-        return block.attended(visible & ~(evicted & (t > when)))
+        return visible & ~(evicted & (t > when))
 
     def body(carry):
         evicted, total, _, passes = carry
         seen = seen_under(evicted)
-        found = policy.important(block.observation(softmax(seen)[0], total, seen), slots)
+        found = policy.important(block.observation(softmax(block.attended(seen))[0], total, seen), slots)
         now = due & ~(found & judges & (t <= when)).any(0)
         changed = anywhere((now != evicted).any())
-        total = jax.lax.cond(changed, lambda: softmax(seen_under(now))[1], lambda: total)
+        total = jax.lax.cond(changed, lambda: softmax(block.attended(seen_under(now)))[1], lambda: total)
         return now, total, changed, passes + 1
 
     total = softmax(block.attended(visible))[1]
@@ -188,7 +188,7 @@ def _by_moments(policy, state, block) -> tuple[Settled, Bool[Array, ""]]:
     start = lost, total, jnp.asarray(True), jnp.int32(0)
     evicted, total, _, passes = jax.lax.while_loop(lambda carry: carry[2], body, start)
     seen = seen_under(evicted)
-    weights = softmax(seen)[0]
+    weights = softmax(block.attended(seen))[0]
     state = policy.observe(state, block.observation(weights, total, seen), slots)
     return Settled(jnp.where(evicted, when, FOREVER), lost, state, weights, total, passes), sound
 
@@ -227,7 +227,7 @@ def _led(policy, state, fresh, block, room, weights, total):
 
     def body(carry, xs):
         state, until, lost = carry
-        weights, total, t, real, within = xs
+        weights, total, t, real = xs
         if room is not None:
             before = view((until == FOREVER) & (position < t - 1), t)
             stores = replace(before, layout=slots.layout.merged(room.heads))
@@ -238,14 +238,13 @@ def _led(policy, state, fresh, block, room, weights, total):
         arrives = real & (position == t - 1)
         live = (position >= 0) & (until == FOREVER) & (position < t)
         now = view(live, t)
-        attended = live if within is None else live & within
-        seen = Observation(weights[:, None], total[:, None], attended[None], t[None, None, None], block.keys)
+        seen = Observation(weights[:, None], total[:, None], live[None], t[None, None, None], block.keys)
         after = policy.observe(by_slot(lambda held, new: jnp.where(arrives, new, held), state, fresh), seen, now)
         until = jnp.where(live & real & ~policy.retain(after, now), t, until)
         return (jax.tree.map(partial(jnp.where, real), after, state), until, lost), None
 
     until = jnp.full(position.shape, FOREVER, jnp.int32)
     real = block.visible.any((1, 2))
-    xs = weights.swapaxes(0, 1), total.swapaxes(0, 1), block.clock[:, 0, 0], real, block.within
+    xs = weights.swapaxes(0, 1), total.swapaxes(0, 1), block.clock[:, 0, 0], real
     (state, until, lost), _ = jax.lax.scan(body, (state, until, jnp.zeros(until.shape, bool)), xs)
     return until, lost, state

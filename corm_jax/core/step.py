@@ -162,8 +162,8 @@ def _one(policy, cache, q, k, v, count, form):
     cache = cache_lib.insert(policy, cache, k[:, 0], v[:, 0], real)
     slots, layout = replace(cache_lib.slots(cache), arrived=1), cache.layout
     visible = (slots.live & real)[None]
-    visible, q, keys, bias = _seen(policy, form, slots, visible, clock, q, cache.k)
-    weights, total = attention.softmax(layout, form.logits(layout, q, keys, bias), visible)
+    seen, q, keys, bias = _seen(policy, form, slots, visible, clock, q, cache.k)
+    weights, total = attention.softmax(layout, form.logits(layout, q, keys, bias), seen)
     output = attention.output(layout, weights, total, cache.v).astype(q.dtype)
     weights, total, keys = jax.lax.stop_gradient((weights, total, keys))
     state = policy.observe(cache.state, observed(layout, weights, total, visible, clock, keys), slots)
@@ -174,10 +174,10 @@ def _one(policy, cache, q, k, v, count, form):
 def _seen(policy, form, slots, visible, clock, q, keys):
     """What the queries see of what is visible, queries and keys at their places, and the bias of these."""
     within = form.within(clock - 1, slots.position)
-    visible = visible if within is None else visible & within
+    seen = visible if within is None else visible & within
     if counts_in_cache(policy):
-        return visible, *form.in_cache(q, keys, slots, clock)
-    return visible, q, keys, form.bias(clock - 1, slots.position, slots.layout)
+        return seen, *form.in_cache(q, keys, slots, clock)
+    return seen, q, keys, form.bias(clock - 1, slots.position, slots.layout)
 
 
 class _Open:
@@ -209,17 +209,17 @@ def _several(policy, cache, q, k, v, count, form):
     cache = cache_lib.insert_chunk(policy, cache, *cache_lib.stored(k, v, cache.k.dtype), count)
     held = _Open(cache, since, tokens, count)
     layout = held.slots.layout
-    visible, q, keys, bias = _seen(policy, form, held.slots, held.visible, held.clock, q, held.k)
+    seen, q, keys, bias = _seen(policy, form, held.slots, held.visible, held.clock, q, held.k)
     if watched(policy):
-        weights, total = attention.softmax(layout, form.logits(layout, q, keys, bias), visible)
+        weights, total = attention.softmax(layout, form.logits(layout, q, keys, bias), seen)
         output = attention.output(layout, weights, total, held.v)
     else:
-        output = attention.attended(layout, q, keys, held.v, visible, form, bias)
-        weights = jnp.zeros((q.shape[2], *visible.shape), jnp.float32)
+        output = attention.attended(layout, q, keys, held.v, seen, form, bias)
+        weights = jnp.zeros((q.shape[2], *seen.shape), jnp.float32)
         total = jnp.ones((q.shape[2], tokens, layout.kv_heads), jnp.float32)
     weights, total, keys = jax.lax.stop_gradient((weights, total, keys))
-    seen = observed(layout, weights, total, visible, held.clock, keys)
-    state = policy.observe(held.state, seen, held.slots)
+    found = observed(layout, weights, total, held.visible, held.clock, keys)
+    state = policy.observe(held.state, found, held.slots)
     keep = policy.retain(state, held.slots) | (count == 0)
     return output.astype(q.dtype), held.closed(keep, state)
 
