@@ -17,7 +17,7 @@ from corm_jax.core.exact import FOREVER, Block, Room, settle
 from corm_jax.core.layout import Apart
 from corm_jax.core.slots import Slots
 from corm_jax.core.types import CacheSpec, observed, traits
-from simulator.trace import QKV, Rows
+from corm_jax.traces.meta import QKV, Rows
 
 SEGMENTS = 4
 """A trace is read in so many parts, each over the keys up to its own end, which skips most of the causal half."""

@@ -17,7 +17,7 @@ from corm_jax.model import gguf_tokenizer
 from corm_jax.model.generation import Blocks
 from corm_jax.model.prompts import Text, inside, scored_from
 from corm_jax.model.tokenizer import Tokenizer
-from simulator import calibrate
+from corm_jax.runs import calibrate
 from tests.test_checkpoint import TEXT, byte_level_tokenizer
 
 WORDS = "It was the best of times, it was the worst of times; 12345 was the time of man.\nThe best man is it.\n" * 60
