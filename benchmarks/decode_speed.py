@@ -35,7 +35,7 @@ import corm_jax as cj
 from corm_jax.core.layout import Shared
 from corm_jax.files import write_json
 from corm_jax.model.generation import STRETCH
-from corm_jax.runs.plan import Plan
+from corm_jax.policies.plan import Plan
 
 CORM = cj.Corm(window=256, recent=256, group="mean")
 LLAMA = cj.Config(vocab=32000, dim=4096, hidden=11008, layers=32, heads=32, kv_heads=32, head_dim=128)

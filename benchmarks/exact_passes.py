@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import corm_jax as cj
+from corm_jax.command.inputs import encode, text_from
 from corm_jax.core.step import read
 from corm_jax.files import write_json
-from corm_jax.runs.inputs import encode, text_from
 from corm_jax.runs.recording import record
 
 SETTINGS = [(64, 64), (64, 16), (128, 16), (256, 64), (256, 256)]

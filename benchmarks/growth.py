@@ -15,12 +15,12 @@ import numpy as np
 from decode_speed import CORM, Contender, race
 
 import corm_jax as cj
-from corm_jax.command.console import progress_bar
+from corm_jax.command.inputs import encode, text_from
 from corm_jax.files import write_json
 from corm_jax.model.generation import STRETCH
-from corm_jax.runs.inputs import encode, text_from
+from corm_jax.policies.plan import Plan
 from corm_jax.runs.perplexity import read
-from corm_jax.runs.plan import Plan
+from corm_jax.terminal.console import progress_bar
 
 
 def main() -> None:

@@ -37,8 +37,8 @@ from kvpress import AdaKVPress, KnormPress, PyramidKVPress, SnapKVPress, Streami
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import corm_jax as cj
+from corm_jax.command.inputs import encode, text_from
 from corm_jax.model import checkpoint, smollm2
-from corm_jax.runs.inputs import encode, text_from
 
 WINDOW, KERNEL, NEAR = 8, 5, 1e-4
 PYRAMID_WINDOW = 3  # PyramidKVPress has a pyramid only if this is at most a 20th of the budget

@@ -18,8 +18,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from corm_jax import Full, generate
+from corm_jax.command.inputs import encode, text_from
 from corm_jax.model import checkpoint, smollm2
-from corm_jax.runs.inputs import encode, text_from
 from corm_jax.runs.perplexity import read
 
 

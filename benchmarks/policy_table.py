@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 
 import corm_jax as cj
+from corm_jax.command.inputs import encode, text_from
 from corm_jax.evaluation.agreement import compare
 from corm_jax.evaluation.intervals import Interval, bootstrap
 from corm_jax.files import write_json
 from corm_jax.policies import keys_of
 from corm_jax.runs.fitting import fitted
-from corm_jax.runs.inputs import encode, text_from
 
 SPECS = (
     "corm",

@@ -24,10 +24,10 @@ import jax
 import numpy as np
 
 import corm_jax as cj
+from corm_jax.command.inputs import encode, text_from
 from corm_jax.files import write_json
 from corm_jax.model.generation import STRETCH
-from corm_jax.runs.inputs import encode, text_from
-from corm_jax.runs.plan import Plan
+from corm_jax.policies.plan import Plan
 
 GIB, MIB, TURNS = 2**30, 2**20, 3
 

@@ -18,10 +18,11 @@ from pathlib import Path
 import numpy as np
 
 import corm_jax as cj
+from corm_jax.command.inputs import encode
+from corm_jax.evaluation.texts import read_text
 from corm_jax.files import make_directory
-from corm_jax.runs.inputs import encode, read_text
-from simulator import calibrate
-from simulator.calibrate import AGAIN, Cost, choose, chosen
+from corm_jax.runs import calibrate
+from corm_jax.runs.calibrate import AGAIN, Cost, choose, chosen
 
 
 def main() -> None:

@@ -28,14 +28,15 @@ from rich.console import Console
 from rich.progress import track
 
 import corm_jax as cj
+from corm_jax.command.inputs import check_profiles
 from corm_jax.core.policy import Policy
 from corm_jax.errors import CormError
 from corm_jax.evaluation.agreement import blocks, compare
 from corm_jax.evaluation.intervals import bootstrap
+from corm_jax.evaluation.texts import read_text
 from corm_jax.files import write_json
 from corm_jax.model.prompts import Text
 from corm_jax.policies import SELF_SIZED, keys_of, on_budget, profile_of
-from corm_jax.runs.inputs import check_profiles, read_text
 
 AGAIN, BEFORE = 512, 1536
 """Tokens that are read once more, and where they began."""

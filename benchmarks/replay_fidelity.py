@@ -21,13 +21,13 @@ from pathlib import Path
 import numpy as np
 
 import corm_jax as cj
+from corm_jax.command.inputs import encode, text_from
 from corm_jax.files import write_json
-from corm_jax.runs.inputs import encode, text_from
 from corm_jax.runs.perplexity import read
 from corm_jax.runs.recording import record
+from corm_jax.traces.trace import Trace
 from simulator.recurrence import FOREVER
 from simulator.replay import FIDELITIES, replay
-from simulator.trace import Trace
 
 POLICIES = ("corm:window=256,recent=256", "corm:window=256,recent=256,group=mean", "corm:window=64,recent=64")
 

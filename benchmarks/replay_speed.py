@@ -20,12 +20,13 @@ from pathlib import Path
 import jax
 
 import corm_jax as cj
+from corm_jax.command.inputs import encode, text_from
 from corm_jax.files import write_json
-from corm_jax.runs.inputs import encode, text_from
 from corm_jax.runs.recording import record
+from corm_jax.traces.meta import Meta
+from corm_jax.traces.storage import Writer
+from corm_jax.traces.trace import Trace
 from simulator.replay import replay, sweep
-from simulator.storage import Writer
-from simulator.trace import Meta, Trace
 
 GRID = {"window": [64, 128, 256, 512], "recent": [16, 32, 64]}
 CHUNKS = (128, 256, 512)

@@ -27,6 +27,11 @@ ROOM = 2**20
 """Bytes that must be free where a result is to be written, before the work for it begins."""
 
 
+def cache_folder() -> Path:
+    """Where models and compiled programs are kept: ``$XDG_CACHE_HOME/corm-jax``, by default ``~/.cache/corm-jax``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "corm-jax"
+
+
 @contextmanager
 def whole_file(path: Path, replace: bool = True) -> Iterator[Path]:
     """A temporary path whose file becomes ``path`` once the block ends without an error.

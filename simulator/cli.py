@@ -13,21 +13,20 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from corm_jax.command import console
-from corm_jax.command.console import COUNT, SEED, Real, Spec, Whole, naming
-from corm_jax.command.limits import check_memory
-from corm_jax.command.plots import check_matplotlib
-from corm_jax.command.stopping import Stopped
-from corm_jax.command.tables import Column, print_table, show
 from corm_jax.core.cache import slots_for
 from corm_jax.core.policy import Policy
 from corm_jax.errors import CormError
 from corm_jax.files import check_new, deliver, finish, write_json
 from corm_jax.policies import parse
+from corm_jax.terminal import console
+from corm_jax.terminal.console import COUNT, SEED, Real, Spec, Whole, naming
+from corm_jax.terminal.limits import check_matplotlib, check_memory
+from corm_jax.terminal.stopping import Stopped
+from corm_jax.terminal.tables import Column, print_table, show
+from corm_jax.traces.trace import Trace
 from simulator import oracle, planner, plots
 from simulator.replay import FIDELITIES, Replay, replay, sweep
 from simulator.report import print_replays, print_rows, summary
-from simulator.trace import Trace
 from simulator.verify import verify
 
 # isort: split

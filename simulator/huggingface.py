@@ -19,8 +19,8 @@ from unittest.mock import patch
 
 import numpy as np
 
-from simulator.arrays import TraceError, require
-from simulator.trace import Trace
+from corm_jax.traces.arrays import TraceError, require
+from corm_jax.traces.trace import Trace
 
 CLOSE = 1e-3
 """How far a layer's output may be from that of the trace, as a share of its largest value, in float32."""

@@ -19,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from corm_jax.errors import CormError
+from corm_jax.traces.meta import Rows
+from corm_jax.traces.trace import Trace
 from simulator.replay import Replay
-from simulator.trace import Rows, Trace
 
 EXACT_STEPS = 300
 """The most steps of a head that `exact` takes: its linear programme has steps^2 / 2 variables."""

@@ -8,9 +8,9 @@ import numpy as np
 from corm_jax.core.cache import per_layer
 from corm_jax.errors import CormError
 from corm_jax.policies import parse
-from corm_jax.runs.plan import Plan
+from corm_jax.policies.plan import Plan
+from corm_jax.traces.trace import Trace
 from simulator.replay import Replay, replay
-from simulator.trace import Trace
 
 
 def plan(

@@ -18,6 +18,7 @@ from corm_jax.core.layout import Apart
 from corm_jax.core.observation import observed
 from corm_jax.core.slots import Slots
 from corm_jax.core.types import CacheSpec, by_slot
+from corm_jax.traces.meta import QKV, Rows
 from simulator.trace import QKV, Rows
 
 SEGMENTS = 4

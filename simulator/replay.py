@@ -28,8 +28,9 @@ from corm_jax.core.options import is_share, whole
 from corm_jax.core.policy import Policy
 from corm_jax.core.step import counts_in_cache
 from corm_jax.errors import CormError
+from corm_jax.traces.meta import QKV, Rows
+from corm_jax.traces.trace import Trace
 from simulator.recurrence import read
-from simulator.trace import QKV, Rows, Trace
 
 FIDELITIES = ("renormalized", "recorded")
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from corm_jax.command.tables import Column, print_table
+from corm_jax.terminal.tables import Column, print_table
 from simulator.recurrence import FOREVER
 from simulator.replay import Replay
 

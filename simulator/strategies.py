@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from simulator.trace import Trace
+from corm_jax.traces.trace import Trace
 
 TOKENS = 16
 """Every case is padded to this many tokens, so that one compile serves all."""

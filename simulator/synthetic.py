@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from corm_jax.errors import CormError
-from simulator.trace import Trace
+from corm_jax.traces.trace import Trace
 
 Pattern = Callable[..., Trace]
 

@@ -16,11 +16,13 @@ from corm_jax.core.step import step
 from corm_jax.core.types import CacheSpec
 from corm_jax.errors import CormError
 from corm_jax.policies import Corm
+from corm_jax.traces.arrays import TraceError
+from corm_jax.traces.meta import QKV
+from corm_jax.traces.trace import Trace
 from simulator import invariants
 from simulator.invariants import InvariantError
 from simulator.replay import Replay, replay
 from simulator.specification import Reference, readings, specified
-from simulator.trace import QKV, Trace, TraceError
 
 CLOSE = 2e-5
 """How far float32 may move alpha n from where float64 has it: nearer to a threshold, either verdict will do."""

@@ -9,7 +9,7 @@ import hypothesis
 import jax
 import pytest
 
-from corm_jax.command import stopping
+from corm_jax.terminal import stopping
 
 # Nearly all of the time goes into compiling programs that run for a moment: LLVM need not polish them. Those of users
 # are polished, so one leg of .ci/run sets CORM_JAX_OPTIMIZED=1 for the tests of decisions.
@@ -45,8 +45,8 @@ def _forget():
 @pytest.fixture
 def run_main(monkeypatch, capsys):
     """Runs a command line in this process: exit code, output, errors."""
-    monkeypatch.setattr("corm_jax.command.compiled.keep", lambda: None)
-    monkeypatch.setattr("corm_jax.command.console.FIRST", 3600.0)  # no lines of progress, however slow the machine is
+    monkeypatch.setattr("corm_jax.terminal.compiled.keep", lambda: None)
+    monkeypatch.setattr("corm_jax.terminal.console.FIRST", 3600.0)  # no lines of progress, however slow the machine is
     monkeypatch.setattr("os._exit", sys.exit)
 
     def run(main, *arguments):

@@ -6,8 +6,8 @@ import pytest
 from corm_jax import Corm, CormError
 from corm_jax.evaluation import analysis
 from corm_jax.runs.recording import record
+from corm_jax.traces.trace import Trace
 from simulator.replay import replay
-from simulator.trace import Trace
 from tests.models import tiny
 
 MODEL = tiny()

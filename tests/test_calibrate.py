@@ -13,12 +13,12 @@ from safetensors.numpy import save_file
 
 from corm_jax import CormError, parse
 from corm_jax.command import cli
+from corm_jax.policies.plan import Plan
 from corm_jax.policies.profile import WHOLE, Profile
-from corm_jax.runs.plan import Plan
+from corm_jax.runs import calibrate
 from corm_jax.runs.recording import record
-from simulator import calibrate
+from corm_jax.traces.trace import Trace
 from simulator.replay import replay
-from simulator.trace import Trace
 from tests.models import tiny
 from tests.test_checkpoint import TEXT
 

@@ -2,14 +2,16 @@
 
 import json
 import re
+from importlib.metadata import EntryPoint
 
+import click
 import jax
 import numpy as np
 import pytest
 
-from corm_jax.command import cli
+from corm_jax.command import cli, compare
 from corm_jax.runs import recording
-from simulator.trace import Trace
+from corm_jax.traces.trace import Trace
 from tests.test_checkpoint import TEXT, byte_level_tokenizer
 
 KEYS = "policy nll ppl delta_nll kept_final kept_mean kv_bytes_full kv_bytes_live kv_bytes_allocated overflow seconds"
@@ -127,7 +129,7 @@ def test_going_beyond_the_trained_context_is_noted(corm, model, text):
 
 
 def test_a_policy_that_cannot_work_stops_all_before_any_is_read(corm, model, monkeypatch):
-    monkeypatch.setattr(cli, "read", lambda *_, **__: pytest.fail("a text was read"))
+    monkeypatch.setattr(compare, "read", lambda *_, **__: pytest.fail("a text was read"))
     code, _, err = corm("compare", "--model", model, "--capacity", 20, "--policy", "full", "--policy", "corm")
     assert (code, "cannot hold the keys that the policy never gives up" in err) == (2, True)
 
@@ -311,3 +313,36 @@ def test_a_plan_from_a_trace_to_its_use(corm, run_main, model, text, tmp_path):
     plan.write_text(json.dumps(another))
     code, _, err = corm(*compare, *pooled)
     assert (code, "the plan is for 2 layers" in err) == (2, True)
+
+
+@click.command()
+def hello():
+    """Greet."""
+    print("hello")
+
+
+HELLO = EntryPoint("hello", "tests.test_cli:hello", cli.GROUP)
+
+
+def test_a_command_of_another_package(corm, monkeypatch):
+    monkeypatch.setattr(cli.corm, "registered", [*cli.corm.registered, HELLO])
+    assert corm("hello") == (0, "hello\n", "")
+    assert re.search(r"^  generate  .*\n  hello +Greet\.$", corm("--help")[1], re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("registered", "message"),
+    [
+        ([], "no command is registered: run pip install for corm-jax once more"),
+        ([HELLO, HELLO], "two commands are called 'hello', tests.test_cli:hello and tests.test_cli:hello: uninstall"),
+        ([EntryPoint("hello", "nowhere:hello", cli.GROUP)], "'hello' cannot be imported from nowhere:hello: No module"),
+        ([EntryPoint("hello", "tests.test_cli:bye", cli.GROUP)], "'hello' cannot be imported from tests.test_cli:bye"),
+    ],
+)
+def test_commands_that_cannot_be_used(corm, monkeypatch, registered, message):
+    monkeypatch.delitem(cli.corm.__dict__, "registered", raising=False)
+    monkeypatch.setattr(cli, "entry_points", lambda group: registered)
+    for argument in ("hello", "--help"):
+        code, _, err = corm(argument)
+        assert (code, err.count("\n"), message in err) == (2, 1, True), err
+    cli.corm.__dict__.pop("registered", None)

@@ -15,10 +15,10 @@ import click
 import jax
 import pytest
 
-from corm_jax.command import cli, compiled, console, limits
-from corm_jax.command.console import Real, Whole
+from corm_jax.command import cli, compare, inputs
 from corm_jax.errors import CormError
-from corm_jax.runs import inputs
+from corm_jax.terminal import compiled, console, limits
+from corm_jax.terminal.console import Real, Whole
 from simulator import cli as simulator_cli
 from simulator import synthetic
 from tests.test_checkpoint import TEXT
@@ -32,8 +32,10 @@ def commands():
 
     def walk(line, words, command):
         yield line, words, command
-        for name, inner in getattr(command, "commands", {}).items():
-            yield from walk(line, (*words, name), inner)
+        if isinstance(command, click.Group):
+            context = click.Context(command)
+            for name in command.list_commands(context):
+                yield from walk(line, (*words, name), command.get_command(context, name))
 
     yield from walk("corm", (), cli.corm)
     yield from walk("simulator", (), simulator_cli.simulator)
@@ -114,15 +116,19 @@ def idle(monkeypatch, model):
         raise ReachedError("the work was reached")
 
     loaded = inputs.load(model, "float32")
-    monkeypatch.setattr("corm_jax.runs.inputs.load", lambda *_: loaded)
+    monkeypatch.setattr("corm_jax.command.inputs.load", lambda *_: loaded)
     for name in (
         *(
-            "corm_jax.command.cli.read",
-            "corm_jax.command.cli.fitted",
-            "corm_jax.command.cli.stream",
+            "corm_jax.command.compare.read",
+            "corm_jax.command.compare.fitted",
+            "corm_jax.command.generate.stream",
             "corm_jax.runs.recording.resume",
         ),
-        *("simulator.calibrate.calibrate", "corm_jax.evaluation.suite.Suite.run", "corm_jax.evaluation.recall.tasks"),
+        *(
+            "corm_jax.runs.calibrate.calibrate",
+            "corm_jax.evaluation.suite.Suite.run",
+            "corm_jax.evaluation.recall.tasks",
+        ),
         *(
             "corm_jax.evaluation.analysis.analyse",
             "simulator.cli.replay",
@@ -197,7 +203,7 @@ def test_the_largest_and_the_smallest_that_are_allowed(run, places, tmp_path):
 
 
 def test_what_cannot_fit_into_memory_names_the_bytes(run, places, monkeypatch):
-    monkeypatch.setattr("corm_jax.command.cli.read", lambda *_, **__: pytest.fail("something was allocated"))
+    monkeypatch.setattr("corm_jax.command.compare.read", lambda *_, **__: pytest.fail("something was allocated"))
     compare = ("compare", *places["compare"], "--policy", "full")
     code, _, err = run("corm", *compare, "--capacity", 2**31 - 1)
     slots = r"--policy full, --capacity 2147483647: the model and caches of 2,147,483,647 slots a head"
@@ -245,7 +251,7 @@ def test_out_of_memory_is_an_error_in_one_line(run, places, monkeypatch):
     def exhausted(*_, **__):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nallocating 9 bytes")
 
-    monkeypatch.setattr("corm_jax.command.cli.stream", exhausted)
+    monkeypatch.setattr("corm_jax.command.generate.stream", exhausted)
     code, _, err = run("corm", "generate", *places["generate"])
     assert (code, err.count("\n")) == (2, 1)
     assert err.startswith("corm: out of memory: RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes: ask for fewer")
@@ -294,8 +300,8 @@ def test_what_cannot_be_written_at_the_end_is_kept_and_everything_else_done(run,
     kept.mkdir()
     folder.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(kept))
-    read = cli.read
-    monkeypatch.setattr(cli, "read", lambda *a, **o: (folder.exists() and folder.rmdir(), read(*a, **o))[1])
+    read = compare.read
+    monkeypatch.setattr(compare, "read", lambda *a, **o: (folder.exists() and folder.rmdir(), read(*a, **o))[1])
     options = ("--json", folder / "a.json", "--plot", plot, "--policy", "corm:window=4,recent=2")
     code, out, err = run("corm", "compare", *places["compare"], *options)
     assert (code, err.count("\n")) == (2, 1)
@@ -403,7 +409,7 @@ def test_an_exception_that_is_lost_in_a_callback():
     """JAX runs Python at garbage collections: what is raised there is printed and forgotten, unless somebody looks."""
     code = """
 import os, signal, time
-from corm_jax.command.stopping import stoppable
+from corm_jax.terminal.stopping import stoppable
 class Busy:
     def __del__(self):
         os.kill(os.getpid(), signal.SIGINT)
@@ -423,7 +429,7 @@ with stoppable("it"):
 def test_a_process_that_does_not_listen_is_ended():
     code = """
 import os, signal, time
-from corm_jax.command.stopping import stoppable
+from corm_jax.terminal.stopping import stoppable
 with stoppable("it"):
     os.kill(os.getpid(), signal.SIGTERM)
     while True:

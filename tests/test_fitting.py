@@ -7,8 +7,8 @@ from hypothesis import given
 from corm_jax import Corm, CormError
 from corm_jax.runs.fitting import TOLERANCE, WidestGap, fit_window
 from corm_jax.runs.perplexity import read
+from corm_jax.traces.trace import Trace
 from simulator.replay import replay
-from simulator.trace import Trace
 from simulator.verify import drive
 from tests.heads import TOKENS, heads, padded
 from tests.models import tiny

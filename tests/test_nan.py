@@ -14,8 +14,8 @@ from corm_jax.core import attention
 from corm_jax.core.layout import Apart, Paged, Shared
 from corm_jax.core.slots import Slots
 from corm_jax.policies import policy
+from corm_jax.traces.trace import Trace
 from simulator.replay import replay
-from simulator.trace import Trace
 from tests.drive import CHUNK, KV_HEADS, TOKENS, in_cache, in_numpy, normal
 from tests.heads import chunks_of, slots_of
 from tests.models import tiny

@@ -400,7 +400,7 @@ def test_a_sweep_mixes_no_shares_and_numbers():
 
 @pytest.mark.parametrize("spec", ["tova", "h2o:recent=2", "l2norm:sinks=2", "full", "tova:budget=8", "corm"])
 def test_commands_say_that_nothing_is_evicted(spec, capsys):
-    from corm_jax.command.console import note_budgets
+    from corm_jax.terminal.console import note_budgets
 
     note_budgets([spec, spec])
     said = capsys.readouterr().err

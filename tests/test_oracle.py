@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from corm_jax import Corm, CormError, Full
+from corm_jax.traces.trace import Trace
 from simulator import oracle, synthetic
 from simulator.replay import replay
-from simulator.trace import Trace
 
 
 @st.composite

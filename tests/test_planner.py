@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from corm_jax import CormError, parse
+from corm_jax.policies.plan import Plan
 from corm_jax.runs.perplexity import read
-from corm_jax.runs.plan import Plan
+from corm_jax.traces.trace import Trace
 from simulator import planner
 from simulator.replay import Replay
 from simulator.synthetic import noise
-from simulator.trace import Trace
 from tests.models import tiny
 
 PLAN = Plan(

@@ -10,11 +10,11 @@ import pytest
 from corm_jax import TOVA, AdaKV, Corm, CormError, Random, Scissorhands, SnapKV, budget, oneshot, parse, protect
 from corm_jax.core.cache import slots_for
 from corm_jax.policies import POLICIES, Budget, Protect, keys_of, on_budget
+from corm_jax.traces.trace import Trace
 from simulator.replay import replay, sweep
 from simulator.specification import readings, rule_of
 from simulator.synthetic import noise
 from simulator.testing import check_policy, parametrize_checks
-from simulator.trace import Trace
 from simulator.verify import drive, verify
 from tests.heads import chunks_of, live_sets, slots_of
 from tests.test_nine_tokens import head, words

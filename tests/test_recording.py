@@ -14,8 +14,9 @@ from corm_jax import CormError, Full, prefill
 from corm_jax.model import generation
 from corm_jax.runs import recording
 from corm_jax.runs.recording import record, resume
-from simulator.storage import Writer
-from simulator.trace import Meta, Trace
+from corm_jax.traces.meta import Meta
+from corm_jax.traces.storage import Writer
+from corm_jax.traces.trace import Trace
 from tests.models import tiny
 
 TOKENS = np.random.default_rng(1).integers(0, 97, 300).tolist()  # a whole block and a part of one

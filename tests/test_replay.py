@@ -9,9 +9,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from corm_jax import TOVA, Corm, CormError, Full, L2Norm, budget
+from corm_jax.traces.trace import Trace
 from simulator import rules
 from simulator.replay import FOREVER, replay, sweep
-from simulator.trace import Trace
 from simulator.verify import drive
 from tests.heads import chunks_of, corm_last, heads, live_sets, options, padded
 from tests.test_nine_tokens import KEPT, head, words

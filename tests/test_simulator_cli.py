@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from corm_jax import Corm, parse
+from corm_jax.traces.trace import Trace
 from simulator import cli, plots, synthetic
 from simulator.oracle import bounds
 from simulator.replay import FOREVER, replay, sweep
-from simulator.trace import Trace
 from simulator.verify import Finding
 
 SPEC = "corm:window=12,recent=4"
@@ -312,7 +312,9 @@ def test_mistakes_end_in_one_line_before_any_work(simulator, trace, tmp_path, mo
 @pytest.mark.parametrize("command", ["bounds", "sweep", "plot"])
 def test_without_matplotlib_only_pictures_fail(simulator, trace, tmp_path, monkeypatch, command):
     found = importlib.util.find_spec
-    monkeypatch.setattr("corm_jax.command.plots.find_spec", lambda name: None if name == "matplotlib" else found(name))
+    monkeypatch.setattr(
+        "corm_jax.terminal.limits.find_spec", lambda name: None if name == "matplotlib" else found(name)
+    )
     grid = ("--grid", "window=4,8", "--grid", "recent=2") if command == "sweep" else ()
     code, _, err = simulator(command, trace, "--out" if command == "plot" else "--plot", tmp_path / "a.png", *grid)
     assert (code, err) == (2, "simulator: matplotlib is not installed: pip install 'corm-jax[plots]'\n")

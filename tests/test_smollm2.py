@@ -14,6 +14,7 @@ import pytest
 
 import corm_jax
 from corm_jax import CheckpointError
+from corm_jax.files import cache_folder
 from corm_jax.model import smollm2
 
 MODEL = Path(smollm2.MEMBER).name
@@ -21,7 +22,7 @@ MODEL = Path(smollm2.MEMBER).name
 
 def test_the_default_model_is_whole_or_not_there(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    path = smollm2.cache_folder() / MODEL
+    path = cache_folder() / MODEL
     path.parent.mkdir()
     path.write_bytes(b"GGUF half a model")
     with pytest.raises(CheckpointError, match="is damaged .* delete it and run again"):

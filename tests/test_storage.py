@@ -17,8 +17,9 @@ import pytest
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
-from simulator.storage import Writer
-from simulator.trace import Trace, TraceError
+from corm_jax.traces.arrays import TraceError
+from corm_jax.traces.storage import Writer
+from corm_jax.traces.trace import Trace
 from tests.test_trace import BROKEN_META, BROKEN_ROWS, TEXT, qkv, rows, sample, thirds
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}

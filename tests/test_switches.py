@@ -34,13 +34,13 @@ from corm_jax import (
 from corm_jax import budget as on_budget
 from corm_jax.core.step import read
 from corm_jax.model.generation import decode
-from corm_jax.runs import perplexity
-from simulator import calibrate, oracle, worth
+from corm_jax.runs import calibrate, perplexity, worth
+from corm_jax.traces.meta import QKV
+from simulator import oracle
 from simulator.recurrence import read as recurrence
 from simulator.replay import replay, sweep
 from simulator.synthetic import noise
 from simulator.testing import check_policy
-from simulator.trace import QKV
 from tests.drive import TOKENS, in_cache, normal
 from tests.heads import chunks_of
 from tests.models import tiny

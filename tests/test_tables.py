@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from corm_jax.command import tables
-from corm_jax.command.tables import Column, fold, show, table
+from corm_jax.terminal import tables
+from corm_jax.terminal.tables import Column, fold, show, table
 
 NUMBERS = st.one_of(
     st.integers(0, 10**9).map(str),

@@ -13,10 +13,11 @@ from corm_jax import CormError
 from corm_jax.command import cli
 from corm_jax.evaluation import longbench, recall, texts
 from corm_jax.evaluation.suite import Suite
+from corm_jax.model import gguf_tokenizer
 from corm_jax.model.generation import Blocks
 from corm_jax.model.prompts import Text, inside, scored_from
 from corm_jax.model.tokenizer import Tokenizer
-from simulator import calibrate
+from corm_jax.runs import calibrate
 from tests.test_checkpoint import TEXT, byte_level_tokenizer
 
 WORDS = "It was the best of times, it was the worst of times; 12345 was the time of man.\nThe best man is it.\n" * 60
@@ -69,7 +70,7 @@ def pieces(tmp_path_factory):
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2,
     }
-    return trained, Tokenizer.from_gguf(fields, folder)
+    return trained, gguf_tokenizer.from_gguf(fields, folder)
 
 
 @pytest.fixture(scope="module")

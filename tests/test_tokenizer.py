@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from corm_jax import CheckpointError, CormError
 from corm_jax.errors import CheckpointWarning
-from corm_jax.model import chat_render, checkpoint
+from corm_jax.model import chat_render, checkpoint, directory_tokenizer, gguf_tokenizer
 from corm_jax.model.chat import ChatTemplate
 from corm_jax.model.gguf_tokenizer import WORDS
 from corm_jax.model.tokenizer import Tokenizer
@@ -171,7 +171,7 @@ def opened(folder):
     """The tokenizer of a directory, and what was said about it."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        tokenizer = Tokenizer.from_directory(folder)
+        tokenizer = directory_tokenizer.from_directory(folder)
     return tokenizer, [str(one.message) for one in said]
 
 
@@ -253,11 +253,11 @@ def test_a_gguf_file_and_a_directory_of_the_same_model_agree(twins, texts):
     ends = [
         fields[key] for key in (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")) if key in fields
     ]
-    from_gguf = Tokenizer.from_gguf(fields, Path("here"), len(fields["tokenizer.ggml.tokens"]))
+    from_gguf = gguf_tokenizer.from_gguf(fields, Path("here"), len(fields["tokenizer.ggml.tokens"]))
     files = {"tokenizer.json": inner.to_str(), "generation_config.json": {"eos_token_id": ends}}
     with tempfile.TemporaryDirectory() as folder:
         config = {"model_type": "llama", "vocab_size": 1000, "eos_token_id": 5}
-        from_directory = Tokenizer.from_directory(save(folder, files | {"config.json": config}))
+        from_directory = directory_tokenizer.from_directory(save(folder, files | {"config.json": config}))
         theirs = AutoTokenizer.from_pretrained(folder)
     assert from_gguf.end == from_directory.end == tuple(dict.fromkeys(ends))
     assert (from_gguf.begin, from_gguf.close) == (from_directory.begin, from_directory.close)
@@ -274,7 +274,7 @@ def test_saved_truncation_and_padding_are_not_done(tmp_path):
     inner.enable_padding(length=60, pad_id=0)
     inner.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "config.json").write_text('{"eos_token_id": 2}')
-    assert Tokenizer.from_directory(tmp_path).encode(TEXT) == words
+    assert directory_tokenizer.from_directory(tmp_path).encode(TEXT) == words
     assert len(words) > 5
 
 
@@ -309,7 +309,7 @@ def test_types_of_tokens():
     fields = byte_level_fields()
     fields["tokenizer.ggml.tokens"] = [*fields["tokenizer.ggml.tokens"], "<normal>", "<odd>", "<control>", "<think>"]
     fields["tokenizer.ggml.token_type"] = [*fields["tokenizer.ggml.token_type"], 1, 2, 3, 4]
-    tokenizer = Tokenizer.from_gguf(fields, Path("here"))
+    tokenizer = gguf_tokenizer.from_gguf(fields, Path("here"))
     assert tokenizer.encode("<odd><control><think>") == [SIZE + 1, SIZE + 2, SIZE + 3]
     assert SIZE not in tokenizer.encode("<normal>")
     assert tokenizer.decode(tokenizer.encode("a<odd><control><think>b<|im_end|>")) == "a<think>b"
@@ -322,7 +322,7 @@ def test_llama_3_ends_in_three_ways():
     fields["tokenizer.ggml.tokens"] = [*tokens, "<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"]
     fields["tokenizer.ggml.token_type"] = [*types, 3, 3, 3]
     for end, ends in {SIZE: {SIZE}, SIZE + 2: {SIZE, SIZE + 1, SIZE + 2}}.items():
-        tokenizer = Tokenizer.from_gguf(fields | {"tokenizer.ggml.eos_token_id": end}, Path("here"))
+        tokenizer = gguf_tokenizer.from_gguf(fields | {"tokenizer.ggml.eos_token_id": end}, Path("here"))
         assert set(tokenizer.end) == ends
         assert tokenizer.end[0] == end
 
@@ -357,7 +357,7 @@ def test_sentencepiece_vocabulary_from_gguf(tmp_path, prefix):
         "tokenizer.ggml.add_bos_token": True,
         "tokenizer.ggml.add_space_prefix": prefix,
     }
-    tokenizer = Tokenizer.from_gguf(fields, tmp_path)
+    tokenizer = gguf_tokenizer.from_gguf(fields, tmp_path)
     for text in (TEXT, "the best  time", " of man is", "unseen: Ünïcödé ℵ", "a", "man <think>", ""):
         assert tokenizer.encode(text) == [1, *trained.encode(text)]
         assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -378,10 +378,10 @@ def test_sentencepiece_vocabulary_from_gguf(tmp_path, prefix):
         if changes == "scores":
             value = None
         with pytest.raises(CheckpointError, match=message):
-            Tokenizer.from_gguf({**fields, f"tokenizer.ggml.{changes}": value}, tmp_path)
+            gguf_tokenizer.from_gguf({**fields, f"tokenizer.ggml.{changes}": value}, tmp_path)
     scores = [max(piece.score, -3.0) for piece in model.pieces]
     with pytest.raises(CheckpointError, match="the same score"):
-        Tokenizer.from_gguf({**fields, "tokenizer.ggml.scores": scores}, tmp_path)
+        gguf_tokenizer.from_gguf({**fields, "tokenizer.ggml.scores": scores}, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -416,7 +416,7 @@ def test_sentencepiece_vocabulary_from_gguf(tmp_path, prefix):
 )
 def test_vocabularies_that_are_refused(changes, message):
     with pytest.raises(CheckpointError, match=message) as refused:
-        Tokenizer.from_gguf(byte_level_fields(**changes), Path("here"))
+        gguf_tokenizer.from_gguf(byte_level_fields(**changes), Path("here"))
     assert "here" in str(refused.value)
     assert "\n" not in str(refused.value)
 
@@ -424,13 +424,13 @@ def test_vocabularies_that_are_refused(changes, message):
 def test_what_a_vocabulary_leaves_out_is_said():
     fields = byte_level_fields(ggml__pre=..., ggml__add_bos_token=..., ggml__token_type=...)
     with pytest.warns(CheckpointWarning, match="pre = default, add_bos_token = false, token_type = normal"):
-        tokenizer = Tokenizer.from_gguf(fields, Path("here"))
+        tokenizer = gguf_tokenizer.from_gguf(fields, Path("here"))
     # As llama.cpp cuts words where nothing is said: punctuation and groups of three digits by themselves.
     cuts = [text for text, _ in tokenizer.inner.pre_tokenizer.pre_tokenize_str("it's (a) 12345 ½..,\n\n x")]
     assert cuts == ["it", "'", "s", "Ġ", "(", "a", ")", "Ġ", "123", "45", "Ġ", "Â½", "..,", "ĊĊ", "Ġx"]
     assert set(WORDS) == {"default", "gpt-2", "smollm", "llama-bpe", "llama-v3", "llama3"}
     with pytest.warns(CheckpointWarning, match="does not say which token ends a text"):
-        assert Tokenizer.from_gguf(byte_level_fields(ggml__eos_token_id=...), Path("here")).end == ()
+        assert gguf_tokenizer.from_gguf(byte_level_fields(ggml__eos_token_id=...), Path("here")).end == ()
 
 
 @pytest.mark.parametrize(
@@ -453,7 +453,7 @@ def test_ends_of_a_directory(tmp_path, generation, config, end):
         save(tmp_path, {"generation_config.json": {"eos_token_id": generation}})
     if end is None:
         with pytest.raises(CheckpointError, match="eos_token_id"):
-            Tokenizer.from_directory(tmp_path)
+            directory_tokenizer.from_directory(tmp_path)
     else:
         tokenizer, said = opened(tmp_path)
         assert tokenizer.end == end
@@ -495,13 +495,13 @@ def test_tokenizer_of_a_directory(tmp_path):
     ):
         folder = shutil.copytree(tmp_path, tmp_path / "changed")
         with pytest.raises(CheckpointError, match=message.replace("|", "\\|")) as refused:
-            Tokenizer.from_directory(save(folder, good | files))
+            directory_tokenizer.from_directory(save(folder, good | files))
         assert "\n" not in str(refused.value)
         shutil.rmtree(folder)
     inner = json.loads(byte_level_tokenizer().to_str())
     inner["model"]["dropout"] = 0.5
     with pytest.raises(CheckpointError, match="dropout = 0.5 makes ids random"):
-        Tokenizer.from_directory(save(tmp_path, {"tokenizer.json": inner}))
+        directory_tokenizer.from_directory(save(tmp_path, {"tokenizer.json": inner}))
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match="has no tokenizer.json"):
         checkpoint.load(str(tmp_path))
@@ -517,11 +517,11 @@ def test_what_files_of_a_directory_say_differently_is_said(tmp_path):
         ({"tokenizer_class": "Qwen2TokenizerFast"}, "may build the tokenizer of the class 'Qwen2Tokenizer' anew"),
     ):
         with pytest.warns(CheckpointWarning, match=message):
-            Tokenizer.from_directory(save(tmp_path, {"tokenizer_config.json": config}))
+            directory_tokenizer.from_directory(save(tmp_path, {"tokenizer_config.json": config}))
     inner.post_processor = template("<|im_start|> $A")
     inner.save(str(tmp_path / "tokenizer.json"))
     with pytest.warns(CheckpointWarning, match=r"but tokenizer.json puts <\|im_start\|> before a text"):
-        Tokenizer.from_directory(save(tmp_path, {"tokenizer_config.json": {"add_bos_token": False}}))
+        directory_tokenizer.from_directory(save(tmp_path, {"tokenizer_config.json": {"add_bos_token": False}}))
 
 
 def test_tokens_that_the_model_does_not_know(tmp_path):
@@ -529,7 +529,7 @@ def test_tokens_that_the_model_does_not_know(tmp_path):
     inner.save(str(tmp_path / "tokenizer.json"))
     said = {"pad_token": "[PAD]", "eos_token": "<|im_end|>"}
     save(tmp_path, {"config.json": {"vocab_size": SIZE, "eos_token_id": 2}, "tokenizer_config.json": said})
-    tokenizer = Tokenizer.from_directory(tmp_path)
+    tokenizer = directory_tokenizer.from_directory(tmp_path)
     assert tokenizer.encode(TEXT) == inner.encode(TEXT).ids
     with pytest.raises(CormError, match=rf"the text has '\[PAD\]', whose id {SIZE} the model does not know"):
         tokenizer.encode("a [PAD]")
@@ -585,7 +585,7 @@ def test_conversations_are_those_of_transformers(tmp_path, source, place):
     if place == "folder":
         files["additional_chat_templates/tool_use.jinja"] = "x"
     save(tmp_path, files | {"tokenizer_config.json": said})
-    tokenizer, theirs = Tokenizer.from_directory(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer, theirs = directory_tokenizer.from_directory(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     for text in ("Name three rivers. ", " <|im_end|> naïve 日本 {{ 1 }} \n"):
         message = [{"role": "user", "content": text}]
         assert tokenizer.chat(text) == theirs.apply_chat_template(
@@ -598,11 +598,11 @@ def test_conversations_are_those_of_transformers(tmp_path, source, place):
 
 def test_the_conversation_of_a_gguf_file():
     fields = byte_level_fields(chat_template=CHATML, chat_template__tool_use="x", chat_templates=["tool_use"])
-    tokenizer = Tokenizer.from_gguf(fields, Path("here"))
+    tokenizer = gguf_tokenizer.from_gguf(fields, Path("here"))
     expected = "<|im_start|>system\nYou are SmolLM<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.chat("hi") == byte_level_tokenizer().encode(expected).ids
     fields["tokenizer.chat_template"] = "{{ bos_token }}-{{ eos_token }}-{{ pad_token }}"
-    assert tokenizer.from_gguf(fields, Path("here")).template.render("") == "<|im_start|>-<|im_end|>-"
+    assert gguf_tokenizer.from_gguf(fields, Path("here")).template.render("") == "<|im_start|>-<|im_end|>-"
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 from corm_jax import TOVA, budget, protect
 from corm_jax.policies import Budget
+from corm_jax.traces.trace import Trace
 from simulator.replay import replay
 from simulator.subject import Implementation
 from simulator.testing import parametrize_checks
-from simulator.trace import Trace
 from tests.drive import TOKENS, in_cache, in_numpy, normal
 from tests.heads import chunks_of, slots_of
 

@@ -10,9 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from corm_jax import Corm, Full
+from corm_jax.traces.arrays import TraceError
+from corm_jax.traces.meta import QKV, Meta, Rows
+from corm_jax.traces.trace import Trace
 from simulator.oracle import bounds
 from simulator.replay import replay
-from simulator.trace import QKV, Meta, Rows, Trace, TraceError
 
 PIECES = ("It", " was", " the", " né", "\n", "😀")
 TEXT = {"model": "tiny", "tokens": [5, 3, 0, 9, 9, 2], "pieces": list(PIECES)}

@@ -6,9 +6,10 @@ import torch
 import transformers
 
 from corm_jax import Corm
+from corm_jax.traces.arrays import TraceError
+from corm_jax.traces.trace import Trace
 from simulator.huggingface import record
 from simulator.replay import replay
-from simulator.trace import Trace, TraceError
 
 TOKENS = np.random.default_rng(0).integers(0, 99, 23)
 SIZE = {

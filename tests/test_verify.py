@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from corm_jax import TOVA, AdaptiveCorm, Corm, CormError, budget, parse, policy
+from corm_jax.traces.arrays import TraceError
+from corm_jax.traces.trace import Trace
 from simulator import synthetic
 from simulator.replay import replay
 from simulator.synthetic import noise
-from simulator.trace import Trace, TraceError
 from simulator.verify import verify
 from tests.heads import corm_last
 

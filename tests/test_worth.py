@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from corm_jax import Full, parse
-from corm_jax.runs import perplexity
-from simulator import worth
+from corm_jax.runs import perplexity, worth
 from tests.models import tiny
 
 MODEL = tiny()

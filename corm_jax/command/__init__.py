@@ -1,1 +1,1 @@
-"""The command line: what a terminal shows, and what it takes."""
+"""The commands of ``corm``, a file for each, and the options that they share."""

@@ -6,8 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from corm_jax.command import plots
 from corm_jax.errors import CormError
+from corm_jax.evaluation import plots
 from corm_jax.evaluation.records import read_rows, read_run
 from corm_jax.evaluation.rows import Run
 from corm_jax.evaluation.summary import MEASURES, Line, lines

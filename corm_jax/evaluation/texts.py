@@ -1,13 +1,17 @@
-"""Texts to be scored: files, directories of files, or a data set of the Hugging Face hub; and stretches of them."""
+"""Texts: Python's own reference, files, directories of files, data sets of the hub; and stretches of them."""
 
+import codecs
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import NamedTuple
 
 from corm_jax.errors import CormError
 from corm_jax.model.prompts import Text
 from corm_jax.model.tokenizer import Tokenizer
-from corm_jax.runs import inputs
+
+LARGEST = 2**28
+"""Bytes of a text file: about 70 million tokens."""
 
 CHARACTERS = 2**21
 """What is taken of a data set of the hub: no more than that are loaded."""
@@ -49,10 +53,43 @@ def read_texts(paths: Sequence[Path], datasets: Sequence[str]) -> dict[str, str]
     found: dict[str, str] = {}
     for path in paths:
         for file in _files(path):
-            _add(found, file.name, inputs.read_text(file))
+            _add(found, file.name, read_text(file))
     for name in datasets:
         _add(found, name, from_hub(name))
-    return found or {"pydoc_data.topics": inputs.reference_text()}
+    return found or {"pydoc_data.topics": reference_text()}
+
+
+def reference_text() -> str:
+    """Python's own language reference, the text that every Python ships."""
+    return "\n\n".join(topics[topic] for topic in sorted(topics))
+
+
+def read_text(path: Path) -> str:
+    """The text in a file: its bytes as UTF-8, without a byte order mark at the beginning. Newlines stay as they are.
+
+    Raises:
+      CormError: for a file that cannot be read, is empty or too large, or holds something else than text.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(LARGEST + 1)
+    except (OSError, ValueError) as error:  # a ValueError for a name that cannot be one
+        raise CormError(f"cannot read {str(path)!r}: {getattr(error, 'strerror', None) or error}") from None
+    if len(content) > LARGEST:
+        raise CormError(f"{str(path)!r} has more than {LARGEST // 2**20} MiB: give a part of it")
+    try:
+        text = content.removeprefix(codecs.BOM_UTF8).decode("utf-8")
+    except UnicodeDecodeError as error:
+        where = len(content) - len(error.object) + error.start
+        raise CormError(
+            f"{str(path)!r} is not UTF-8 text: {error.reason} at byte {where}: convert it to UTF-8"
+        ) from None
+    if not text:
+        raise CormError(f"{str(path)!r} is empty: give some text")
+    if "\0" in text:
+        where = content.index(b"\0")
+        raise CormError(f"{str(path)!r} is not UTF-8 text: it has a NUL at byte {where}: convert it to UTF-8")
+    return text
 
 
 def _files(path: Path) -> list[Path]:

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,42 +16,10 @@ from flax import nnx
 
 from corm_jax.errors import CheckpointError, CheckpointWarning, CormError
 from corm_jax.model.llama import Config, Llama
+from corm_jax.model.source import EMBEDDING, HEAD, Source
 from corm_jax.model.tokenizer import Tokenizer
 
 DEFAULT = "smollm2-135m"
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-
-
-class Tensor(NamedTuple):
-    """A tensor of a checkpoint that was not read yet.
-
-    Attributes:
-      shape: axes in Hugging Face's order: a matrix is ``[out, in]``.
-      read: returns its numbers, in a floating-point dtype.
-    """
-
-    shape: tuple[int, ...]
-    read: Callable[[], np.ndarray]
-
-
-class Source(NamedTuple):
-    """A checkpoint that was opened but not yet read.
-
-    Attributes:
-      name: as the user gave it.
-      config: the decoder's shape.
-      tensors: by their names in the file.
-      tokenizer: reads the tokenizer.
-      notes: what the checkpoint left open, and what was assumed.
-      spelling: from Hugging Face's name of a tensor to that in the file.
-    """
-
-    name: str
-    config: Config
-    tensors: dict[str, Tensor]
-    tokenizer: Callable[[], Tokenizer]
-    notes: list[str]
-    spelling: Callable[[str], str] = str
 
 
 def load(
@@ -80,7 +48,7 @@ def load(
 
 def open_source(name: str) -> Source:
     """Finds out what kind of checkpoint a name means, and opens it."""
-    from corm_jax.model import gguf, huggingface, smollm2
+    from corm_jax.model import gguf, huggingface, smollm2  # which need packages that the decoder does without
 
     if name == DEFAULT:
         return gguf.open_gguf(smollm2.model_file(), name)

@@ -82,7 +82,17 @@ class Config:
 
 
 def from_directory(path: Path) -> Tokenizer:
-    """The tokenizer that a directory describes; see `Tokenizer.from_directory`."""
+    """The tokenizer of a Hugging Face directory, with the ids that ``AutoTokenizer`` of transformers 5 gives.
+
+    A text ends where ``eos_token_id`` says, an id or a list of them, in ``generation_config.json``, or where there
+    is no such file in ``config.json``. Truncation and padding that are saved in ``tokenizer.json`` are not done.
+
+    Raises:
+      CheckpointError: for files that are missing, damaged, contradict each other or ask for what is not supported.
+
+    Warns:
+      CheckpointWarning: where files say different things, or nothing, about ids or the end of a text.
+    """
     import tokenizers
 
     file = path / "tokenizer.json"
@@ -106,7 +116,7 @@ def from_directory(path: Path) -> Tokenizer:
         tokenizer = Tokenizer(inner, _end(path, config), template, config.vocab_size)
     anew = None if same else kind
     for note in _notes(tokenizer, settings, anew, path):
-        warnings.warn(note, CheckpointWarning, stacklevel=3)
+        warnings.warn(note, CheckpointWarning, stacklevel=2)
     return tokenizer
 
 

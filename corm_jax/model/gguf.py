@@ -20,10 +20,10 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 from corm_jax.core.positions import Rope
 from corm_jax.errors import CheckpointError
 from corm_jax.files import first_error
-from corm_jax.model.checkpoint import Source, Tensor
+from corm_jax.model.gguf_tokenizer import from_gguf
 from corm_jax.model.llama import Config
 from corm_jax.model.schema import Count, Number, Schema, missing
-from corm_jax.model.tokenizer import Tokenizer
+from corm_jax.model.source import Source, Tensor
 
 _GLOBAL = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER = {
@@ -203,7 +203,7 @@ def open_gguf(path: Path, name: str) -> Source:
             key: Tensor(_shape(tensor), lambda tensor=tensor: _dequantise(tensor, heads))
             for key, tensor in tensors.items()
         },
-        lambda: Tokenizer.from_gguf(fields, path, rows),
+        lambda: from_gguf(fields, path, rows),
         []
         if "theta" in found.model_fields_set
         else [f"{path} has no llama.rope.freq_base: {found.theta} is assumed, as llama.cpp does"],

@@ -100,8 +100,23 @@ class Ggml:
             raise ValueError("merges are not supported with model = 'llama', which joins pieces by scores")
 
 
-def from_gguf(metadata: dict[str, Any], path: Path, embeddings: int | None) -> Tokenizer:
-    """The tokenizer that a GGUF file's metadata describes; see `Tokenizer.from_gguf`."""
+def from_gguf(metadata: dict[str, Any], path: Path, embeddings: int | None = None) -> Tokenizer:
+    """From the fields ``tokenizer.*`` of a GGUF file: byte-level BPE, or SentencePiece's BPE as Llama 2 has it.
+
+    Ids are those of llama.cpp with special tokens in the text parsed. A text ends with the tokens ``eos``, ``eot``
+    and ``eom``; if one of them is Llama 3's ``<|eot_id|>``, also with its ``<|eom_id|>`` and ``<|end_of_text|>``.
+
+    Args:
+      metadata: the file's fields by name.
+      path: the file, for errors.
+      embeddings: how many tokens the model knows.
+
+    Raises:
+      CheckpointError: for a vocabulary that is damaged or of another kind, and for an unknown field.
+
+    Warns:
+      CheckpointWarning: where a field is missing, with what is assumed.
+    """
     said = {key.removeprefix("tokenizer."): value for key, value in metadata.items() if key.startswith("tokenizer.")}
     templates = {
         name: said.pop(key) for key, name in ((key, _template_name(key)) for key in list(said)) if name is not None
@@ -118,7 +133,7 @@ def from_gguf(metadata: dict[str, Any], path: Path, embeddings: int | None) -> T
     ids = {f"{name}_token": getattr(ggml, f"{field}_token_id") for name, field in NAMED.items()}
     tokens = {name: ggml.tokens[token] for name, token in ids.items() if token is not None}
     for note in notes:
-        warnings.warn(note, CheckpointWarning, stacklevel=3)
+        warnings.warn(note, CheckpointWarning, stacklevel=2)
     return Tokenizer(inner, _ends(ggml), ChatTemplate(templates, tokens, str(path)))
 
 

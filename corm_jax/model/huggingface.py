@@ -18,10 +18,9 @@ from corm_jax.core.positions import Rope
 from corm_jax.errors import CheckpointError
 from corm_jax.files import read_json
 from corm_jax.model import directory_tokenizer
-from corm_jax.model.checkpoint import EMBEDDING, HEAD, Source, Tensor
 from corm_jax.model.llama import Config
 from corm_jax.model.schema import Count, Number, Schema, missing
-from corm_jax.model.tokenizer import Tokenizer
+from corm_jax.model.source import EMBEDDING, HEAD, Source, Tensor
 
 WAY_OUT = "only Llamas are supported (Llama 2 and 3, Vicuna, SmolLM2), in a directory as transformers saves it"
 
@@ -244,7 +243,7 @@ def open_directory(path: Path, name: str) -> Source:
     if config.tied and HEAD in tensors:
         config, note = _untie(path, config, tensors)
         notes += note
-    return Source(name, config, tensors, lambda: Tokenizer.from_directory(path), notes)
+    return Source(name, config, tensors, lambda: directory_tokenizer.from_directory(path), notes)
 
 
 def _open_tensors(path: Path) -> dict[str, Tensor]:

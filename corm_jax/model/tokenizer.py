@@ -1,4 +1,8 @@
-"""Text to token ids and back, from ``tokenizer.json`` or from the vocabulary inside a GGUF file."""
+"""Text to token ids and back.
+
+`corm_jax.model.directory_tokenizer` makes a tokenizer from ``tokenizer.json``, `corm_jax.model.gguf_tokenizer` from the
+vocabulary inside a GGUF file.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -93,45 +97,6 @@ class Tokenizer:
           CormError: if the checkpoint has no chat template, or it fails.
         """
         return self.encode(self.template.render(text), special=False)
-
-    @classmethod
-    def from_directory(cls, path: Path) -> "Tokenizer":
-        """From a Hugging Face directory, with the ids that ``AutoTokenizer`` of transformers 5 gives.
-
-        A text ends where ``eos_token_id`` says, an id or a list of them, in ``generation_config.json``, or where there
-        is no such file in ``config.json``. Truncation and padding that are saved in ``tokenizer.json`` are not done.
-
-        Raises:
-          CheckpointError: for files that are missing, damaged, contradict each other or ask for what is not supported.
-
-        Warns:
-          CheckpointWarning: where files say different things, or nothing, about ids or the end of a text.
-        """
-        from corm_jax.model.directory_tokenizer import from_directory
-
-        return from_directory(path)
-
-    @classmethod
-    def from_gguf(cls, metadata: dict[str, Any], path: Path, embeddings: int | None = None) -> "Tokenizer":
-        """From the fields ``tokenizer.*`` of a GGUF file: byte-level BPE, or SentencePiece's BPE as Llama 2 has it.
-
-        Ids are those of llama.cpp with special tokens in the text parsed. A text ends with the tokens ``eos``, ``eot``
-        and ``eom``; if one of them is Llama 3's ``<|eot_id|>``, also with its ``<|eom_id|>`` and ``<|end_of_text|>``.
-
-        Args:
-          metadata: the file's fields by name.
-          path: the file, for errors.
-          embeddings: how many tokens the model knows.
-
-        Raises:
-          CheckpointError: for a vocabulary that is damaged or of another kind, and for an unknown field.
-
-        Warns:
-          CheckpointWarning: where a field is missing, with what is assumed.
-        """
-        from corm_jax.model.gguf_tokenizer import from_gguf
-
-        return from_gguf(metadata, path, embeddings)
 
 
 def _around(post_processor: Any) -> tuple[list[int], list[int]]:

@@ -1,4 +1,4 @@
-"""Profiles: a window for each head, found by `simulator.calibrate`, for CORM: ``corm:profile=FILE``.
+"""Profiles: a window for each head, found by `corm_jax.runs.calibrate`, for CORM: ``corm:profile=FILE``.
 
 ``corm:profile=smollm2-135m`` comes with the package (`PACKAGED`).
 """

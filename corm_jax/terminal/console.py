@@ -9,18 +9,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
 
-from corm_jax.command import compiled
-from corm_jax.command.stopping import stoppable
 from corm_jax.core.cache import prompt_of
 from corm_jax.core.policy import Policy
 from corm_jax.errors import CormError
 from corm_jax.files import reason
 from corm_jax.policies import keeps_everything, keys_of, parse
+from corm_jax.terminal import compiled
+from corm_jax.terminal.stopping import stoppable
 
 try:
     import click
@@ -36,9 +37,6 @@ try:
     )
 except ModuleNotFoundError as error:
     sys.exit(f"corm: {error.name} is not installed: pip install 'corm-jax[cli]'")
-
-
-DTYPES = ("float32", "bfloat16")
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 """Of all commands."""
@@ -134,19 +132,12 @@ def options(*several: Callable) -> Callable:
     return decorate
 
 
-model_options = options(
-    click.option("--model", default="smollm2-135m", show_default=True, help="name, directory, .gguf or hub id"),
-    click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True),
-)
-
 overwrite_option = click.option("--overwrite", is_flag=True, help="replace files that exist; otherwise they are kept")
 
 
 def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     if value and not ctx.resilient_parsing:
-        from corm_jax import __version__
-
-        print(f"corm-jax {__version__}")
+        print(f"corm-jax {version('corm-jax')}")
         ctx.exit()
 
 

@@ -1,19 +1,10 @@
 """Pictures: quality against memory, and where in the model the keys are kept. To be written by `files.deliver`."""
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from corm_jax.errors import CormError
-
 MIB = 2**20
-
-
-def check_matplotlib() -> None:
-    """Raises unless pictures can be drawn: asked before long work, not after."""
-    if find_spec("matplotlib") is None:
-        raise CormError("matplotlib is not installed: pip install 'corm-jax[plots]'")
 
 
 def compare(result: dict[str, Any], path: Path) -> None:

@@ -7,8 +7,8 @@ important at alpha >= m/t, calibration texts give
     blurred[o, h]  the KL divergence of the prediction from that of the full cache, nats a token, to second order:
                    mean over queries t of  (s[t, h] . (o_live[t] - o_all[t]))^2 / 2
 
-with o the head's outputs read from the live keys and from all, and s their scores (`simulator.worth`). Texts hardly ask
-for what was read long ago. So when a text has been read, its beginning comes once more:
+with o the head's outputs read from the live keys and from all, and s their scores (`corm_jax.runs.worth`). Texts hardly
+ask for what was read long ago. So when a text has been read, its beginning comes once more:
 
     again[o, h]    the NLL that this second reading loses, nats a token, to first order:
                    sum over its queries t of  G[t, h] . (o_live[t] - o_all[t])
@@ -47,7 +47,7 @@ from corm_jax.files import check_writable, whole_file
 from corm_jax.model.llama import Llama
 from corm_jax.policies.profile import Profile
 from corm_jax.runs.recording import Recorded, record
-from simulator.worth import scores, worth
+from corm_jax.runs.worth import scores, worth
 
 WINDOWS, RECENTS, MULTIPLES, SINKS, GROUP = range(4, 11), (32, 128, 512, 1024), range(7), 4, "mean"
 CHOICES = [(2**w, r, 2**m) for w, r, m in product(WINDOWS, RECENTS, MULTIPLES) if (w + m) % 2 == 0] + [(None, 1, 1)]
@@ -108,7 +108,7 @@ def calibrate(
       texts: token ids by name, of one length.
       target: in (0, 1].
       begin: how many of each text's first ids are those that the tokenizer puts before a text: they do not come again.
-      seed: of the texts that the model draws, for `simulator.worth.scores`.
+      seed: of the texts that the model draws, for `corm_jax.runs.worth.scores`.
       work: a directory for what was measured of each text, to go on from after a kill, or with another target.
       progress: called with the name of what is read: `NODES` + 1 times, and then for each layer.
 
@@ -208,7 +208,7 @@ def measure(
 @jax.jit
 @broadcasts
 def _measure(window, recent, multiple, q, k, v, gradient, tokens, end):
-    """Every choice beside the others; keys that went are dates only, as in `simulator.recurrence`."""
+    """Every choice beside the others. No key is moved: a choice notes which are gone, and when each was important."""
     kv_heads, group, head_dim = q.shape[1:]
     w, r, m = (x[:, None, None] for x in (window, recent, multiple))
 

@@ -1,4 +1,4 @@
-"""The command line of the evaluation: ``corm eval``, ``corm report`` and ``corm analyse``."""
+"""``corm eval``: policies on tasks, example by example."""
 
 import dataclasses
 import json
@@ -11,33 +11,29 @@ from typing import Any
 
 import click
 import numpy as np
-from rich.markup import escape
 
-from corm_jax.command import console, plots
-from corm_jax.command.console import COUNT, SEED, Budget, Real, Spec, Whole
-from corm_jax.command.tables import Column, print_table, show
+from corm_jax.command import inputs
+from corm_jax.command.options import model_options, texts_options
 from corm_jax.core.cache import slots_for
 from corm_jax.core.policy import Policy
 from corm_jax.errors import CormError
 from corm_jax.evaluation import agreement as agreements
-from corm_jax.evaluation import analysis
 from corm_jax.evaluation import longbench as benchmark
 from corm_jax.evaluation import recall as recalls
 from corm_jax.evaluation.asking import ANSWER, answer, answer_nll, ask
-from corm_jax.evaluation.intervals import bootstrap
 from corm_jax.evaluation.records import Records, check_free
-from corm_jax.evaluation.report import report as write_report
 from corm_jax.evaluation.rows import FORMAT, Kind, Run
 from corm_jax.evaluation.suite import Suite, checksum, memory, surroundings
 from corm_jax.evaluation.summary import MEASURES, lines
 from corm_jax.evaluation.texts import read_texts, stretches
-from corm_jax.files import check_new, deliver, finish, write_json
 from corm_jax.model.llama import Llama
 from corm_jax.model.prompts import scored_from
 from corm_jax.model.tokenizer import Tokenizer
 from corm_jax.policies import parse
-from corm_jax.runs import inputs
 from corm_jax.runs.perplexity import read
+from corm_jax.terminal import console
+from corm_jax.terminal.console import COUNT, SEED, Budget, Real, Spec, Whole
+from corm_jax.terminal.tables import Column, print_table
 
 SMALL_CHUNK = 1024
 """A chunk that may be longer than any prompt."""
@@ -114,7 +110,7 @@ def evaluate():
 
 
 _options = console.options(
-    console.model_options,
+    model_options,
     click.option(
         "--policy", "specs", type=Spec(), multiple=True, metavar="SPEC", help="name:key=value,...; repeat to compare"
     ),
@@ -130,16 +126,6 @@ _options = console.options(
     click.option("--out", type=click.Path(path_type=Path), required=True, help="the directory of the results"),
 )
 _blind = click.option("--blind", is_flag=True, help="ask without the text that holds the answer: what is guessed")
-_texts = console.options(
-    click.option(
-        "--text",
-        "paths",
-        type=click.Path(path_type=Path),
-        multiple=True,
-        help="a UTF-8 file, or a directory of .txt files; repeat for more  [default: Python's language reference]",
-    ),
-    click.option("--dataset", "datasets", multiple=True, metavar="NAME[:CONFIG[:SPLIT]]", help="texts from the hub"),
-)
 
 
 def _command(kind: Kind):
@@ -178,7 +164,7 @@ def _table(kind: str, rows: list[dict[str, Any]]) -> None:
 
 
 @_command("perplexity")
-@_texts
+@texts_options
 @click.option("--tokens", type=Whole(2), default=2048, show_default=True, help="of each stretch of a text")
 @click.option("--prompt", type=COUNT, help="how many of them are the prompt; not scored")
 @click.option("--bucket", type=COUNT, default=512, show_default=True, help="positions that are averaged together")
@@ -205,7 +191,7 @@ def perplexity(job: Job, paths, datasets, tokens, prompt, bucket):
 
 
 @_command("agreement")
-@_texts
+@texts_options
 @click.option("--tokens", type=Whole(2), default=2048, show_default=True, help="of each stretch of a text")
 @click.option("--prompt", type=COUNT, help="how many of them are the prompt; not scored  [default: half]")
 def agreement(job: Job, paths, datasets, tokens, prompt):
@@ -231,7 +217,7 @@ def agreement(job: Job, paths, datasets, tokens, prompt):
 
 
 @_command("recall")
-@_texts
+@texts_options
 @click.option("--task", "names", multiple=True, default=tuple(recalls.TASKS), show_default=True)
 @click.option("--length", "lengths", type=COUNT, multiple=True, default=(1024,), show_default=True, help="of a prompt")
 @click.option("--depth", "depths", type=Real(0, 1), multiple=True, default=(0.1, 0.5, 0.9), show_default=True)
@@ -308,80 +294,3 @@ def longbench(job: Job, folder, names, length, chat, blind):
         return of
 
     job.run({"tasks": names, "length": length, "chat": chat, "blind": blind}, data, examples, score)
-
-
-@click.command("report", cls=console.Command)
-@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), default="report.md", show_default=True)
-@console.overwrite_option
-@click.option(
-    "--against",
-    type=Spec(),
-    metavar="SPEC",
-    default="full",
-    show_default=True,
-    help="the policy to take differences from",
-)
-def report(folders, out, overwrite, against):
-    """Put the results of several runs of corm eval on one Markdown page, with figures."""
-    plots.check_matplotlib()
-    write_report(folders, out, against, overwrite)
-    show(str(out))
-
-
-@click.command("analyse")
-@console.model_options
-@_texts
-@click.option(
-    "--tokens", type=Whole(analysis.SHORTEST), default=2048, show_default=True, help="how many to read of each"
-)
-@click.option("--out", type=click.Path(path_type=Path), default="analysis.json", show_default=True)
-@console.overwrite_option
-def analyse(model, dtype, paths, datasets, tokens, out, overwrite):
-    """Check what CORM rests on: sparse attention, queries alike, and recent ones that tell which keys matter.
-
-    Intervals are over texts, so there are none for one text.
-    """
-    check_new({"--out": out}, overwrite)
-    picture = out.with_suffix(".png")
-    check_new({"--out": out, "the picture of --out": picture}, overwrite)
-    plots.check_matplotlib()
-    texts = read_texts(paths, datasets)
-    network, tokenizer = inputs.load(model, dtype)
-    ids = {name: inputs.encode(network, tokenizer, words, name, tokens) for name, words in texts.items()}
-    layers, every = network.config.layers, []
-    with console.progress_bar() as progress:
-        for name, read_ids in ids.items():
-            task = progress.add_task(escape(f"{name}, {layers} layers"), total=layers * tokens)
-            every.append(
-                analysis.analyse(network, read_ids, lambda done, task=task: progress.update(task, completed=done))
-            )
-    result, rows = {"model": model, "tokens": tokens, "texts": dict(zip(ids, every, strict=True))}, []
-
-    def row(what, name, *place):
-        values = np.array([found[name] for found in every])  # [texts, layers, ...]
-        values = values[(slice(None), slice(None), *place)].reshape(*values.shape[:2], -1).mean(-1)
-        by_layer = values.mean(0)
-        rows.append((what, str(bootstrap(values.mean(1))), f"{by_layer.min():.3f}", f"{by_layer.max():.3f}"))
-
-    axes = every[0]
-    row("keys below 1/t", "sparsity")
-    for index, distance in enumerate(axes["distances"]):
-        row(f"cosine of queries {distance} apart", "similarity", index)
-    for index, window in enumerate(axes["windows"]):
-        row(f"important keys that the last {window} queries knew", "coverage", index)
-    for index, window in enumerate(axes["windows"]):
-        row(f"kept with w = {window}, r = {axes['recents'][-1]}", "kept", index, -1)
-    for index, bits in enumerate(axes["bits"]):
-        row(f"error of the cosine from {bits} signs", "lsh_error", index)
-    headings = "mean over layers\nand texts [95%]", "least of\na layer", "most of\na layer"
-    finish(
-        lambda: deliver(out, lambda path: write_json(path, result), overwrite),
-        lambda: deliver(picture, partial(plots.analysis, analysis.mean(every)), overwrite),
-        lambda: print_table(
-            [Column("what"), *(Column(heading, number=True) for heading in headings)],
-            rows,
-            title=f"{model} reads {tokens:,} tokens of {', '.join(ids)}",
-            notes=[f"{out}, {picture}"],
-        ),
-    )

@@ -1,25 +1,21 @@
 """What the commands read: texts and models, by the names that a user gives."""
 
-import codecs
 import platform
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from pydoc_data.topics import topics
 
 import jax.numpy as jnp
 
-from corm_jax.command.console import progress_bar
 from corm_jax.errors import CheckpointWarning, CormError
+from corm_jax.evaluation.texts import read_text, reference_text
 from corm_jax.model import checkpoint
 from corm_jax.model.llama import Llama
 from corm_jax.model.prompts import Text
 from corm_jax.model.tokenizer import Tokenizer
 from corm_jax.policies import profile_of
-
-LARGEST = 2**28
-"""Bytes of a text file: about 70 million tokens."""
+from corm_jax.terminal.console import progress_bar
 
 
 def load(model: str, dtype: str) -> tuple[Llama, Tokenizer]:
@@ -43,11 +39,6 @@ def check_profiles(specs: Sequence[str], model: str, network: Llama) -> None:
     for spec in specs:
         if profile := profile_of(spec):
             profile.check(model, network.config)
-
-
-def reference_text() -> str:
-    """Python's own language reference, the text that every Python ships."""
-    return "\n\n".join(topics[topic] for topic in sorted(topics))
 
 
 def encode(network: Llama, tokenizer: Tokenizer, words: str, name: str, tokens: int) -> list[int]:
@@ -75,31 +66,3 @@ def text_from(path: Path | None) -> tuple[str, str]:
     if path is None:
         return reference_text(), f"pydoc_data.topics {platform.python_version()}"
     return read_text(path), str(path)
-
-
-def read_text(path: Path) -> str:
-    """The text in a file: its bytes as UTF-8, without a byte order mark at the beginning. Newlines stay as they are.
-
-    Raises:
-      CormError: for a file that cannot be read, is empty or too large, or holds something else than text.
-    """
-    try:
-        with path.open("rb") as file:
-            content = file.read(LARGEST + 1)
-    except (OSError, ValueError) as error:  # a ValueError for a name that cannot be one
-        raise CormError(f"cannot read {str(path)!r}: {getattr(error, 'strerror', None) or error}") from None
-    if len(content) > LARGEST:
-        raise CormError(f"{str(path)!r} has more than {LARGEST // 2**20} MiB: give a part of it")
-    try:
-        text = content.removeprefix(codecs.BOM_UTF8).decode("utf-8")
-    except UnicodeDecodeError as error:
-        where = len(content) - len(error.object) + error.start
-        raise CormError(
-            f"{str(path)!r} is not UTF-8 text: {error.reason} at byte {where}: convert it to UTF-8"
-        ) from None
-    if not text:
-        raise CormError(f"{str(path)!r} is empty: give some text")
-    if "\0" in text:
-        where = content.index(b"\0")
-        raise CormError(f"{str(path)!r} is not UTF-8 text: it has a NUL at byte {where}: convert it to UTF-8")
-    return text

@@ -1,6 +1,6 @@
 """Compiled programs are kept between commands: JAX's persistent compilation cache, so that a second run starts at once.
 
-They lie in ``compiled`` below `corm_jax.model.smollm2.cache_folder`. Environment variables of JAX come first:
+They lie in ``compiled`` below `corm_jax.files.cache_folder`. Environment variables of JAX come first:
 ``JAX_COMPILATION_CACHE_DIR`` names another folder, ``JAX_ENABLE_COMPILATION_CACHE=false`` keeps nothing.
 
 JAX writes an entry in place, and never replaces one. An entry that was cut short, by a kill or a full disk, would fail
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import jax
 
-from corm_jax.model.smollm2 import cache_folder
+from corm_jax.files import cache_folder
 
 SHORTEST = 0.1
 """Seconds of compiling from which on a program is kept."""

@@ -25,13 +25,14 @@ import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from corm_jax.errors import CormError
 from corm_jax.files import check_writable, whole_file
-from simulator.trace import DTYPES, QKV, Meta, Rows, TraceError, layer_of, require
+from corm_jax.traces.arrays import DTYPES, TraceError, require
+from corm_jax.traces.meta import QKV, Meta, Rows, layer_of
 
 FORMAT, VERSION = "corm-trace", 1
 
@@ -103,7 +104,7 @@ class Writer:
                 raise OSError(str(error)) from None
             self._files.append(_File.at(path))
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Writer":
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
@@ -155,13 +156,17 @@ class _File(NamedTuple):
     sha256: str
 
     @classmethod
-    def at(cls, path: Path) -> Self:
+    def at(cls, path: Path) -> "_File":
         with path.open("rb") as file:
             return cls(path.name, _size(path), hashlib.file_digest(file, "sha256").hexdigest())
 
 
 def reader(path: str | os.PathLike) -> tuple[Meta, Callable[[int], QKV | Rows]]:
-    """What a directory's ``meta.json`` says, and the function that reads a layer; see `simulator.trace.Trace.open`."""
+    """What a directory's ``meta.json`` says, and the function that reads a layer.
+
+    Raises:
+      TraceError: for anything but a whole trace.
+    """
     path = Path(path)
     with _explained(path):
         half = path.name.startswith(".") and path.suffix == ".part"

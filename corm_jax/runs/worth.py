@@ -61,7 +61,7 @@ def worth(
 
 
 def gradient(
-    model: Llama, tokens: Sequence[int], first: int, mixture: float
+    model: Llama, tokens: Sequence[int], first: int, mixture: int | float
 ) -> tuple[float, list[Float[np.ndarray, "tokens kv_heads group head_dim"]]]:
     """L, and dL / do of every layer, at one g."""
     entering, x = _forward(model, tokens, mixture)

@@ -1,0 +1,77 @@
+"""``corm analyse``: what CORM rests on, measured."""
+
+from functools import partial
+from pathlib import Path
+
+import click
+import numpy as np
+from rich.markup import escape
+
+from corm_jax.command import inputs
+from corm_jax.command.options import model_options, texts_options
+from corm_jax.evaluation import analysis, plots
+from corm_jax.evaluation.intervals import bootstrap
+from corm_jax.evaluation.texts import read_texts
+from corm_jax.files import check_new, deliver, finish, write_json
+from corm_jax.terminal import console
+from corm_jax.terminal.console import Whole
+from corm_jax.terminal.limits import check_matplotlib
+from corm_jax.terminal.tables import Column, print_table
+
+
+@click.command("analyse")
+@model_options
+@texts_options
+@click.option(
+    "--tokens", type=Whole(analysis.SHORTEST), default=2048, show_default=True, help="how many to read of each"
+)
+@click.option("--out", type=click.Path(path_type=Path), default="analysis.json", show_default=True)
+@console.overwrite_option
+def analyse(model, dtype, paths, datasets, tokens, out, overwrite):
+    """Check what CORM rests on: sparse attention, queries alike, and recent ones that tell which keys matter.
+
+    Intervals are over texts, so there are none for one text.
+    """
+    check_new({"--out": out}, overwrite)
+    picture = out.with_suffix(".png")
+    check_new({"--out": out, "the picture of --out": picture}, overwrite)
+    check_matplotlib()
+    texts = read_texts(paths, datasets)
+    network, tokenizer = inputs.load(model, dtype)
+    ids = {name: inputs.encode(network, tokenizer, words, name, tokens) for name, words in texts.items()}
+    layers, every = network.config.layers, []
+    with console.progress_bar() as progress:
+        for name, read_ids in ids.items():
+            task = progress.add_task(escape(f"{name}, {layers} layers"), total=layers * tokens)
+            every.append(
+                analysis.analyse(network, read_ids, lambda done, task=task: progress.update(task, completed=done))
+            )
+    result, rows = {"model": model, "tokens": tokens, "texts": dict(zip(ids, every, strict=True))}, []
+
+    def row(what, name, *place):
+        values = np.array([found[name] for found in every])  # [texts, layers, ...]
+        values = values[(slice(None), slice(None), *place)].reshape(*values.shape[:2], -1).mean(-1)
+        by_layer = values.mean(0)
+        rows.append((what, str(bootstrap(values.mean(1))), f"{by_layer.min():.3f}", f"{by_layer.max():.3f}"))
+
+    axes = every[0]
+    row("keys below 1/t", "sparsity")
+    for index, distance in enumerate(axes["distances"]):
+        row(f"cosine of queries {distance} apart", "similarity", index)
+    for index, window in enumerate(axes["windows"]):
+        row(f"important keys that the last {window} queries knew", "coverage", index)
+    for index, window in enumerate(axes["windows"]):
+        row(f"kept with w = {window}, r = {axes['recents'][-1]}", "kept", index, -1)
+    for index, bits in enumerate(axes["bits"]):
+        row(f"error of the cosine from {bits} signs", "lsh_error", index)
+    headings = "mean over layers\nand texts [95%]", "least of\na layer", "most of\na layer"
+    finish(
+        lambda: deliver(out, lambda path: write_json(path, result), overwrite),
+        lambda: deliver(picture, partial(plots.analysis, analysis.mean(every)), overwrite),
+        lambda: print_table(
+            [Column("what"), *(Column(heading, number=True) for heading in headings)],
+            rows,
+            title=f"{model} reads {tokens:,} tokens of {', '.join(ids)}",
+            notes=[f"{out}, {picture}"],
+        ),
+    )

@@ -1,0 +1,213 @@
+"""``corm compare``: a text through each policy's cache, side by side."""
+
+import contextlib
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import jax
+import numpy as np
+
+from corm_jax.command import inputs
+from corm_jax.command.options import DEFAULT_POLICY, model_options, text_option
+from corm_jax.command.sizes import Sizes, cache_options
+from corm_jax.core.cache import check_prompt, prompt_of, slots_for
+from corm_jax.errors import CormError
+from corm_jax.evaluation import plots
+from corm_jax.files import check_new, deliver, finish, write_json
+from corm_jax.model.prompts import scored_from
+from corm_jax.policies import keys_of, lacks_window, on_budget, parse
+from corm_jax.runs.fitting import PASSES, fitted
+from corm_jax.runs.perplexity import Reading, read
+from corm_jax.terminal import console
+from corm_jax.terminal.console import COUNT, Budget, Spec, Whole, naming
+from corm_jax.terminal.limits import check_matplotlib
+from corm_jax.terminal.tables import Column, print_table
+
+MIB = 2**20
+DEFAULT_POLICIES = ("full", DEFAULT_POLICY, "corm:window=64,recent=64")
+
+
+@click.command(cls=console.Command)
+@model_options
+@cache_options
+@text_option
+@click.option("--tokens", type=Whole(2), default=2048, show_default=True, help="how many to read")
+@click.option(
+    "--policy", "specs", type=Spec(), multiple=True, metavar="SPEC", help="name:key=value,...; repeat to compare"
+)
+@click.option(
+    "--budget",
+    type=Budget(),
+    metavar="KEYS",
+    help="hold all but full to so many keys a head, or to a share such as 0.25",
+)
+@click.option(
+    "--prompt", type=COUNT, help="how many of the tokens are the prompt, for policies that wait for its end; not scored"
+)
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="write the result here")
+@click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="draw it into this PNG file")
+@console.overwrite_option
+def compare(
+    model,
+    dtype,
+    capacity,
+    layout,
+    chunk,
+    overflow,
+    text,
+    tokens,
+    specs,
+    budget,
+    prompt,
+    json_file,
+    plot_file,
+    overwrite,
+):
+    """Read a text through each policy's cache: what forgetting costs, what it saves.
+
+    Every token is predicted from what the cache still holds (teacher forcing). A SPEC is a name from `corm policies`
+    with options, as in corm:window=64,recent=32. On a --budget, corm without a window gets the one with which it ends
+    the text with as many keys, searched in passes of their own; with a window it is capped.
+    """
+    specs = list(dict.fromkeys(specs or DEFAULT_POLICIES))
+    keys = None if budget is None else keys_of(budget, tokens)
+    sizes = Sizes.of(capacity, layout, chunk, specs, tokens)
+    if chunk > tokens:
+        raise CormError(f"--chunk {chunk} is more than --tokens {tokens}: choose at most as many")
+    searched = [spec for spec in specs if keys and lacks_window(spec)]
+    if searched and keys and keys > tokens:
+        raise CormError(f"--budget {budget} is more than --tokens {tokens}: {searched[0]} keeps at most all of them")
+    policies = {}
+    for spec in specs:
+        with naming({"--policy": spec, "--budget": budget}):
+            policies[spec] = parse(on_budget(spec, keys) if keys and spec not in searched else spec)
+        console.check_prompt(spec, policies[spec], prompt, tokens - 1)
+        with naming({"--policy": spec, "--capacity": capacity}):
+            slots = slots_for(policies[spec], sizes.of_spec(spec), tokens, chunk)
+            check_prompt(policies[spec], slots, prompt_of(policies[spec], prompt, tokens - 1))
+    check_new({"--json": json_file, "--plot": plot_file}, overwrite)
+    if plot_file:
+        check_matplotlib()
+    words, name = inputs.text_from(text)
+    network, tokenizer = inputs.load(model, dtype)
+    sizes.check(model, network.config)
+    inputs.check_profiles(specs, model, network)
+    for spec, policy in policies.items():
+        sizes.check_memory(network, spec, policy, tokens, chunk, "--tokens")
+    ids = inputs.encode(network, tokenizer, words, name, tokens)
+    first = scored_from(tokenizer, prompt)
+    result = {
+        "model": model,
+        "text": name,
+        "tokens": tokens,
+        "prompt": prompt,
+        "scored": tokens - first,
+        "dtype": dtype,
+        "device": _device(),
+        "chunk": chunk,
+        "layout": layout,
+        "budget": keys,
+        "rows": [],
+    }
+    if keys is None and capacity is None:
+        console.note_budgets(specs)
+    options = {"stores": sizes.stores, "chunk": chunk, "prompt": prompt, "overflow": overflow}
+    for spec in specs:
+        held = "none"
+        if keys:
+            with console.progress_bar() as progress:
+                task = progress.add_task(f"{spec}: window", total=PASSES, visible=lacks_window(spec))
+                advance = partial(progress.update, task)
+                spec, held = fitted(
+                    spec, network, ids, keys, chunk=chunk, progress=lambda done, to=advance: to(completed=done)
+                )
+        reading = _read(spec, network, parse(spec), ids, capacity=sizes.of_spec(spec), **options)
+        result["rows"].append(_row(spec, reading, first, result["rows"]) | {"budget": held})
+    result["peak_memory_bytes"] = _peak_memory()
+    steps = [partial(_print_table, result)]
+    if plot_file:
+        steps.insert(0, partial(deliver, plot_file, partial(plots.compare, result), overwrite))
+    if json_file:
+        steps.insert(0, partial(deliver, json_file, lambda path: write_json(path, result), overwrite))
+    finish(*steps)
+
+
+def _device() -> str:
+    device = jax.devices()[0]
+    return f"{device.platform}: {device.device_kind}"
+
+
+def _peak_memory() -> dict[str, int]:
+    """Peak bytes: of the process, where the system says, and of the accelerator, where there is one."""
+    peaks = {}
+    with contextlib.suppress(ModuleNotFoundError):  # not on Windows
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peaks["process"] = peak if sys.platform == "darwin" else peak * 1024
+    if statistics := jax.devices()[0].memory_stats():
+        peaks["device"] = statistics["peak_bytes_in_use"]
+    return peaks
+
+
+def _read(spec: str, *arguments, **options) -> Reading:
+    with naming({"--policy": spec}), console.progress_bar() as progress:
+        task = progress.add_task(spec, total=len(arguments[-1]))
+        return read(*arguments, **options, progress=lambda done: progress.update(task, completed=done))
+
+
+def _row(spec: str, reading: Reading, scored_from: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    nll = float(reading.nll[scored_from - 1 :].mean(dtype=np.float64))
+    return {
+        "policy": spec,
+        "nll": nll,
+        "ppl": float(np.exp(nll)),
+        "delta_nll": nll - (rows[0]["nll"] if rows else nll),
+        "kept_final": float(reading.kept[-1]),
+        "kept_mean": float(reading.kept.mean()),
+        "kv_bytes_full": reading.usage.bytes_full,
+        "kv_bytes_live": reading.usage.bytes_live,
+        "kv_bytes_allocated": reading.usage.bytes_allocated,
+        "overflow": int(reading.usage.overflow.sum()),
+        "seconds": reading.seconds,
+        "kept_per_layer": reading.kept_per_layer.tolist(),
+    }
+
+
+def _print_table(result: dict[str, Any]) -> None:
+    budget = result["budget"]
+    columns = [Column("policy"), *([Column("budget")] if budget else [])]
+    headings = "NLL", "PPL", "Δ NLL", "kept", "kept\nmean", "live\nMiB", "alloc.\nMiB", "full\nMiB", "over-\nflow", "s"
+    columns += [Column(heading, number=True) for heading in headings]
+    rows = [
+        (
+            row["policy"],
+            *([row["budget"]] if budget else []),
+            f"{row['nll']:.4f}",
+            f"{row['ppl']:.2f}",
+            f"{row['delta_nll']:+.4f}",
+            f"{row['kept_final']:.3f}",
+            f"{row['kept_mean']:.3f}",
+            *(f"{row[f'kv_bytes_{kind}'] / MIB:.1f}" for kind in ("live", "allocated", "full")),
+            str(row["overflow"]),
+            f"{row['seconds']:.1f}",
+        )
+        for row in result["rows"]
+    ]
+    peaks = ", ".join(f"{peak / 2**30:.2f} GiB ({where})" for where, peak in result["peak_memory_bytes"].items())
+    notes = [
+        f"NLL: nats a token over {result['scored']:,} predictions; Δ against the first row. kept: live / seen, "
+        f"mean over layers and heads, at the end and over time. {result['dtype']}, chunks of {result['chunk']}, "
+        f"{result['device']}, peak memory {peaks}."
+    ]
+    if budget:
+        notes.append(
+            f"budget: {budget:,} keys a head; fixed, or a cap on a policy that decides by itself, or CORM's "
+            "w = r, searched so that it ends with as many."
+        )
+    print_table(
+        columns, rows, title=f"{result['model']} reads {result['tokens']:,} tokens of {result['text']}", notes=notes
+    )

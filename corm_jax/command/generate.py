@@ -1,0 +1,99 @@
+"""``corm generate``: a prompt, continued through an evicting cache."""
+
+from pathlib import Path
+
+import click
+
+from corm_jax.command import inputs
+from corm_jax.command.options import DEFAULT_POLICY, model_options
+from corm_jax.command.sizes import Sizes, cache_options
+from corm_jax.core.cache import slots_for, usage
+from corm_jax.errors import CormError
+from corm_jax.evaluation.texts import read_text
+from corm_jax.model.generation import stream
+from corm_jax.model.prompts import Text
+from corm_jax.policies import parse
+from corm_jax.terminal import console
+from corm_jax.terminal.console import COUNT, SEED, Real, Spec, naming
+
+MIB = 2**20
+COLDEST = 0.001
+"""The lowest temperature but for 0: logits divided by less are no float32 numbers."""
+
+
+@click.command(cls=console.Command)
+@model_options
+@cache_options
+@click.option("--prompt", help="the prompt's text")
+@click.option("--prompt-file", type=click.Path(path_type=Path), help="a UTF-8 file that holds it")
+@click.option("--chat", is_flag=True, help="wrap it as a user's turn of a conversation")
+@click.option("--policy", "spec", type=Spec(), default=DEFAULT_POLICY, show_default=True, metavar="SPEC")
+@click.option("--max-new-tokens", type=COUNT, default=128, show_default=True)
+@click.option("--temperature", type=Real(0, 1e6), default=0.0, show_default=True, help="0 takes the likeliest token")
+@click.option("--top-p", type=Real(1e-6, 1), default=1.0, show_default=True, help="draw from this much of the mass")
+@click.option("--seed", type=SEED, default=0, show_default=True)
+def generate(
+    model,
+    dtype,
+    capacity,
+    layout,
+    chunk,
+    overflow,
+    prompt,
+    prompt_file,
+    chat,
+    spec,
+    max_new_tokens,
+    temperature,
+    top_p,
+    seed,
+):
+    """Continue a prompt through an evicting cache; the last line says how full the cache is."""
+    policy = parse(spec)
+    if (prompt is None) == (prompt_file is None):
+        raise CormError("give a prompt, either with --prompt or with --prompt-file")
+    if 0 < temperature < COLDEST:
+        raise CormError(
+            f"--temperature must be 0 or at least {COLDEST}, not {temperature}: 0 takes the likeliest token"
+        )
+    words = read_text(prompt_file) if prompt is None else prompt
+    if not words:
+        raise CormError("the prompt is empty")
+    sizes = Sizes.of(capacity, layout, chunk, [spec], None)
+    about = {"--policy": spec, "--capacity": capacity}
+    with naming(about):
+        slots_for(policy, sizes.of_spec(spec), 1, chunk)
+    network, tokenizer = inputs.load(model, dtype)
+    sizes.check(model, network.config)
+    inputs.check_profiles([spec], model, network)
+    ids = tokenizer.chat(words) if chat else Text(tokenizer, words, "the prompt").whole
+    chunk = min(chunk, max(len(ids), 1))  # more would be the same, and take more memory
+    sizes.check_memory(network, spec, policy, len(ids) + max_new_tokens, chunk, "--max-new-tokens")
+    inputs.note_context(network, len(ids) + max_new_tokens)
+    if capacity is None:
+        console.note_budgets([spec])
+    pieces, final = tokenizer.stream(), None
+    with naming(about):
+        for new in stream(
+            network,
+            policy,
+            [ids],
+            max_new_tokens=max_new_tokens,
+            capacity=sizes.of_spec(spec),
+            stores=sizes.stores,
+            chunk=chunk,
+            overflow=overflow,
+            end=tokenizer.end,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+        ):
+            for piece in pieces.push(new.tokens[0]):
+                print(piece, end="", flush=True)
+            final = usage(new.caches)  # before the next stretch takes the caches over
+    if final:
+        print(
+            f"\n[cache: {float(final.live.mean()):.1f} of {int(final.seen[0])} keys live a head, "
+            f"{final.bytes_live / MIB:.2f} MiB live, {final.bytes_allocated / MIB:.2f} MiB allocated, "
+            f"{final.bytes_full / MIB:.2f} MiB full, overflow {int(final.overflow.sum())}]"
+        )

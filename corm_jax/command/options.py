@@ -1,0 +1,31 @@
+"""Options that several commands share."""
+
+from pathlib import Path
+
+import click
+
+from corm_jax.terminal import console
+
+DTYPES = ("float32", "bfloat16")
+
+DEFAULT_POLICY = "corm:window=256,recent=256"
+
+model_options = console.options(
+    click.option("--model", default="smollm2-135m", show_default=True, help="name, directory, .gguf or hub id"),
+    click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True),
+)
+
+text_option = click.option(
+    "--text", type=click.Path(path_type=Path), help="a UTF-8 file  [default: Python's language reference]"
+)
+
+texts_options = console.options(
+    click.option(
+        "--text",
+        "paths",
+        type=click.Path(path_type=Path),
+        multiple=True,
+        help="a UTF-8 file, or a directory of .txt files; repeat for more  [default: Python's language reference]",
+    ),
+    click.option("--dataset", "datasets", multiple=True, metavar="NAME[:CONFIG[:SPLIT]]", help="texts from the hub"),
+)

@@ -1,0 +1,90 @@
+"""``corm record``: what every layer of a model attends to, as a trace."""
+
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import click
+
+from corm_jax.command import inputs
+from corm_jax.command.options import DEFAULT_POLICY, DTYPES, model_options, text_option
+from corm_jax.errors import CormError
+from corm_jax.evaluation.lock import only_writer
+from corm_jax.files import check_writable
+from corm_jax.model.llama import Config
+from corm_jax.runs import recording
+from corm_jax.terminal import console
+from corm_jax.terminal.console import COUNT, naming
+from corm_jax.traces.meta import Meta
+from corm_jax.traces.storage import Writer
+
+MIB = 2**20
+STORED = ("float32", "float16", "bfloat16")
+
+
+@click.command(cls=console.Command)
+@model_options
+@text_option
+@click.option("--tokens", type=COUNT, default=2048, show_default=True, help="how many to read")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="the directory to make")
+@click.option("--store", type=click.Choice(STORED), default="float32", show_default=True, help="round the values to it")
+def record(model, dtype, text, tokens, out, store):
+    """Record what every layer attends to with the full cache: a trace, to replay policies on.
+
+    A trace holds the queries, keys and values of each layer. If the recording is interrupted, the same command goes on
+    after the last layer that was complete.
+    """
+    if os.path.lexists(out):
+        raise CormError(f"--out {out} exists already: choose another name or delete it")
+    with naming({"--out": out}):
+        check_writable(out)
+    words, name = inputs.text_from(text)
+    network, tokenizer = inputs.load(model, dtype)
+    ids = inputs.encode(network, tokenizer, words, name, tokens)
+    config = network.config
+    meta = Meta(
+        kind="qkv",
+        layers=config.layers,
+        steps=tokens,
+        q_heads=config.heads,
+        kv_heads=config.kv_heads,
+        head_dim=config.head_dim,
+        scale=config.head_dim**-0.5,
+        # What differs must not go on from the other.
+        model=model if dtype == DTYPES[0] else f"{model} ({dtype})",
+        dtype=store,
+        tokens=tuple(ids),
+        pieces=tuple(tokenizer.pieces(ids)),
+    )
+    lock = out.with_name(f".{out.name}.lock")
+    with only_writer(lock, str(out), "choose another --out"):
+        _check_room(out, config, tokens, store)
+        with Writer(out, meta) as writer, console.progress_bar() as progress:
+            if writer.done:
+                print(f"corm: note: {writer.done} of {config.layers} layers are there already", file=sys.stderr)
+            task = progress.add_task(f"{config.layers} layers", total=config.layers * tokens)
+            state = writer.folder / "hidden.safetensors"
+            layers = recording.resume(
+                network, ids, state, writer.done, progress=lambda done: progress.update(task, completed=done)
+            )
+            for one in layers:
+                writer.write(q=one.q, k=one.k, v=one.v)
+    size = sum(file.stat().st_size for file in out.iterdir())
+    print(f"{out}: {config.layers} layers of {tokens:,} tokens, {size / MIB:.1f} MiB. To replay a policy on it:")
+    print(f"python -m simulator replay {shlex.quote(str(out))} --policy {DEFAULT_POLICY}")
+
+
+def _check_room(out: Path, config: Config, tokens: int, store: str) -> None:
+    """Raises unless the disk has room for a trace, less what is there of it already."""
+    size = 2 if store != "float32" else 4
+    numbers = config.layers * config.head_dim * (config.heads + 2 * config.kv_heads)
+    need = tokens * (size * numbers + 2 * 4 * config.dim)  # the hidden states are there twice while they are replaced
+    part = out.with_name(f".{out.name}.part")
+    there = sum(file.stat().st_size for file in part.iterdir()) if part.is_dir() else 0
+    free = shutil.disk_usage(out.parent).free + there
+    if need > free:
+        raise CormError(
+            f"--out {out} takes {need / MIB:,.0f} MiB, {free / MIB:,.0f} are free: make room, or lower --tokens"
+        )

@@ -1,0 +1,1 @@
+"""Traces: what a model attended to while it read one text, in memory or on disk."""

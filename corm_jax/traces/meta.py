@@ -1,0 +1,189 @@
+"""What a trace holds, in words and in arrays: its description, one layer of it, and what makes a layer a good one.
+
+Axis names: ``layers``; ``steps``, the queries and keys in order; ``q_heads``; ``kv_heads``, where query heads
+``h * group`` to ``h * group + group - 1`` share key-value head ``h``; ``head_dim``.
+"""
+
+import itertools
+import operator
+import sys
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from corm_jax.traces.arrays import DTYPES, TraceError, floats, require
+
+_LARGEST = 2**31 - 1  # positions are int32 everywhere
+
+
+class QKV(NamedTuple):
+    """One layer of a ``qkv`` trace, keys and queries rotated by RoPE already: ``logits = scale * q . k``.
+
+    Attributes:
+      q: float32 ``[steps, q_heads, head_dim]``.
+      k, v: float32 ``[steps, kv_heads, head_dim]``.
+    """
+
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+
+
+class Rows(NamedTuple):
+    """One layer of an ``attention`` trace.
+
+    Attributes:
+      probs: float32 ``[q_heads, steps, steps]``. Row ``t`` is query ``t``'s (from 0): non-negative, 0 for keys after
+        ``t``, its sum 1 up to rounding.
+    """
+
+    probs: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Meta:
+    """What a trace holds.
+
+    Attributes:
+      kind: ``"qkv"`` or ``"attention"``.
+      layers, steps, q_heads, kv_heads: at least 1; ``q_heads`` is a multiple of ``kv_heads``.
+      head_dim: of a ``qkv`` trace; None otherwise.
+      scale: of the logits of a ``qkv`` trace, by default ``head_dim ** -0.5``; None otherwise.
+      model: its name, free text.
+      dtype: what the values are rounded to where they are stored: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
+      tokens, pieces: the id and the text of each token; None where unknown.
+      positions: of each step, strictly increasing; by default 0 to ``steps - 1``.
+
+    Raises:
+      TraceError: for a field of the wrong type, value or length.
+
+    >>> Meta(kind="qkv", layers=1, steps=3, q_heads=4, kv_heads=2, head_dim=16).scale
+    0.25
+    """
+
+    kind: str
+    layers: int
+    steps: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int | None = None
+    scale: float | None = None
+    model: str = ""
+    dtype: str = "float32"
+    tokens: tuple[int, ...] | None = field(default=None, repr=False)
+    pieces: tuple[str, ...] | None = field(default=None, repr=False)
+    positions: tuple[int, ...] | None = field(default=None, repr=False)
+
+    def __post_init__(self):
+        require(self.kind in ("qkv", "attention"), "kind", "'qkv' or 'attention'", self.kind)
+        for name in ("layers", "steps", "q_heads", "kv_heads"):
+            object.__setattr__(self, name, whole(name, getattr(self, name), 1))
+        require(self.q_heads % self.kv_heads == 0, "q_heads", f"a multiple of kv_heads={self.kv_heads}", self.q_heads)
+        if self.kind == "qkv":
+            object.__setattr__(self, "head_dim", whole("head_dim", self.head_dim, 1))
+            scale: Any = (self.head_dim or 1) ** -0.5 if self.scale is None else self.scale
+            scale = scale.item() if getattr(scale, "ndim", None) == 0 else scale
+            good = isinstance(scale, int | float) and not isinstance(scale, bool) and 0 < scale <= sys.float_info.max
+            require(good, "scale", "a finite positive number", scale)
+            object.__setattr__(self, "scale", float(scale))
+        else:
+            for name in ("head_dim", "scale"):
+                require(getattr(self, name) is None, name, "None in an attention trace", getattr(self, name))
+        _text("model", self.model)
+        require(isinstance(self.dtype, str) and self.dtype in DTYPES, "dtype", f"one of {[*DTYPES]}", self.dtype)
+        positions = tuple(range(self.steps)) if self.positions is None else self.positions
+        for name, values in {"tokens": self.tokens, "pieces": self.pieces, "positions": positions}.items():
+            if values is not None:
+                values = values.tolist() if hasattr(values, "tolist") else values
+                require(isinstance(values, list | tuple), name, "a list with one entry a step", values)
+                require(len(values) == self.steps, f"len({name})", f"steps={self.steps}", len(values))
+                check = _text if name == "pieces" else partial(whole, least=0)
+                checked = tuple(check(f"{name}[{index}]", value) for index, value in enumerate(values))
+                object.__setattr__(self, name, checked)
+        rising = all(first < second for first, second in itertools.pairwise(self.positions or ()))
+        require(rising, "positions", "strictly increasing", self.positions)
+
+    @property
+    def group(self) -> int:
+        """How many query heads share a key-value head."""
+        return self.q_heads // self.kv_heads
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The tensors of a layer, by name."""
+        if self.kind == "attention":
+            return {"probs": (self.q_heads, self.steps, self.steps)}
+        keys = (self.steps, self.kv_heads, self.head_dim or 0)
+        return {"q": (self.steps, self.q_heads, self.head_dim or 0), "k": keys, "v": keys}
+
+
+def layer_of(where: str, meta: Meta, tensors: dict[str, Any], dtype: str = "float32") -> QKV | Rows:
+    """A layer of these tensors, rounded to ``dtype``, read-only, and copied only where that changes them.
+
+    Raises:
+      TraceError: for other names, shapes and dtypes than ``meta`` has; for values that no trace holds.
+    """
+    shapes = meta.shapes
+    require(tensors.keys() == shapes.keys(), where, " and ".join(shapes), " and ".join(tensors))
+    cast = {name: _cast(f"{where}: {name}", tensors[name], shapes[name], dtype) for name in shapes}
+    if meta.kind == "qkv":
+        return QKV(**cast)
+    for head, rows in enumerate(cast["probs"]):
+        _check_rows(f"{where}: probs of head {head}", rows.astype(np.float32, copy=False), meta)
+    return Rows(**cast)
+
+
+def _cast(where: str, value: Any, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    array = floats(where, value)
+    require(array.shape == shape, f"{where}'s shape", str(shape), array.shape)
+    with np.errstate(all="ignore"):  # what overflows is found below
+        cast = np.ascontiguousarray(array, DTYPES[dtype]).view()
+    if not np.isfinite(cast).all():
+        if not np.isfinite(array).all():
+            raise TraceError(f"{where} contains NaN or infinity")
+        wider = "bfloat16" if dtype == "float16" else "float32"
+        advice = "scale it down" if dtype == "float32" else f"store it as {wider!r}"
+        raise TraceError(f"{where} has values beyond {dtype}'s {ml_dtypes.finfo(DTYPES[dtype]).max}: {advice}")
+    cast.flags.writeable = False
+    return cast
+
+
+def _check_rows(where: str, rows: np.ndarray, meta: Meta) -> None:
+    if (rows < 0).any():
+        raise TraceError(f"{where} must not be negative")
+    if np.triu(rows, 1).any():
+        raise TraceError(f"{where} must be causal: 0 for keys after the query")
+    # Other frameworks' float32 rows sum to 1 within 1e-3. Rounding then moves a row's sum by half an epsilon at most,
+    # which every entry may lose in the same direction, and each entry too small to be normal by half the smallest step.
+    kind = ml_dtypes.finfo(DTYPES[meta.dtype])
+    slack = 1e-3 + float(kind.eps) / 2 + meta.steps * float(kind.smallest_subnormal) / 2
+    sums = rows.sum(-1, dtype=np.float64)
+    row = int(np.abs(sums - 1).argmax())
+    if abs(sums[row] - 1) > slack:
+        raise TraceError(
+            f"{where}, row {row}, must sum to 1 within {slack:.2g} for {meta.dtype}, not to {sums[row]:.6g}: "
+            "rows that were rounded to 16 bits have to stay in their dtype, and dropout has to be off (model.eval())"
+        )
+
+
+def whole(name: str, value: Any, least: int, most: int = _LARGEST) -> int:
+    """A whole number from ``least`` to ``most``.
+
+    Raises:
+      TraceError: for anything else.
+    """
+    try:
+        number = least - 1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = least - 1
+    require(least <= number <= most, name, f"a whole number from {least} to {most}", value)
+    return number
+
+
+def _text(name: str, value: Any) -> str:
+    good = isinstance(value, str) and value == value.encode("utf-8", "ignore").decode("utf-8")
+    require(good, name, "text without lone surrogates", value)
+    return value
