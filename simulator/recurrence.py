@@ -19,7 +19,6 @@ from corm_jax.core.observation import observed
 from corm_jax.core.slots import Slots
 from corm_jax.core.types import CacheSpec, by_slot
 from corm_jax.traces.meta import QKV, Rows
-from simulator.trace import QKV, Rows
 
 SEGMENTS = 4
 """A trace is read in so many parts, each over the keys up to its own end, which skips most of the causal half."""
