@@ -10,7 +10,7 @@ from corm_jax.core.observation import Observation
 from corm_jax.core.policy import Policy, Traits
 from corm_jax.core.positions import ALiBi, Rope, Rotary
 from corm_jax.core.slots import Slots
-from corm_jax.core.step import step
+from corm_jax.core.step import look, step
 from corm_jax.core.types import Caches, CacheSpec, Clock, LayerCache, OfHead, Usage
 from corm_jax.errors import CacheOverflowError, CheckpointError, CheckpointWarning, CormError
 from corm_jax.model.checkpoint import load
@@ -30,6 +30,7 @@ from corm_jax.policies import (
     Protect,
     PyramidKV,
     Random,
+    Recorder,
     Scissorhands,
     SnapKV,
     StreamingLLM,
@@ -38,6 +39,7 @@ from corm_jax.policies import (
     parse,
     policy,
     protect,
+    recorded,
 )
 
 __version__ = "0.1.0"
@@ -71,6 +73,7 @@ __all__ = [
     "Protect",
     "PyramidKV",
     "Random",
+    "Recorder",
     "Rope",
     "Rotary",
     "Scissorhands",
@@ -86,12 +89,14 @@ __all__ = [
     "end_prompt",
     "generate",
     "load",
+    "look",
     "make_cache",
     "oneshot",
     "parse",
     "policy",
     "prefill",
     "protect",
+    "recorded",
     "step",
     "stream",
     "usage",

@@ -389,7 +389,7 @@ class Blind(Wrapper):
     """A policy that does not get to see what it says that it does not need."""
 
     def observe(self, state, observation, slots):
-        unknown = {"attention": ("weights", "total"), "keys": ("keys",)}
+        unknown = {"attention": ("weights", "total"), "keys": ("keys",), "values": ("values",), "queries": ("queries",)}
         hidden = [name for need, names in unknown.items() if need not in self.traits.needs for name in names]
         blank = {name: jnp.full_like(getattr(observation, name), jnp.nan) for name in hidden}
         return self.policy.observe(state, observation._replace(**blank), slots)

@@ -24,9 +24,10 @@ import numpy as np
 
 from corm_jax.core.cache import per_layer, prompt_of, slots_for
 from corm_jax.core.exact import FOREVER, planned
-from corm_jax.core.options import is_share, whole
+from corm_jax.core.options import is_share, numbers_in, whole
 from corm_jax.core.policy import Policy
 from corm_jax.core.step import counts_in_cache
+from corm_jax.core.wrapper import name_of
 from corm_jax.errors import CormError
 from corm_jax.traces.meta import QKV, Rows
 from corm_jax.traces.trace import Trace
@@ -244,12 +245,13 @@ def _checked(
                 f"a trace holds keys that are rotated already: replay {policy!r} with positions='original', under "
                 "which the same keys stay"
             )
-        for path, leaf in jax.tree_util.tree_leaves_with_path(policy):
+        if policy.traits.merges:
+            raise CormError(f"{name_of(policy)} merges keys, and a trace holds them as they were: read it in a cache")
+        for name, leaf in numbers_in(policy).items():
             layers, kv_heads = trace.meta.layers, trace.meta.kv_heads
             if np.shape(leaf) not in ((), (kv_heads,), (layers, kv_heads)):
-                name = jax.tree_util.keystr(path)
                 raise CormError(
-                    f"{type(policy).__name__}{name} has the shape {np.shape(leaf)}: give a number, or one for each "
+                    f"{type(policy).__name__}.{name} has the shape {np.shape(leaf)}: give a number, or one for each "
                     f"of the {kv_heads} key-value heads, or for each of them in {layers} layers"
                 )
     chunk = min(int(chunk), trace.meta.steps)

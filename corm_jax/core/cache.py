@@ -193,6 +193,7 @@ def insert(
         taken |= iota(size) == found[:, None]
         slot.append(found)
     taken &= real
+    cache = merged(policy, cache, view, ~taken)
     slot = jnp.where(real, jnp.stack(slot, -1), size)  # out of bounds, so dropped
     new = fresh(policy, spec(cache))
     state = by_slot(lambda held, new: jnp.where(taken, new, held), cache.state, new)
@@ -200,6 +201,14 @@ def insert(
     overflow = cache.overflow + view.total(taken & view.live)
     cache = cache._replace(position=position, state=state, clock=clock, overflow=overflow)
     return twinned(_written(cache, k[:, None], v[:, None], slot), since, 1)
+
+
+def merged(policy: Policy, cache: LayerCache, slots: Slots, keep: Bool[Array, "*slots"]) -> LayerCache:
+    """The cache with those of some live slots that are not kept merged into others, if the policy does that."""
+    if not policy.traits.merges:
+        return cache
+    k, v, state = policy.merged(cache.k, cache.v, cache.state, slots, keep)
+    return cache._replace(k=k.astype(cache.k.dtype), v=v.astype(cache.v.dtype), state=state)
 
 
 def _written(cache, k, v, slot):
@@ -242,6 +251,7 @@ def make_room(policy: Policy, cache: LayerCache, count: Int[Array, ""], tokens: 
 
     out = jax.lax.cond(anywhere((short > 0).any()), lost, lambda: jnp.zeros_like(view.live))
     overflow = cache.overflow + view.total(out)
+    cache = merged(policy, cache, view, ~out)
     return cache._replace(position=jnp.where(out, EMPTY, cache.position), overflow=overflow)
 
 

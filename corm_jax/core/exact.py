@@ -43,7 +43,8 @@ class Block(NamedTuple):
       softmax: of a mask such as ``visible``: weights ``[group, tokens, *slots]`` and their totals, see
         `corm_jax.core.attention.softmax`. None where the policy does not look at attention.
       logits: float32 ``[group, tokens, *slots]``, if ``softmax`` is their softmax.
-      keys: ``[*slots, head_dim]``, or None.
+      keys, values: ``[*slots, head_dim]``, or None.
+      queries: ``[tokens, kv_heads, group, head_dim]``, or None.
       within: bool ``[tokens, *slots]``, what each may see at all, live or not; None for everything.
     """
 
@@ -53,6 +54,8 @@ class Block(NamedTuple):
     softmax: Any
     logits: Any
     keys: Float[Array, "*slots head_dim"] | None
+    values: Float[Array, "*slots head_dim"] | None = None
+    queries: Float[Array, "tokens kv_heads group head_dim"] | None = None
     within: Bool[Array, "tokens *slots"] | None = None
 
     def attended(self, visible: Array) -> Array:
@@ -61,7 +64,8 @@ class Block(NamedTuple):
 
     def observation(self, weights: Array, total: Array, visible: Array) -> Observation:
         """What a policy gets to see."""
-        return observed(self.slots.layout, weights, total, visible, self.clock, self.keys)
+        held = self.keys, self.values, self.queries
+        return observed(self.slots.layout, weights, total, visible, self.clock, *held)
 
 
 class Settled(NamedTuple):
@@ -227,7 +231,7 @@ def _led(policy, state, fresh, block, room, weights, total):
 
     def body(carry, xs):
         state, until, lost = carry
-        weights, total, t, real = xs
+        weights, total, t, real, query = xs
         if room is not None:
             before = view((until == FOREVER) & (position < t - 1), t)
             stores = replace(before, layout=slots.layout.merged(room.heads))
@@ -238,13 +242,15 @@ def _led(policy, state, fresh, block, room, weights, total):
         arrives = real & (position == t - 1)
         live = (position >= 0) & (until == FOREVER) & (position < t)
         now = view(live, t)
-        seen = Observation(weights[:, None], total[:, None], live[None], t[None, None, None], block.keys)
+        query = None if query is None else query[None]
+        rows = weights[:, None], total[:, None], live[None], t[None, None, None]
+        seen = Observation(*rows, block.keys, block.values, query)
         after = policy.observe(by_slot(lambda held, new: jnp.where(arrives, new, held), state, fresh), seen, now)
         until = jnp.where(live & real & ~policy.retain(after, now), t, until)
         return (jax.tree.map(partial(jnp.where, real), after, state), until, lost), None
 
     until = jnp.full(position.shape, FOREVER, jnp.int32)
     real = block.visible.any((1, 2))
-    xs = weights.swapaxes(0, 1), total.swapaxes(0, 1), block.clock[:, 0, 0], real
+    xs = weights.swapaxes(0, 1), total.swapaxes(0, 1), block.clock[:, 0, 0], real, block.queries
     (state, until, lost), _ = jax.lax.scan(body, (state, until, jnp.zeros(until.shape, bool)), xs)
     return until, lost, state

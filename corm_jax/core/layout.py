@@ -118,6 +118,11 @@ class Opened(NamedTuple):
     back: Any
 
 
+def as_it_is(layout: Layout) -> Opened:
+    """Keys that are not moved for many queries."""
+    return Opened(layout, lambda x, absent=0, rows=False: x, lambda x: x)
+
+
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class Apart(Layout):
@@ -163,7 +168,7 @@ class Apart(Layout):
         return self
 
     def opened(self, position):
-        return Opened(self, lambda x, absent=0, rows=False: x, lambda x: x)
+        return as_it_is(self)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["head"], meta_fields=["kv_heads"])

@@ -23,7 +23,8 @@ class Observation(NamedTuple):
       total: float32, broadcastable against ``weights``: the sum over the slots of each head.
       visible: bool ``[tokens, *slots]``, which slots the query could attend to.
       seen: int32, broadcastable against ``visible``: the clock at each query (its position + 1).
-      keys: ``[*slots, head_dim]``, what the slots hold; None where a trace does not tell.
+      keys, values: ``[*slots, head_dim]``, what the slots hold; None where a trace does not tell.
+      queries: ``[tokens, kv_heads, group, head_dim]``; None likewise.
     """
 
     weights: Float[Array, "group tokens *slots"]
@@ -31,6 +32,8 @@ class Observation(NamedTuple):
     visible: Bool[Array, "tokens *slots"]
     seen: Int[Array, "tokens *ones"]
     keys: Float[Array, "*slots head_dim"] | None = None
+    values: Float[Array, "*slots head_dim"] | None = None
+    queries: Float[Array, "tokens kv_heads group head_dim"] | None = None
 
     @property
     def probability(self) -> Float[Array, "group tokens *slots"]:
@@ -44,9 +47,12 @@ def observed(
     total: Float[Array, "group tokens kv_heads"],
     visible: Bool[Array, "tokens *slots"],
     seen: Int[Array, "tokens *ones"],
-    keys: Float[Array, "*slots head_dim"] | None,
+    keys: Float[Array, "*slots head_dim"] | None = None,
+    values: Float[Array, "*slots head_dim"] | None = None,
+    queries: Float[Array, "tokens kv_heads group head_dim"] | None = None,
 ) -> Observation:
     """What a policy gets to see of an attention: of a query without a softmax (its total is NaN), weights of 0."""
     total = layout.spread(total)
     broken = jnp.isnan(total)
-    return Observation(jnp.where(broken, 0.0, weights), jnp.where(broken, 1.0, total), visible, seen, keys)
+    weights, total = jnp.where(broken, 0.0, weights), jnp.where(broken, 1.0, total)
+    return Observation(weights, total, visible, seen, keys, values, queries)

@@ -3,15 +3,15 @@
 from typing import Any, NamedTuple
 
 import jax
-from jaxtyping import Array, Bool, Int, Num
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from corm_jax.core.observation import Observation
 from corm_jax.core.slots import PerHead, Slots
 from corm_jax.core.types import CacheSpec, State
 from corm_jax.errors import CormError
 
-EVERYTHING = ("attention", "keys")
-"""What a policy may need beside positions: attention probabilities, and the keys themselves."""
+EVERYTHING = ("attention", "keys", "values", "queries")
+"""What a policy may need beside positions: attention probabilities, and the keys, values and queries themselves."""
 
 
 class Traits(NamedTuple):
@@ -32,6 +32,8 @@ class Traits(NamedTuple):
         they come, and somebody who finds the key important by then puts it off beyond them. Such a policy has a method
         ``moment(state, slots)``, the clock of that moment for each slot, and, if it needs attention,
         ``important(observation, slots)``, bool ``[tokens, *slots]``. 0 if there is no such number.
+      merges: whether what leaves is merged into what stays, by a method `Policy.merged`. The exact recurrence then goes
+        token by token.
       block: queries that the exact recurrence reads at once, see `corm_jax.core.exact`. Does not change results.
     """
 
@@ -43,6 +45,7 @@ class Traits(NamedTuple):
     whole_prompt: bool = False
     independent: bool = True
     moments: PerHead = 0
+    merges: bool = False
     block: int = 64
 
 
@@ -96,6 +99,22 @@ class Policy:
         """How much each key is worth: without a free slot the lowest is evicted, among equals the oldest.
 
         NaN is as low as -infinity.
+        """
+        raise NotImplementedError
+
+    def merged(
+        self,
+        k: Float[Array, "*slots head_dim"],
+        v: Float[Array, "*slots head_dim"],
+        state: State,
+        slots: Slots,
+        keep: Bool[Array, "*slots"],
+    ) -> tuple[Float[Array, "*slots head_dim"], Float[Array, "*slots head_dim"], State]:
+        """Keys, values and state after the live slots that are not to be kept have been merged into others.
+
+        That is called, if `Traits.merges`, before keys leave, whether `retain` does not keep them or a slot is wanted.
+        What it makes of slots that are not kept does not matter. A newcomer that `retain` refuses leaves at the door:
+        its own query, or chunk, has attended to it, and nobody else.
         """
         raise NotImplementedError
 

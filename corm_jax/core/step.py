@@ -24,6 +24,7 @@ from corm_jax.core.arguments import check_step
 from corm_jax.core.arrays import EMPTY, ENDLESS, broadcasts, iota, narrow
 from corm_jax.core.exact import FOREVER, Block, Room, alive, settle
 from corm_jax.core.form import Form
+from corm_jax.core.layout import as_it_is
 from corm_jax.core.observation import observed
 from corm_jax.core.options import concrete, integer
 from corm_jax.core.policy import Policy
@@ -122,7 +123,7 @@ def read(
         raise CormError(f"chunk {chunk} does not divide a block of {tokens} tokens: pad the block, and say so in count")
     form = Form(encoding, scale, softcap, window, mask)
     policy, cache, q, k, count = _checked(policy, cache, q, k, v, count, form)
-    exact = chunk == 1 and tokens > 1 and not counts_in_cache(policy)
+    exact = chunk == 1 and tokens > 1 and not counts_in_cache(policy) and not policy.traits.merges
     size = min((cache.made and cache.made.block) or policy.traits.block, tokens) if exact else chunk
     blocks = -(-tokens // size)
 
@@ -146,6 +147,56 @@ def read(
     return outputs.reshape(-1, *q.shape[1:])[:tokens], cache, live, passes
 
 
+@broadcasts
+def look(
+    policy: Policy,
+    cache: LayerCache,
+    q: Float[Array, "tokens kv_heads group head_dim"],
+    k: Float[Array, "tokens kv_heads head_dim"],
+    v: Float[Array, "tokens kv_heads head_dim"],
+    count: Int[Array, ""] | SupportsIndex,
+    encoding: Encoding | None = None,
+    *,
+    scale: Any = None,
+    softcap: Any = None,
+    window: Any = None,
+    mask: Callable[[Array, Array], Array] | None = None,
+) -> tuple[Float[Array, "tokens kv_heads group head_dim"], LayerCache]:
+    """Reads a chunk without storing it: it attends, and the policy observes that of the keys that are held.
+
+    That is a second look at a context, as KVzip takes it (arXiv 2505.23416): a model reads something again, or a
+    question about it, and its attention tells which keys matter. Each query sees the live keys and, causally, the
+    chunk, as in `step`. Afterwards the cache holds what it held, at the same clock; only the policy's state of it is
+    another. Nothing is evicted before the next `step`.
+
+    Arguments, and what raises, as for `step`; the chunk takes no slots.
+
+    Returns:
+      The outputs, in the dtype of ``q``, and the cache.
+
+    >>> from corm_jax import H2O, CacheSpec, make_cache
+    >>> policy = H2O(recent=0)
+    >>> cache = make_cache(policy, CacheSpec(kv_heads=1, capacity=3, head_dim=8))
+    >>> q, k = jnp.ones((2, 1, 1, 8)), jnp.ones((2, 1, 8))
+    >>> _, cache = step(policy, cache, q, k, k, 2)
+    >>> _, again = look(policy, cache, q, k, k, 2)                  # all equal: of three keys, then of four
+    >>> again.position.tolist(), np.asarray(again.state - cache.state)[0].round(3)
+    ([[0, 1, -1]], array([0.583, 0.583, 0.   ], dtype=float32))
+    """
+    form = Form(encoding, scale, softcap, window, mask)
+    policy, cache, q, k, count = _checked(policy, cache, q, k, v, count, form)
+    since, tokens, (stores, slots) = cache_lib.clock_of(cache).seen, len(q), cache.position.shape
+    extra = tokens * (cache.layout.kv_heads // stores)
+    wider = cache_lib.insert_chunk(
+        policy, cache_lib.enlarged(cache, extra), *cache_lib.stored(k, v, cache.k.dtype), count
+    )
+    held = _Open(wider, since, tokens, count)
+    output, state = _observed(policy, form, held, q)
+    live = cache.position >= 0  # what was read may have taken free slots
+    state = by_slot(lambda new, old: jnp.where(live, new[..., :slots], old), by_slot(held.back, state), cache.state)
+    return output, cache._replace(state=state)
+
+
 def _checked(policy, cache, q, k, v, count, form):
     policy, count = narrow(policy), check_step(policy, cache, q, k, v, count, form)
     if not counts_in_cache(policy):
@@ -165,10 +216,11 @@ def _one(policy, cache, q, k, v, count, form):
     seen, q, keys, bias = _seen(policy, form, slots, visible, clock, q, cache.k)
     weights, total = attention.softmax(layout, form.logits(layout, q, keys, bias), seen)
     output = attention.output(layout, weights, total, cache.v).astype(q.dtype)
-    weights, total, keys = jax.lax.stop_gradient((weights, total, keys))
-    state = policy.observe(cache.state, observed(layout, weights, total, visible, clock, keys), slots)
+    weights, total, *held = jax.lax.stop_gradient((weights, total, keys, cache.v, q))
+    state = policy.observe(cache.state, observed(layout, weights, total, visible, clock, *held), slots)
     keep = policy.retain(state, slots) | ~real
-    return output, cache._replace(state=state, position=jnp.where(keep, cache.position, EMPTY))
+    cache = cache_lib.merged(policy, cache._replace(state=state), slots, keep)
+    return output, cache._replace(position=jnp.where(keep, cache.position, EMPTY))
 
 
 def _seen(policy, form, slots, visible, clock, q, keys):
@@ -183,9 +235,9 @@ def _seen(policy, form, slots, visible, clock, q, keys):
 class _Open:
     """What a cache holds, newcomers included, as many queries attend to it, and the way back."""
 
-    def __init__(self, cache: LayerCache, since: Array, tokens: int, count: Array):
+    def __init__(self, cache: LayerCache, since: Array, tokens: int, count: Array, paged: bool = True):
         self.cache, self.since, self.tokens = cache, since, tokens
-        opened = cache.layout.opened(cache.position)
+        opened = cache.layout.opened(cache.position) if paged else as_it_is(cache.layout)
         take, self.back = opened.take, opened.back
         self.k, self.v, self.state = take(cache.k, rows=True), take(cache.v, rows=True), by_slot(take, cache.state)
         view = replace(cache_lib.slots(cache), layout=opened.layout, twin=None, arrived=tokens)
@@ -207,7 +259,17 @@ def _several(policy, cache, q, k, v, count, form):
     since, tokens = cache.clock.seen, len(q)
     cache = cache_lib.make_room(policy, cache, count, tokens)
     cache = cache_lib.insert_chunk(policy, cache, *cache_lib.stored(k, v, cache.k.dtype), count)
-    held = _Open(cache, since, tokens, count)
+    held = _Open(cache, since, tokens, count, paged=not policy.traits.merges)
+    output, state = _observed(policy, form, held, q)
+    keep = policy.retain(state, held.slots) | (count == 0)
+    if policy.traits.merges:
+        held.cache = cache_lib.merged(policy, held.cache._replace(state=state), held.slots, keep)
+        state = held.cache.state
+    return output, held.closed(keep, state)
+
+
+def _observed(policy, form, held, q):
+    """What a chunk of queries finds in an open cache, and the policy's state after that."""
     layout = held.slots.layout
     seen, q, keys, bias = _seen(policy, form, held.slots, held.visible, held.clock, q, held.k)
     if watched(policy):
@@ -216,12 +278,10 @@ def _several(policy, cache, q, k, v, count, form):
     else:
         output = attention.attended(layout, q, keys, held.v, seen, form, bias)
         weights = jnp.zeros((q.shape[2], *seen.shape), jnp.float32)
-        total = jnp.ones((q.shape[2], tokens, layout.kv_heads), jnp.float32)
-    weights, total, keys = jax.lax.stop_gradient((weights, total, keys))
-    found = observed(layout, weights, total, held.visible, held.clock, keys)
-    state = policy.observe(held.state, found, held.slots)
-    keep = policy.retain(state, held.slots) | (count == 0)
-    return output.astype(q.dtype), held.closed(keep, state)
+        total = jnp.ones((q.shape[2], len(q), layout.kv_heads), jnp.float32)
+    weights, total, *columns = jax.lax.stop_gradient((weights, total, keys, held.v, q))
+    found = observed(layout, weights, total, held.visible, held.clock, *columns)
+    return output.astype(q.dtype), policy.observe(held.state, found, held.slots)
 
 
 def _exactly(policy, cache, q, k, v, count, form):
@@ -237,9 +297,9 @@ def _exactly(policy, cache, q, k, v, count, form):
     within = form.within(held.clock - 1, held.slots.position)
     bias = form.bias(held.clock - 1, held.slots.position, layout)
     every = form.logits(layout, q, held.k, bias) if watched(policy) else None
-    fixed, keys = jax.lax.stop_gradient((every, held.k))
+    fixed, *columns = jax.lax.stop_gradient((every, held.k, held.v, q))
     softmax: Any = None if fixed is None else partial(attention.softmax, layout, fixed)
-    block = Block(held.slots, held.clock, held.visible, softmax, fixed, keys, within)
+    block = Block(held.slots, held.clock, held.visible, softmax, fixed, *columns, within=within)
     known = policy.traits.moments
     moments = bool(np.min(known) >= tokens) if concrete(known) else made and made.moments
     found = settle(policy, held.state, cache_lib.fresh(policy, spec), block, room, moments)

@@ -41,6 +41,9 @@ class Wrapper(Policy):
     def score(self, state: State, slots: Slots) -> Num[Array, "*slots"]:
         return self.policy.score(state, slots)
 
+    def merged(self, k: Any, v: Any, state: State, slots: Slots, keep: Bool[Array, "*slots"]) -> tuple[Any, Any, State]:
+        return self.policy.merged(k, v, state, slots, keep)
+
     def for_layer(self, layer: int, layers: int) -> Policy:
         return dataclasses.replace(self, policy=self.policy.for_layer(layer, layers))
 

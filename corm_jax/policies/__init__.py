@@ -18,6 +18,7 @@ from corm_jax.policies.profile import Profile
 from corm_jax.policies.protect import Protect, protect
 from corm_jax.policies.pyramidkv import PyramidKV
 from corm_jax.policies.random import Random
+from corm_jax.policies.recorder import Recorder, recorded
 from corm_jax.policies.scissorhands import Scissorhands
 from corm_jax.policies.snapkv import SnapKV
 from corm_jax.policies.streaming_llm import StreamingLLM
@@ -222,6 +223,7 @@ __all__ = [
     "Protect",
     "PyramidKV",
     "Random",
+    "Recorder",
     "Scissorhands",
     "SnapKV",
     "StreamingLLM",
@@ -237,6 +239,7 @@ __all__ = [
     "policy",
     "profile_of",
     "protect",
+    "recorded",
     "size",
     "static",
 ]

@@ -14,14 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from corm_jax.core.arrays import broadcasts, iota
-from corm_jax.core.cache import clock_of, make_cache
+from corm_jax.core.arrays import broadcasts
+from corm_jax.core.cache import make_cache
 from corm_jax.core.types import CacheSpec
 from corm_jax.errors import CormError
 from corm_jax.files import whole_file
 from corm_jax.model.generation import Blocks
 from corm_jax.model.llama import Llama
-from corm_jax.policies import Full
+from corm_jax.policies.recorder import Recorder, recorded
 
 
 class Recorded(NamedTuple):
@@ -76,20 +76,19 @@ def record(
     if x is None or x.shape != (length, config.dim):
         shape = None if x is None else x.shape
         raise CormError(f"x, which enters layer {first}, must have the shape {(length, config.dim)}, not {shape}")
+    recorder = Recorder(group=config.heads // config.kv_heads)
     spec = CacheSpec(config.kv_heads, number * block, config.head_dim, model.dtype)
     padded = np.zeros((number, 1, block, config.dim), np.float32)
     padded.reshape(-1, config.dim)[:length] = x
     progress(first * length)
     for index in range(first, config.layers):
-        cache, parts = make_cache(Full(), spec, batch=1), []
+        cache = make_cache(recorder, spec, batch=1)
         for at, count in enumerate(blocks.count):
             entering = jnp.asarray(padded[at], model.dtype)
-            leaving, cache, *qkv = _layer(model.layers[index], cache, entering, count)
+            leaving, cache = _layer(model.layers[index], recorder, cache, entering, count)
             padded[at] = leaving
-            parts.append([np.asarray(one[0], np.float32) for one in qkv])
             progress(index * length + at * block + int(count[0]))
-        q, k, v = (np.concatenate(one)[:length] for one in zip(*parts, strict=True))
-        yield Recorded(index, q.reshape(length, config.heads, -1), k, v, padded.reshape(-1, config.dim)[:length].copy())
+        yield Recorded(index, *recorded(cache), padded.reshape(-1, config.dim)[:length].copy())
 
 
 def resume(
@@ -119,12 +118,8 @@ def resume(
 
 @partial(jax.jit, donate_argnames="cache")
 @broadcasts
-def _layer(layer, cache, x, count):
-    position = clock_of(cache).seen[:, None] + iota(x.shape[1])[None]
-    q, k, v = layer.attention.project(layer.attention_norm(x))  # once more, for the compiler to merge
-    q, k = (jax.vmap(layer.attention.encoding.rotate)(x, position) for x in (q, k))
-    x, cache, _ = layer(x, cache, Full(), count, x.shape[1])
-    return x, cache, q, k, v
+def _layer(layer, recorder, cache, x, count):
+    return layer(x, cache, recorder, count, x.shape[1])[:2]
 
 
 def _save(state: Path, layers: int, x: np.ndarray) -> None:
