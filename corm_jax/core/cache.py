@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from corm_jax.core.arrays import EMPTY, ENDLESS, anywhere, iota, ordered
+from corm_jax.core.arrays import EMPTY, ENDLESS, anywhere, iota, largest, ordered
 from corm_jax.core.exact import planned
 from corm_jax.core.layout import of_stores
 from corm_jax.core.options import concrete, integer, numbers_of, shown
@@ -184,26 +184,37 @@ def insert(
     the store; among equals the oldest, then that of the first head. Each such loss is counted in ``overflow``.
     """
     view = replace(slots(cache), seen=cache.seen + real.astype(jnp.int32))
-    stores, size = cache.position.shape
-    each = cache.layout.kv_heads // stores
+    kv_heads, (stores, size) = cache.layout.kv_heads, cache.position.shape
+    # Free slots have the lowest rank, and the lowest position. The place tells slots apart: by head, then by number.
     rank = jnp.where(view.live, ordered(policy.rank(cache.state, view)), jnp.iinfo(jnp.int32).min)
-    last = jnp.iinfo(jnp.int32).max
-    taken, slot = jnp.zeros_like(view.live), []
-    for _ in range(each):
-        first = ~taken
-        for key in (rank, cache.position, view.head)[: 3 if each > 1 else 1]:
-            first &= key == jnp.where(first, key, last).min(-1, keepdims=True)
-        # Free slots have the lowest rank, and the lowest position.
-        found = jax.lax.argmin(jnp.where(first, cache.position, last), 1, jnp.int32)
-        taken |= iota(size) == found[:, None]
-        slot.append(found)
+    position, place = cache.position, size * view.head + iota(size)
+    taken, found = jnp.zeros_like(view.live), []
+    for _ in range(kv_heads // stores):
+        found.append(_first_by(rank, position, place))
+        this = place == found[-1][-1][:, None]
+        taken |= this
+        rank, position = (jnp.where(this, largest(key), key) for key in (rank, position))
+    _, held, place = (jnp.stack(key, -1) for key in zip(*found, strict=True))  # [stores, newcomers]
     taken &= real
-    slot = jnp.where(real, jnp.stack(slot, -1), size)  # out of bounds, so dropped
+    slot = jnp.where(real, place % size, size)  # out of bounds, so dropped
     state = jax.tree.map(partial(jnp.where, taken), fresh(policy, spec(cache)), cache.state)
     position = jnp.where(taken, cache.seen, cache.position)
-    overflow = cache.overflow + view.total(taken & view.live)
+    loser = jnp.where(real & (held >= 0), place // size, kv_heads)
+    overflow = cache.overflow + (loser[..., None] == iota(kv_heads)).sum((0, 1), dtype=jnp.int32)
     since, cache = cache.seen, cache._replace(position=position, state=state, seen=view.seen, overflow=overflow)
     return twinned(_written(cache, k[:, None], v[:, None], slot), since, 1)
+
+
+def _first_by(*keys: Int[Array, "stores slots"]) -> tuple[Int[Array, " stores"], ...]:
+    """The keys of the slot that comes first in its store: by the first key, then the next. One pass."""
+
+    def earlier(some, others):
+        before = False
+        for one, other in zip(some[::-1], others[::-1], strict=True):
+            before = (one < other) | ((one == other) & before)
+        return tuple(jnp.where(before, one, other) for one, other in zip(some, others, strict=True))
+
+    return jax.lax.reduce(keys, tuple(largest(key) for key in keys), earlier, (1,))
 
 
 def _written(cache, k, v, slot):
