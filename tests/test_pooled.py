@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corm_jax import CacheSpec, Corm, Full, decode, generate, make_cache, parse, step, usage
+from corm_jax.core.cache import insert
 from corm_jax.core.layout import Apart, Shared
 from corm_jax.core.slots import Slots
 from simulator.subject import Implementation, by_head
@@ -43,6 +44,41 @@ def test_conformance(check):
 @parametrize_checks(*map(parse, FURTHER), implementation=Implementation(stores=1), examples=3)
 def test_conformance_of_further_policies(check):
     check()
+
+
+@pytest.mark.parametrize("stores", [1, 2, 6])
+@pytest.mark.parametrize("live", [0.7, 1.0])
+def test_newcomers_take_free_slots_and_then_the_lowest(stores, live):
+    """Free slots first, then the lowest rank, among equals the oldest, then that of the first head: as sorting says."""
+    rng, policy, kv_heads, least = np.random.default_rng(stores), Corm(window=99, recent=1), 6, -(2**31)
+    cache = make_cache(policy, CacheSpec(kv_heads=kv_heads, capacity=8, head_dim=4, stores=stores))
+    size, each = cache.position.shape[1], kv_heads // stores
+    for _ in range(20):
+        # A head holds a position once. Few ranks and positions, so that there are ties.
+        pairs = np.array([[rng.permutation(each * 9)[:size]] for _ in range(stores)])[:, 0]
+        head = each * np.arange(stores)[:, None] + pairs % each
+        position = np.where(rng.random(pairs.shape) < live, pairs // each, -1)
+        state = rng.choice([least, 0, 1, 2**31 - 1], pairs.shape)
+        layout = cache.layout if stores == kv_heads else Shared(jnp.asarray(head, jnp.int32), kv_heads)
+        held = cache._replace(
+            position=jnp.asarray(position, jnp.int32),
+            state=jnp.asarray(state, jnp.int32),
+            clock=replace(cache.clock, seen=jnp.int32(50)),
+            layout=layout,
+        )
+        news = jnp.arange(4.0 * kv_heads).reshape(kv_heads, 4)
+        found = insert(policy, held, news, news, jnp.bool_(True))
+        order = np.lexsort((head, position, np.where(position < 0, least, state)))[:, :each]
+        store = np.arange(stores)[:, None]
+        lost = np.bincount(head[store, order][position[store, order] >= 0], minlength=kv_heads)
+        position[store, order] = 50
+        state[store, order] = least
+        whose = each * store + np.arange(each)
+        np.testing.assert_array_equal(found.position, position)
+        np.testing.assert_array_equal(found.state, state)
+        np.testing.assert_array_equal(found.overflow, lost)
+        np.testing.assert_array_equal(found.k[store, order], news[whose])
+        np.testing.assert_array_equal(Slots(found.position, 0, 0, found.layout).head[store, order], whose)
 
 
 @settings(max_examples=4)

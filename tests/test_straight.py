@@ -11,12 +11,12 @@ SPEC.loader.exec_module(launches)
 
 # Instructions of two layers and of what is around them, rectangle and pool; some more than there are.
 MOST = {
-    "full": (165, 280),
-    "corm:window=256,recent=256,group=mean,sinks=4": (170, 285),
-    "h2o:recent=256,budget=512,oneshot=true": (210, 335),
-    "tova:budget=512": (220, 350),
-    "scissorhands:budget=512": (430, 710),
-    "streaming_llm:budget=512": (200, 325),
+    "full": (155, 180),
+    "corm:window=256,recent=256,group=mean,sinks=4": (160, 180),
+    "h2o:recent=256,budget=512,oneshot=true": (200, 230),
+    "tova:budget=512": (215, 250),
+    "scissorhands:budget=512": (420, 520),
+    "streaming_llm:budget=512": (190, 220),
 }
 SAMPLING = {"while": 1, "sort": 1, "conditional": 1}
 """Where a token is drawn: the branch for temperatures above 0, and what it does."""

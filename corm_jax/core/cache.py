@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from corm_jax.core.arrays import EMPTY, ENDLESS, anywhere, iota, ordered
+from corm_jax.core.arrays import EMPTY, ENDLESS, anywhere, iota, largest, ordered
 from corm_jax.core.exact import planned
 from corm_jax.core.layout import of_stores
 from corm_jax.core.options import concrete, integer, map_numbers, numbers_in, numbers_of, shown
@@ -179,28 +179,38 @@ def insert(
     """
     since, clock = clock_of(cache).seen, clock_of(cache).after(real)
     view = replace(slots(cache), seen=clock.seen)
-    stores, size = cache.position.shape
-    each = cache.layout.kv_heads // stores
+    kv_heads, (stores, size) = cache.layout.kv_heads, cache.position.shape
+    # Free slots have the lowest score, and the lowest position. The slot tells apart what is equal in all the rest.
     score = jnp.where(view.live, ordered(policy.score(cache.state, view)), jnp.iinfo(jnp.int32).min)
-    last = jnp.iinfo(jnp.int32).max
-    taken, slot = jnp.zeros_like(view.live), []
-    for _ in range(each):
-        first = ~taken
-        for key in (score, cache.position, view.head)[: 3 if each > 1 else 1]:
-            first &= key == jnp.where(first, key, last).min(-1, keepdims=True)
-        # Free slots have the lowest score, and the lowest position.
-        found = jax.lax.argmin(jnp.where(first, cache.position, last), 1, jnp.int32)
-        taken |= iota(size) == found[:, None]
-        slot.append(found)
+    position, slot = cache.position, jnp.broadcast_to(iota(size), cache.position.shape)
+    taken, found = jnp.zeros_like(view.live), []
+    for _ in range(kv_heads // stores):
+        found.append(_first_by(score, position, view.head, slot))
+        this = slot == found[-1][-1][:, None]
+        taken |= this
+        score, position = (jnp.where(this, largest(key), key) for key in (score, position))
+    _, held, head, slot = (jnp.stack(key, -1) for key in zip(*found, strict=True))  # [stores, newcomers]
     taken &= real
     cache = merged(policy, cache, view, ~taken)
-    slot = jnp.where(real, jnp.stack(slot, -1), size)  # out of bounds, so dropped
-    new = fresh(policy, spec(cache))
+    slot, new = jnp.where(real, slot, size), fresh(policy, spec(cache))  # out of bounds, so dropped
     state = by_slot(lambda held, new: jnp.where(taken, new, held), cache.state, new)
     position = jnp.where(taken, since, cache.position)
-    overflow = cache.overflow + view.total(taken & view.live)
+    loser = jnp.where(real & (held >= 0), head, kv_heads)
+    overflow = cache.overflow + (loser[..., None] == iota(kv_heads)).sum((0, 1), dtype=jnp.int32)
     cache = cache._replace(position=position, state=state, clock=clock, overflow=overflow)
     return twinned(_written(cache, k[:, None], v[:, None], slot), since, 1)
+
+
+def _first_by(*keys: Int[Array, "stores slots"]) -> tuple[Int[Array, " stores"], ...]:
+    """The keys of the slot that comes first in its store: by the first key, then the next. One pass."""
+
+    def earlier(some, others):
+        before = False
+        for one, other in zip(some[::-1], others[::-1], strict=True):
+            before = (one < other) | ((one == other) & before)
+        return tuple(jnp.where(before, one, other) for one, other in zip(some, others, strict=True))
+
+    return jax.lax.reduce(keys, tuple(largest(key) for key in keys), earlier, (1,))
 
 
 def merged(policy: Policy, cache: LayerCache, slots: Slots, keep: Bool[Array, "*slots"]) -> LayerCache:

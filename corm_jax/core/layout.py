@@ -230,16 +230,22 @@ class Shared(Layout):
     kv_heads: int
 
     @property
+    def whose(self) -> Int[Array, "stores slots"]:
+        """Whose each slot is, counted from the first head of its store."""
+        stores = self.head.shape[-2]
+        return self.head - self.kv_heads // stores * iota(stores)[:, None]
+
+    @property
     def owned(self) -> Bool[Array, "each stores slots"]:
         """Which slots belong to the first, the second, ... of the heads of their store."""
-        stores = self.head.shape[-2]
-        each = self.kv_heads // stores
-        return self.head - each * iota(stores)[:, None] == iota(each)[:, None, None]
+        return self.whose == iota(self.kv_heads // self.head.shape[-2])[:, None, None]
 
     def spread(self, per_head):
-        stores = self.head.shape[-2]
-        per_store = jnp.moveaxis(per_head.reshape(*per_head.shape[:-1], stores, -1), -1, -2)
-        return jnp.where(self.owned, per_store[..., None], 0).sum(-3, dtype=per_head.dtype)
+        """By selection: a sum over a mask would be a launch of its own, and gathers are slow on a CPU."""
+        shape = *per_head.shape[:-1], *self.head.shape
+        per_store = per_head.reshape(*per_head.shape[:-1], self.head.shape[-2], -1, 1)
+        each = (jnp.broadcast_to(per_store[..., one, :], shape) for one in range(per_store.shape[-2]))
+        return jax.lax.select_n(jnp.broadcast_to(self.whose, shape), *each)
 
     def total(self, per_slot):
         return self._by_head(jnp.where(self.owned, per_slot[..., None, :, :], 0).sum(-1, dtype=per_slot.dtype))
@@ -260,7 +266,12 @@ class Shared(Layout):
         return jnp.asarray(False)
 
     def given(self, slot, head):
-        return Shared(self.head.at[iota(len(slot))[:, None], slot].set(head, mode="drop"), self.kv_heads)
+        if slot.size > self.kv_heads:  # more than a token
+            return Shared(self.head.at[iota(len(slot))[:, None], slot].set(head, mode="drop"), self.kv_heads)
+        whose = self.head
+        for one in range(slot.shape[1]):
+            whose = jnp.where(iota(whose.shape[1]) == slot[:, one, None], head[:, one, None], whose)
+        return Shared(whose, self.kv_heads)
 
     def merged(self, each):
         return Apart(self.kv_heads // each)
@@ -271,8 +282,9 @@ class Shared(Layout):
         stores, slots, _ = k.shape
         rows = q.reshape(tokens, stores, -1, group, head_dim).transpose(1, 2, 3, 0, 4)
         every = product("scd,srd->scr", k, rows.reshape(stores, -1, head_dim))  # keys first: faster on a CPU
-        every = every.reshape(stores, slots, kv_heads // stores, group, tokens).transpose(2, 3, 4, 0, 1)
-        return jnp.where(self.owned[:, None, None], every, 0).sum(0)
+        every = every.reshape(stores, slots, kv_heads // stores, group * tokens)
+        own = jnp.take_along_axis(every, self.whose[..., None, None], 2, mode="promise_in_bounds")
+        return own.reshape(stores, slots, group, tokens).transpose(2, 3, 0, 1)
 
     def weighted(self, weights, v):
         group, tokens, stores, slots = weights.shape
