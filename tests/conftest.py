@@ -11,10 +11,16 @@ import pytest
 
 from corm_jax.command import stopping
 
-# Nearly all of the time goes into compiling programs that run for a moment: LLVM need not polish them. Those of users
-# are polished, so one leg of .ci/run sets CORM_JAX_OPTIMIZED=1 for the tests of decisions.
+# Nearly all of the time goes into compiling programs that run for a moment: LLVM need not polish them, nor MLIR write
+# their kernels, nor several threads share them. Those of users are polished, so one leg of .ci/run sets
+# CORM_JAX_OPTIMIZED=1 for the tests of decisions.
+QUICK = (
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_parallel_codegen_split_count=1",
+)
 if not os.environ.get("CORM_JAX_OPTIMIZED"):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *QUICK])
 
 # What was compiled is kept for other modules and the next run, by each worker alone: JAX writes entries in place.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
