@@ -1,3 +1,4 @@
+import gc
 import json
 import os
 import shutil
@@ -39,6 +40,13 @@ def _strict():
     """No dtype is promoted by accident. (Ranks are, on purpose: leading axes broadcast over the slots.)"""
     with jax.numpy_dtype_promotion("strict"):
         yield
+
+
+def pytest_collection_finish():
+    """What was imported stays, and JAX makes objects by the million: Python need not look through them all the time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
 
 
 @pytest.fixture(autouse=True, scope="module")
