@@ -1,3 +1,4 @@
+import gc
 import json
 import os
 import shutil
@@ -11,10 +12,16 @@ import pytest
 
 from corm_jax.terminal import stopping
 
-# Nearly all of the time goes into compiling programs that run for a moment: LLVM need not polish them. Those of users
-# are polished, so one leg of .ci/run sets CORM_JAX_OPTIMIZED=1 for the tests of decisions.
+# Nearly all of the time goes into compiling programs that run for a moment: LLVM need not polish them, nor MLIR write
+# their kernels, nor several threads share them. Those of users are polished, so one leg of .ci/run sets
+# CORM_JAX_OPTIMIZED=1 for the tests of decisions.
+QUICK = (
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_parallel_codegen_split_count=1",
+)
 if not os.environ.get("CORM_JAX_OPTIMIZED"):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *QUICK])
 
 # What was compiled is kept for other modules and the next run, by each worker alone: JAX writes entries in place.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -33,6 +40,13 @@ def _strict():
     """No dtype is promoted by accident. (Ranks are, on purpose: leading axes broadcast over the slots.)"""
     with jax.numpy_dtype_promotion("strict"):
         yield
+
+
+def pytest_collection_finish():
+    """What was imported stays, and JAX makes objects by the million: Python need not look through them all the time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
 
 
 @pytest.fixture(autouse=True, scope="module")
