@@ -15,11 +15,9 @@ from corm_jax.terminal import stopping
 # Nearly all of the time goes into compiling programs that run for a moment: LLVM need not polish them, nor MLIR write
 # their kernels, nor several threads share them. Those of users are polished, so one leg of .ci/run sets
 # CORM_JAX_OPTIMIZED=1 for the tests of decisions.
-QUICK = (
-    "--xla_backend_optimization_level=0",
-    "--xla_cpu_use_fusion_emitters=false",
-    "--xla_cpu_parallel_codegen_split_count=1",
-)
+QUICK = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
+if jax.__version_info__ < (0, 11):  # later ones do not know it, and end at what they do not know
+    QUICK += ["--xla_cpu_use_fusion_emitters=false"]
 if not os.environ.get("CORM_JAX_OPTIMIZED"):
     os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *QUICK])
 
