@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from corm_jax.core import cache as cache_lib
 from corm_jax.core.arrays import EMPTY, ENDLESS
 from corm_jax.core.layout import Apart
+from corm_jax.core.options import map_numbers
 from corm_jax.core.slots import Slots
-from corm_jax.core.types import CacheSpec, LayerCache
+from corm_jax.core.types import CacheSpec, LayerCache, by_slot
 from corm_jax.core.wrapper import Wrapper
 from corm_jax.policies import policy
 from simulator import invariants
@@ -311,9 +312,7 @@ def head_order(subject: Subject, data: st.DataObject) -> None:
     case = subject.draw(data)
     capacity = None if subject.shares else subject.few
     one = subject.read(case, capacity)
-    other = subject._replace(
-        policy=jax.tree.map(lambda x: x[::-1] if np.shape(x) == (KV_HEADS,) else x, subject.policy)
-    )
+    other = subject._replace(policy=map_numbers(lambda x: x[::-1] if np.shape(x) == (KV_HEADS,) else x, subject.policy))
     q, k, v = (x[:, ::-1] for x in (case.q[:, :, ::-1], case.k, case.v))
     two = other.go_on(other.cache(capacity, case.prompt), q, k, v, case.counts)
     invariants.same_decisions("head_order", one.kept, two.kept[:, ::-1], "in another order of heads", case.clock)
@@ -486,7 +485,7 @@ def _shuffled(cache: LayerCache, rng) -> LayerCache:
     return cache._replace(
         twin=twin,
         k=cache.k[..., order, :], v=cache.v[..., order, :], position=cache.position[..., order],
-        state=jax.tree.map(lambda x: x[..., order], cache.state),
+        state=by_slot(lambda x: x[..., order], cache.state),
         layout=jax.tree.map(lambda x: x[..., order], cache.layout),
     )  # fmt: skip
 
@@ -503,7 +502,7 @@ def _littered(cache: LayerCache, rng) -> LayerCache:
 
     k, v = (jnp.where(empty[..., None], rubbish, x) for rubbish, x in ((jnp.nan, cache.k), (1e30, cache.v)))
     layout = jax.tree.map(lambda head: jnp.where(empty, KV_HEADS - 1 - head, head), cache.layout)
-    return cache._replace(k=k, v=v, state=jax.tree.map(litter, cache.state), layout=layout)
+    return cache._replace(k=k, v=v, state=by_slot(litter, cache.state), layout=layout)
 
 
 def _attended(kept: np.ndarray, case: Case) -> np.ndarray:
@@ -516,12 +515,12 @@ def _attended(kept: np.ndarray, case: Case) -> np.ndarray:
 
 
 def _key_by_key(cache: LayerCache) -> list[np.ndarray]:
-    """The state of live keys, head by head and in the order of the text: ``[..., keys]``, float64."""
+    """The state of live keys, head by head and in the order of the text: ``[..., keys]``, and of heads, float64."""
     position, head = (np.asarray(x).reshape(-1) for x in (cache.position, cache_lib.slots(cache).head))
     order = np.lexsort((position, head))
     order = order[position[order] >= 0]
-    leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(cache.state)]
-    return [leaf.reshape(*leaf.shape[:-2], -1)[..., order] for leaf in leaves]
+    ordered = by_slot(lambda x: np.asarray(x).reshape(*x.shape[:-2], -1)[..., order], cache.state)
+    return [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(ordered)]
 
 
 def _avals(tree) -> list[str]:

@@ -21,6 +21,7 @@ import numpy as np
 from corm_jax.core import cache as cache_lib
 from corm_jax.core.arrays import iota
 from corm_jax.core.attention import attend
+from corm_jax.core.options import numbers_in
 from corm_jax.core.policy import EVERYTHING, Policy, Traits
 from corm_jax.core.types import CacheSpec, OfHead, by_slot
 from corm_jax.policies import Full
@@ -103,6 +104,7 @@ def _check_dataclass(name: str, policy: Any) -> None:
 
 def _check_pytree(name: str, policy: Any) -> Any:
     """Checks what JAX makes of it. Returns what tells it from others for which JAX traces other programs."""
+    numbers = numbers_in(policy)
     for path, leaf in jax.tree_util.tree_leaves_with_path(policy):
         field = f"{name}{jax.tree_util.keystr(path)}"
         if not isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float) or not _numeric(leaf):
@@ -111,7 +113,7 @@ def _check_pytree(name: str, policy: Any) -> Any:
                 f"is {leaf!r}, no number: make it static, as corm_jax.core.options.choice does, or a field with "
                 'metadata={"static": True}',
             )
-        if np.shape(leaf) not in ((), (KV_HEADS,)):
+        if jax.tree_util.keystr(path).lstrip(".") in numbers and np.shape(leaf) not in ((), (KV_HEADS,)):
             _refuse(
                 field,
                 f"has the shape {np.shape(leaf)}: give a number, or one for each of the {KV_HEADS} key-value heads of "

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,9 @@ import pytest
 
 import corm_jax as cj
 from corm_jax import CormError
-from corm_jax.policies import choice, number, size, static
+from corm_jax.core.cache import per_layer
+from corm_jax.policies import choice, number, size, static, weights
+from simulator.construction import check_construction
 from simulator.replay import replay, sweep
 from simulator.specification import fields_of
 from simulator.subject import Implementation
@@ -144,6 +147,41 @@ def test_policies_of_users_are_checked_likewise():
 
     refused("recent must be a whole number from 1", Stricter, recent=np.array([1, -1]))
     refused("more than 2 recent ones", Stricter, recent=np.int64(3))
+
+
+@cj.policy
+class Trained(cj.Policy):
+    """Keys score by a product with weights, whose axes look like layers and heads and are neither."""
+
+    net: Any = weights("[kinds, head_dim]")
+    recent: int = number(2, "newest that stay", least=1)
+
+    @property
+    def traits(self):
+        return cj.Traits(protected=self.recent, recent=self.recent, needs=("keys",))
+
+    def init(self, spec):
+        return jnp.zeros(spec.slots, jnp.float32)
+
+    def observe(self, state, observation, slots):
+        return (observation.keys.astype(jnp.float32) @ self.net["w"].T).max(-1)
+
+    def score(self, state, slots):
+        return jnp.where(slots.newest(self.recent), jnp.inf, state)
+
+
+def test_weights_are_no_numbers_of_layers_and_heads():
+    """Though their axes could be; beside them, numbers are what they were, and gradients reach them."""
+    net = {"w": jnp.ones((3, 8)), "b": jnp.zeros(2)}
+    inside = cj.budget(cj.protect(Trained(net=net, recent=[[1, 2], [3, 4]]), sinks=1), 6)
+    one, other = per_layer(inside, 2)
+    assert (one.policy.policy.recent.tolist(), other.policy.policy.recent.tolist()) == ([1, 2], [3, 4])
+    np.testing.assert_array_equal(one.policy.policy.net["w"], net["w"])
+    cache = cj.make_cache(one, cj.CacheSpec(kv_heads=2, capacity=8, head_dim=8))
+    x = jnp.ones((1, 2, 8))
+    assert cj.step(one, cache, x[:, :, None], x, x, 1)[1].position.shape == (2, 8)
+    check_construction(Trained(net={"w": jnp.ones((3, 16))}))
+    refused("policy.policy.recent of shape", cj.make_cache, inside, cj.CacheSpec(kv_heads=2, capacity=8, head_dim=8))
 
 
 # --- D.2: numbers

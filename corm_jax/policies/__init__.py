@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from corm_jax.core.options import choice, number, policy, size, static
+from corm_jax.core.options import choice, number, policy, size, static, weights
 from corm_jax.core.policy import Policy
 from corm_jax.errors import CormError
 from corm_jax.policies.adakv import AdaKV
@@ -242,4 +242,5 @@ __all__ = [
     "recorded",
     "size",
     "static",
+    "weights",
 ]
