@@ -172,6 +172,7 @@ def _row(spec: str, reading: Reading, scored_from: int, rows: list[dict[str, Any
         "kv_bytes_live": reading.usage.bytes_live,
         "kv_bytes_allocated": reading.usage.bytes_allocated,
         "overflow": int(reading.usage.overflow.sum()),
+        "passes": reading.passes,
         "seconds": reading.seconds,
         "kept_per_layer": reading.kept_per_layer.tolist(),
     }

@@ -100,8 +100,8 @@ def blocks(model: Llama, policy: Policy, tokens: Sequence[int], prompt: int | No
 
 @partial(jax.jit, static_argnames="chunk", donate_argnames="caches")
 def _read(model, policy, caches, tokens, count, *, chunk):
-    x, caches, live = model(policy, caches, tokens, count, chunk=chunk)
-    return jax.nn.log_softmax(model.logits(x)[0]), live[:, 0], caches
+    x, caches, course = model(policy, caches, tokens, count, chunk=chunk)
+    return jax.nn.log_softmax(model.logits(x)[0]), course.live[:, 0], caches
 
 
 @jax.jit

@@ -7,7 +7,7 @@ RMSNorm, rotary positions, grouped-query attention over slots, SwiGLU. The modul
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from corm_jax.core import cache, positions, step
 from corm_jax.core.arguments import check_caches, check_count
-from corm_jax.core.arrays import broadcasts
+from corm_jax.core.arrays import broadcasts, iota
 from corm_jax.core.options import integer
 from corm_jax.core.policy import Policy
 from corm_jax.core.types import Caches, CacheSpec, Capacity, LayerCache
@@ -85,12 +85,15 @@ class Attention(nnx.Module):
         Float[Array, "batch tokens dim"],
         LayerCache,
         Int[Array, "batch chunks kv_heads"],
-        Int[Array, "batch blocks"],
+        Float[Array, " batch"],
     ]:
         batch, tokens, _ = x.shape
         read = jax.vmap(partial(step.read, chunk=chunk), in_axes=(None, 0, 0, 0, 0, 0, None))
         output, cache, live, passes = read(policy, cache, *self.project(x), count, self.encoding)
-        return self.out(output.reshape(batch, tokens, -1)), cache, live, passes
+        blocks = passes.shape[1]
+        some = iota(blocks) * -(-tokens // blocks) < count[:, None]  # blocks with tokens
+        mean = jnp.where(some, passes, 0).astype(jnp.float32).sum(1) / jnp.maximum(some.sum(1), 1).astype(jnp.float32)
+        return self.out(output.reshape(batch, tokens, -1)), cache, live, mean
 
     @property
     def encoding(self) -> positions.Rotary:
@@ -133,9 +136,22 @@ class Layer(nnx.Module):
         self.feed_forward_norm, self.feed_forward = _Norm(config, dtype, rngs), FeedForward(config, dtype, rngs)
 
     def __call__(self, x, cache, policy, count, chunk):
-        output, cache, live, _ = self.attention(self.attention_norm(x), cache, policy, count, chunk)
+        output, cache, live, passes = self.attention(self.attention_norm(x), cache, policy, count, chunk)
         x = x + output
-        return x + self.feed_forward(self.feed_forward_norm(x)), cache, live
+        return x + self.feed_forward(self.feed_forward_norm(x)), cache, live, passes
+
+
+class Course(NamedTuple):
+    """What became of a block of tokens on its way through the caches.
+
+    Attributes:
+      live: int32 ``[layer, batch, chunks, kv_heads]``, live keys after each chunk.
+      passes: float32 ``[layer, batch]``, how often a block of the exact recurrence attended until its evictions were
+        settled (`corm_jax.core.exact`), on average over those with tokens; in chunks 1.
+    """
+
+    live: Int[Array, "layer batch chunks kv_heads"]
+    passes: Float[Array, "layer batch"]
 
 
 class Llama(nnx.Module):
@@ -145,8 +161,8 @@ class Llama(nnx.Module):
     >>> config = Config(vocab=100, dim=32, hidden=64, layers=2, heads=4, kv_heads=2, head_dim=8)
     >>> model, policy = Llama(config, rngs=nnx.Rngs(0)), Corm(window=4, recent=2)
     >>> caches = model.make_caches(policy, batch=1, capacity=16)
-    >>> x, caches, live = model(policy, caches, jnp.arange(12)[None], jnp.array([12]), chunk=1)
-    >>> model.logits(x).shape, live.shape      # live keys [layer, batch, chunks, kv_heads]
+    >>> x, caches, course = model(policy, caches, jnp.arange(12)[None], jnp.array([12]), chunk=1)
+    >>> model.logits(x).shape, course.live.shape      # live keys [layer, batch, chunks, kv_heads]
     ((1, 12, 100), (2, 1, 12, 2))
     """
 
@@ -196,7 +212,7 @@ class Llama(nnx.Module):
         count: Int[Array, " batch"],
         *,
         chunk: int,
-    ) -> tuple[Float[Array, "batch tokens dim"], Caches, Int[Array, "layer batch chunks kv_heads"]]:
+    ) -> tuple[Float[Array, "batch tokens dim"], Caches, Course]:
         """Reads a block of tokens through the caches.
 
         Args:
@@ -208,7 +224,7 @@ class Llama(nnx.Module):
           chunk: tokens between evictions; it divides the number of tokens. 1 is the exact recurrence.
 
         Returns:
-          Hidden states for `logits`, the caches, and the number of live keys after each chunk.
+          Hidden states for `logits`, the caches, and what became of the block.
 
         Raises:
           CormError: for caches of another model, policy or batch.
@@ -220,12 +236,13 @@ class Llama(nnx.Module):
         check_caches(policies, caches, config.kv_heads, config.head_dim, batch=len(tokens))
         count = check_count(count, *tokens.shape)
         x = self.embed(tokens)
-        updated, live = [], []
+        updated, live, passes = [], [], []
         for layer, cache_in, one in zip(self.layers, caches, policies, strict=True):
-            x, cache_out, live_in_layer = layer(x, cache_in, one, count, chunk)
+            x, cache_out, live_in_layer, passes_in_layer = layer(x, cache_in, one, count, chunk)
             updated.append(cache_out)
             live.append(live_in_layer)
-        return self.norm(x), Caches.of(updated), jnp.stack(live)
+            passes.append(passes_in_layer)
+        return self.norm(x), Caches.of(updated), Course(jnp.stack(live), jnp.stack(passes))
 
     @broadcasts
     def logits(self, x: Float[Array, "... dim"]) -> Float[Array, "... vocab"]:

@@ -28,6 +28,8 @@ class Reading(NamedTuple):
       live: int32 ``[layer, chunks, kv_heads]``, live keys after each chunk.
       seen: int32 ``[chunks]``, tokens read by then.
       usage: the caches at the end.
+      passes: how often a block of the exact recurrence attended until its evictions were settled, mean over blocks and
+        layers; 1 in chunks.
       seconds: wall time without compilation.
     """
 
@@ -35,6 +37,7 @@ class Reading(NamedTuple):
     live: np.ndarray
     seen: np.ndarray
     usage: Usage
+    passes: float
     seconds: float
 
     @property
@@ -88,13 +91,14 @@ def read(
     # A block without tokens changes nothing, but it compiles: the clock starts after it.
     _, _, caches = _score(model, policy, caches, blocks[:1], targets[:1], np.zeros(1, np.int32), chunk=chunk)
     jax.block_until_ready(caches)
-    started, scores, live, seen = time.perf_counter(), [], [], [0]
+    started, scores, live, passes, seen = time.perf_counter(), [], [], [], [0]
     for index, count in enumerate(counts):
         here = slice(index, index + 1)
-        nll, live_in_block, caches = _score(model, policy, caches, blocks[here], targets[here], count, chunk=chunk)
+        nll, course, caches = _score(model, policy, caches, blocks[here], targets[here], count, chunk=chunk)
         read_ = int(count[0])
         scores.append(np.asarray(nll[0, :read_]))
-        live.append(np.asarray(live_in_block[:, 0, : -(-read_ // chunk)]))
+        live.append(np.asarray(course.live[:, 0, : -(-read_ // chunk)]))
+        passes.append(np.asarray(course.passes[:, 0]).mean())
         check(caches)
         seen += [seen[-1] + min(done, read_) for done in range(chunk, read_ + chunk, chunk)]
         progress(seen[-1])
@@ -105,7 +109,8 @@ def read(
         raise CormError(
             f"the model's prediction of token {where} is not a number: are the weights sound in this dtype?"
         )
-    return Reading(nll, np.concatenate(live, axis=1), np.array(seen[1:]), cache.usage(caches), seconds)
+    usage, passed = cache.usage(caches), float(np.mean(passes))
+    return Reading(nll, np.concatenate(live, axis=1), np.array(seen[1:]), usage, passed, seconds)
 
 
 def cut(
@@ -128,6 +133,6 @@ def cut(
 @partial(jax.jit, static_argnames="chunk", donate_argnames="caches")
 @broadcasts
 def _score(model, policy, caches, tokens, targets, count, *, chunk):
-    x, caches, live = model(policy, caches, tokens, count, chunk=chunk)
+    x, caches, course = model(policy, caches, tokens, count, chunk=chunk)
     log_probability = jax.nn.log_softmax(model.logits(x))
-    return -jnp.take_along_axis(log_probability, targets[..., None], axis=-1)[..., 0], live, caches
+    return -jnp.take_along_axis(log_probability, targets[..., None], axis=-1)[..., 0], course, caches
