@@ -18,7 +18,8 @@ from corm_jax.core.layout import Apart, Shared
 from corm_jax.core.slots import Slots
 from simulator.subject import Implementation, by_head
 from simulator.testing import parametrize_checks
-from tests.heads import slots_of
+from tests.drive import TOKENS, in_cache, in_numpy
+from tests.heads import chunks_of, slots_of
 from tests.models import tiny
 
 MODEL = tiny()
@@ -37,6 +38,9 @@ FURTHER = [
 ]
 
 
+SHARING = [*SLOTS, *FURTHER, "streaming_llm:sinks=2,budget=6", "l2norm:budget=5", "snapkv:budget=6,window=3", "full"]
+
+
 @parametrize_checks(*map(parse, SLOTS), implementation=Implementation(stores=1), examples=4)
 def test_conformance(check):
     check()
@@ -45,6 +49,26 @@ def test_conformance(check):
 @parametrize_checks(*map(parse, FURTHER), implementation=Implementation(stores=1), examples=3)
 def test_conformance_of_further_policies(check):
     check()
+
+
+@pytest.mark.parametrize("spec", SHARING)
+@pytest.mark.parametrize("chunk", [1, 3])
+@pytest.mark.parametrize("capacity", [TOKENS, 7])
+def test_two_stores_of_two_heads_each(spec, chunk, capacity):
+    """Heads share a store with their neighbour alone: keys, overflow and outputs of the specification."""
+    rng, counts = np.random.default_rng(len(spec)), chunks_of(TOKENS, chunk)
+    shapes = (TOKENS, 4, 2, 4), (TOKENS, 4, 4), (TOKENS, 4, 4)
+    q, k, v = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
+    q *= 1 + np.arange(4, dtype=np.float32)[:, None, None] / 2  # heads that keep differently many
+    capacity = TOKENS if capacity < TOKENS and parse(spec).traits.whole_prompt else capacity
+    how = {"capacity": capacity, "stores": 2, "prompts": {0: 14}}
+    outputs, held, cache = in_cache(parse(spec), q, k, v, counts, **how)
+    expected = in_numpy(parse(spec), q, k, v, counts, **how)
+    assert min(reading.margin for reading in expected) > 1e-5
+    for head, reading in enumerate(expected):
+        assert held[head] == reading.kept
+        assert int(cache.overflow[head]) == reading.overflow
+        np.testing.assert_allclose(outputs[:, head], reading.outputs, atol=2e-5)
 
 
 @pytest.mark.parametrize("stores", [1, 2, 6])
