@@ -5,10 +5,11 @@
 """
 
 from corm_jax.core.attention import attend
-from corm_jax.core.cache import begin_prompt, end_prompt, make_cache, usage
+from corm_jax.core.cache import make_cache, usage
 from corm_jax.core.observation import Observation
 from corm_jax.core.policy import Policy, Traits
 from corm_jax.core.positions import ALiBi, Rope, Rotary
+from corm_jax.core.prompt import begin_prompt, end_prompt
 from corm_jax.core.slots import Slots
 from corm_jax.core.step import look, step
 from corm_jax.core.types import Caches, CacheSpec, Clock, LayerCache, OfHead, Usage

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from corm_jax.core.cache import slots_for
+from corm_jax.core.capacity import slots_for
 from corm_jax.core.policy import Policy
 from corm_jax.errors import CormError
 from corm_jax.files import check_new, deliver, finish, write_json

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from corm_jax.core.cache import per_layer
+from corm_jax.core.capacity import per_layer
 from corm_jax.errors import CormError
 from corm_jax.policies import parse
 from corm_jax.policies.plan import Plan

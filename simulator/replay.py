@@ -22,10 +22,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from corm_jax.core.cache import per_layer, prompt_of, slots_for
+from corm_jax.core.capacity import per_layer, slots_for
 from corm_jax.core.exact import FOREVER, planned
 from corm_jax.core.options import is_share, numbers_in, whole
 from corm_jax.core.policy import Policy
+from corm_jax.core.prompt import prompt_of
 from corm_jax.core.step import counts_in_cache
 from corm_jax.core.wrapper import name_of
 from corm_jax.errors import CormError

@@ -17,7 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from corm_jax.core.cache import begin_prompt, make_cache, per_layer
+from corm_jax.core.cache import make_cache
+from corm_jax.core.capacity import per_layer
+from corm_jax.core.prompt import begin_prompt
 from corm_jax.core.step import step
 from corm_jax.core.types import CacheSpec
 from corm_jax.policies import POLICIES, Budget, Oneshot, Protect, budget

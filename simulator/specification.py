@@ -9,8 +9,8 @@ import jax
 import numpy as np
 
 from corm_jax import policies
-from corm_jax.core.cache import whole_prompt
 from corm_jax.core.policy import Policy
+from corm_jax.core.prompt import whole_prompt
 from corm_jax.errors import CormError
 from simulator import rules
 from simulator.reference import Reading, corm_messages

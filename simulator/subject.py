@@ -11,7 +11,8 @@ import numpy as np
 from hypothesis import strategies as st
 
 from corm_jax.core.arrays import EMPTY, ENDLESS, iota
-from corm_jax.core.cache import begin_prompt, make_cache, slots
+from corm_jax.core.cache import make_cache, slots
+from corm_jax.core.prompt import begin_prompt
 from corm_jax.core.step import step
 from corm_jax.core.types import CacheSpec, LayerCache
 from corm_jax.policies import oneshot

@@ -9,6 +9,7 @@ import numpy as np
 
 from corm_jax.core import cache
 from corm_jax.core.arrays import ENDLESS
+from corm_jax.core.prompt import begin_prompt
 from corm_jax.core.step import step
 from corm_jax.core.types import CacheSpec
 from simulator import rules
@@ -56,7 +57,7 @@ def in_cache(policy, q, k, v, counts, *, capacity=TOKENS + CHUNK, stores=None, p
 @partial(jax.jit, static_argnames=("chunk", "capacity", "stores", "step"))
 def _in_cache(policy, q, k, v, counts, ends, start, *, chunk, capacity, stores, step):
     layer = cache.make_cache(policy, CacheSpec(k.shape[1], capacity, k.shape[2], k.dtype, stores))
-    layer = cache.begin_prompt(layer, 1)  # where it really ends is set below, before each step
+    layer = begin_prompt(layer, 1)  # where it really ends is set below, before each step
 
     def body(carry, xs):
         layer, at = carry

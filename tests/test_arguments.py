@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import corm_jax as cj
-from corm_jax.core.cache import slots_for
+from corm_jax.core.capacity import slots_for
 from corm_jax.core.wrapper import Wrapper
 from corm_jax.runs.perplexity import read
 from simulator.testing import check_policy

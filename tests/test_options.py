@@ -11,7 +11,7 @@ import pytest
 
 import corm_jax as cj
 from corm_jax import CormError
-from corm_jax.core.cache import per_layer
+from corm_jax.core.capacity import per_layer
 from corm_jax.policies import choice, number, size, static, weights
 from simulator.construction import check_construction
 from simulator.replay import replay, sweep

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from corm_jax import TOVA, AdaKV, Corm, CormError, Random, Scissorhands, SnapKV, budget, oneshot, parse, protect
-from corm_jax.core.cache import slots_for
+from corm_jax.core.capacity import slots_for
 from corm_jax.policies import POLICIES, Budget, Protect, keys_of, on_budget
 from corm_jax.traces.trace import Trace
 from simulator.replay import replay, sweep

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corm_jax import CacheSpec, Corm, Full, decode, generate, make_cache, parse, step, usage
-from corm_jax.core.cache import insert
 from corm_jax.core.layout import Apart, Shared
 from corm_jax.core.slots import Slots
+from corm_jax.core.storing import insert
 from simulator.subject import Implementation, by_head
 from simulator.testing import parametrize_checks
 from tests.drive import TOKENS, in_cache, in_numpy

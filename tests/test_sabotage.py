@@ -24,7 +24,7 @@ from corm_jax import (
     protect,
     step,
 )
-from corm_jax.core import attention, cache
+from corm_jax.core import attention, cache, storing
 from corm_jax.core.arrays import EMPTY
 from corm_jax.core.types import CacheSpec
 from corm_jax.core.wrapper import Wrapper
@@ -340,8 +340,8 @@ class AllAlike(Full):
 
 def insert(policy, one, k, v, count):
     """Stores a chunk, as `corm_jax.step` does."""
-    one = cache.make_room(policy, one, count, len(k))
-    return cache.insert_chunk(policy, one, *cache.stored(k, v, one.k.dtype), count)
+    one = storing.make_room(policy, one, count, len(k))
+    return storing.insert_chunk(policy, one, *storing.stored(k, v, one.k.dtype), count)
 
 
 def evict(policy, one, allowed):

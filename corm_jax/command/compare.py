@@ -13,7 +13,8 @@ import numpy as np
 from corm_jax.command import inputs
 from corm_jax.command.options import DEFAULT_POLICY, model_options, text_option
 from corm_jax.command.sizes import Sizes, cache_options
-from corm_jax.core.cache import check_prompt, prompt_of, slots_for
+from corm_jax.core.capacity import slots_for
+from corm_jax.core.prompt import check_prompt, prompt_of
 from corm_jax.errors import CormError
 from corm_jax.evaluation import plots
 from corm_jax.files import check_new, deliver, finish, write_json

@@ -14,7 +14,7 @@ import numpy as np
 
 from corm_jax.command import inputs
 from corm_jax.command.options import model_options, texts_options
-from corm_jax.core.cache import slots_for
+from corm_jax.core.capacity import slots_for
 from corm_jax.core.policy import Policy
 from corm_jax.errors import CormError
 from corm_jax.evaluation import agreement as agreements

@@ -7,7 +7,8 @@ import click
 from corm_jax.command import inputs
 from corm_jax.command.options import DEFAULT_POLICY, model_options
 from corm_jax.command.sizes import Sizes, cache_options
-from corm_jax.core.cache import slots_for, usage
+from corm_jax.core.cache import usage
+from corm_jax.core.capacity import slots_for
 from corm_jax.errors import CormError
 from corm_jax.evaluation.texts import read_text
 from corm_jax.model.generation import stream

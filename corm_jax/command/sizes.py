@@ -11,7 +11,7 @@ import click
 import jax
 
 from corm_jax.core.arrays import ENDLESS
-from corm_jax.core.cache import per_layer_capacity, slots_for
+from corm_jax.core.capacity import per_layer_capacity, slots_for
 from corm_jax.core.policy import Policy
 from corm_jax.core.types import Capacity
 from corm_jax.errors import CormError

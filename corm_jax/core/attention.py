@@ -43,7 +43,7 @@ def attend(
     zeros.
 
     What a query does not see does not reach it: no key of an invisible slot, whatever it holds, and no value as long as
-    it is finite, as those of a cache are (`corm_jax.core.cache.stored`). A query that has no softmax, since a logit
+    it is finite, as those of a cache are (`corm_jax.core.storing.stored`). A query that has no softmax, since a logit
     that it sees is NaN or +infinity, returns NaN, and policies see that it attended to nothing: weights of 0.
 
     The function is differentiable, forwards and backwards, with respect to ``q``, ``k`` and ``v``.

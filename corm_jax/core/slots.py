@@ -22,7 +22,7 @@ PerHead: TypeAlias = Any
 """A number, or one for each head: of Python, NumPy or JAX, and possibly traced.
 
 ``[kv_heads]`` for one layer. A policy for a whole model may have ``[layers, kv_heads]``:
-`corm_jax.core.cache.per_layer`.
+`corm_jax.core.capacity.per_layer`.
 """
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from corm_jax.core import attention
+from corm_jax.core import attention, storing
 from corm_jax.core import cache as cache_lib
 from corm_jax.core.arguments import check_step
 from corm_jax.core.arrays import EMPTY, ENDLESS, broadcasts, iota, narrow
@@ -51,7 +51,7 @@ def step(
     """One chunk through one layer of one sequence: insert, attend, observe, evict.
 
     Numbers that are not finite stay in their row of a batch and in their head. A query that sees a key or a value that
-    is not finite gets NaN (see `attend`, `corm_jax.core.cache.stored`); queries before it do not, nor do those after
+    is not finite gets NaN (see `attend`, `corm_jax.core.storing.stored`); queries before it do not, nor do those after
     the key's eviction. To other heads it matters only where heads share: the slots of a store that overflows, Ada-KV's
     budget, and TOVA's mean, in which it counts as 0.
 
@@ -187,9 +187,7 @@ def look(
     policy, cache, q, k, count = _checked(policy, cache, q, k, v, count, form)
     since, tokens, (stores, slots) = cache_lib.clock_of(cache).seen, len(q), cache.position.shape
     extra = tokens * (cache.layout.kv_heads // stores)
-    wider = cache_lib.insert_chunk(
-        policy, cache_lib.enlarged(cache, extra), *cache_lib.stored(k, v, cache.k.dtype), count
-    )
+    wider = storing.insert_chunk(policy, storing.enlarged(cache, extra), *storing.stored(k, v, cache.k.dtype), count)
     held = _Open(wider, since, tokens, count)
     output, state = _observed(policy, form, held, q)
     live = cache.position >= 0  # what was read may have taken free slots
@@ -209,8 +207,8 @@ def _checked(policy, cache, q, k, v, count, form):
 def _one(policy, cache, q, k, v, count, form):
     """One token: a straight line, without loops, sorts, or copies of what is held."""
     real, clock = count > 0, (cache.clock.seen + 1)[None, None, None]
-    k, v = cache_lib.stored(k, v, cache.k.dtype)
-    cache = cache_lib.insert(policy, cache, k[:, 0], v[:, 0], real)
+    k, v = storing.stored(k, v, cache.k.dtype)
+    cache = storing.insert(policy, cache, k[:, 0], v[:, 0], real)
     slots, layout = replace(cache_lib.slots(cache), arrived=1), cache.layout
     visible = (slots.live & real)[None]
     seen, q, keys, bias = _seen(policy, form, slots, visible, clock, q, cache.k)
@@ -219,7 +217,7 @@ def _one(policy, cache, q, k, v, count, form):
     weights, total, *held = jax.lax.stop_gradient((weights, total, keys, cache.v, q))
     state = policy.observe(cache.state, observed(layout, weights, total, visible, clock, *held), slots)
     keep = policy.retain(state, slots) | ~real
-    cache = cache_lib.merged(policy, cache._replace(state=state), slots, keep)
+    cache = storing.merged(policy, cache._replace(state=state), slots, keep)
     return output, cache._replace(position=jnp.where(keep, cache.position, EMPTY))
 
 
@@ -250,20 +248,20 @@ class _Open:
         """The cache with the keys that are to be kept, without ``extra`` slots at the end of its stores."""
         position = jnp.where(self.back(keep), self.cache.position, EMPTY)
         cache = self.cache._replace(position=position, state=by_slot(self.back, state))
-        cache = cache_lib.shrunk(cache, extra) if extra else cache
-        return cache_lib.twinned(cache, self.since, self.tokens)
+        cache = storing.shrunk(cache, extra) if extra else cache
+        return storing.twinned(cache, self.since, self.tokens)
 
 
 def _several(policy, cache, q, k, v, count, form):
     """A chunk: room is made before, and keys are evicted after it."""
     since, tokens = cache.clock.seen, len(q)
-    cache = cache_lib.make_room(policy, cache, count, tokens)
-    cache = cache_lib.insert_chunk(policy, cache, *cache_lib.stored(k, v, cache.k.dtype), count)
+    cache = storing.make_room(policy, cache, count, tokens)
+    cache = storing.insert_chunk(policy, cache, *storing.stored(k, v, cache.k.dtype), count)
     held = _Open(cache, since, tokens, count, paged=not policy.traits.merges)
     output, state = _observed(policy, form, held, q)
     keep = policy.retain(state, held.slots) | (count == 0)
     if policy.traits.merges:
-        held.cache = cache_lib.merged(policy, held.cache._replace(state=state), held.slots, keep)
+        held.cache = storing.merged(policy, held.cache._replace(state=state), held.slots, keep)
         state = held.cache.state
     return output, held.closed(keep, state)
 
@@ -290,8 +288,8 @@ def _exactly(policy, cache, q, k, v, count, form):
     stores, size = cache.position.shape
     room = None if made and made.roomy else Room(size, spec.kv_heads // stores)
     extra = 0 if room is None else tokens * room.heads
-    cache = cache_lib.enlarged(cache, extra) if extra else cache
-    cache = cache_lib.insert_chunk(policy, cache, *cache_lib.stored(k, v, cache.k.dtype), count)
+    cache = storing.enlarged(cache, extra) if extra else cache
+    cache = storing.insert_chunk(policy, cache, *storing.stored(k, v, cache.k.dtype), count)
     held = _Open(cache, since, tokens, count)
     layout = held.slots.layout
     within = form.within(held.clock - 1, held.slots.position)

@@ -117,7 +117,7 @@ class LayerCache(NamedTuple):
 
     Attributes:
       k, v: ``[*slots, head_dim]``, keys rotated at their positions, unless the policy counts ``positions`` within the
-        cache. Values are finite, those of empty slots too: see `corm_jax.core.cache.stored`.
+        cache. Values are finite, those of empty slots too: see `corm_jax.core.storing.stored`.
       position: int32 ``[*slots]``, `EMPTY` where no key is.
       state: the policy's state.
       overflow: int32 ``[kv_heads]``, keys that were evicted because no slot was free.

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from corm_jax.core.cache import expect, prompt_of, slots_for, usage
+from corm_jax.core.cache import usage
+from corm_jax.core.capacity import slots_for
 from corm_jax.core.policy import Policy
+from corm_jax.core.prompt import expect, prompt_of
 from corm_jax.core.types import Caches, Usage
 from corm_jax.model.llama import Llama
 from corm_jax.policies import Full

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from corm_jax.core.cache import per_layer_capacity, usage
+from corm_jax.core.cache import usage
+from corm_jax.core.capacity import per_layer_capacity
 from corm_jax.core.policy import Policy
 from corm_jax.core.types import Caches, Capacity, Usage
 from corm_jax.model.generation import STRETCH, decode, prefill

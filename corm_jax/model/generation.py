@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from corm_jax.core import cache
 from corm_jax.core.arguments import Prompts, check_batch, check_caches, prompts_of
 from corm_jax.core.arrays import broadcasts, iota
+from corm_jax.core.capacity import capacities, per_layer, slots_for
 from corm_jax.core.options import integer, one_of, real
 from corm_jax.core.policy import Policy
+from corm_jax.core.prompt import check_clock, check_prompt, end_prompt, expect
 from corm_jax.core.types import Caches, Capacity
 from corm_jax.errors import CacheOverflowError
 from corm_jax.model.llama import Llama
@@ -95,17 +96,17 @@ def prefill(
     one_of("overflow", overflow, OVERFLOW)
     blocks = Blocks.cut(prompts, model.config.vocab, chunk)
     lengths, config = blocks.count.sum(0, dtype=np.int32), model.config
-    policies = cache.per_layer(policy, config.layers)
+    policies = per_layer(policy, config.layers)
     check_caches(policies, caches, config.kv_heads, config.head_dim, batch=len(lengths))
-    cache.check_prompt(policies, cache.capacities(caches), int(lengths.max()))
-    cache.check_clock(caches, lengths)
+    check_prompt(policies, capacities(caches), int(lengths.max()))
+    check_clock(caches, lengths)
     check = watch(caches, overflow)
-    caches = cache.expect(policies, caches, lengths, lengths)
+    caches = expect(policies, caches, lengths, lengths)
     logits = jnp.zeros((len(lengths), config.vocab), jnp.float32)
     for index, count in enumerate(blocks.count):
         logits, caches = _prefill_block(model, policy, caches, logits, blocks.tokens[:, index], count, chunk=chunk)
         check(caches)
-    return logits, cache.end_prompt(caches)
+    return logits, end_prompt(caches)
 
 
 @partial(jax.jit, static_argnames="chunk", donate_argnames="caches")
@@ -204,9 +205,9 @@ def stream(
     one_of("overflow", overflow, OVERFLOW)
     rows = prompts_of(prompts, model.config.vocab)
     length = max(map(len, rows)) + new
-    capacity = cache.slots_for(policy, capacity, length, chunk)
+    capacity = slots_for(policy, capacity, length, chunk)
     caches = model.make_caches(policy, batch=len(rows), capacity=capacity, stores=stores, tokens=length)
-    cache.check_prompt(policy, cache.capacities(caches), max(map(len, rows)))
+    check_prompt(policy, capacities(caches), max(map(len, rows)))
 
     def stretches() -> Iterator[Generation]:
         logits, held = prefill(model, policy, caches, rows, chunk=chunk, overflow=overflow)
@@ -266,7 +267,7 @@ def watch(caches: Caches, overflow: Overflow) -> Callable[[Caches], None]:
         for layer, (one, earlier) in enumerate(zip(caches, before, strict=True)):
             if int(one.overflow.sum()) > earlier:
                 raise CacheOverflowError(
-                    f"layer {layer} ran out of its {cache.capacities(caches)[layer]} slots a head: raise capacity, or "
+                    f"layer {layer} ran out of its {capacities(caches)[layer]} slots a head: raise capacity, or "
                     "let it evict"
                 )
 

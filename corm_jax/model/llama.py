@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from corm_jax.core import cache, positions, step
 from corm_jax.core.arguments import check_caches, check_count
 from corm_jax.core.arrays import broadcasts, iota
+from corm_jax.core.capacity import per_layer, per_layer_capacity
 from corm_jax.core.options import integer
 from corm_jax.core.policy import Policy
 from corm_jax.core.types import Caches, CacheSpec, Capacity, LayerCache
@@ -196,10 +197,10 @@ class Llama(nnx.Module):
           stores: sets of slots a layer; 1 is a pool, which its heads share. None: one for each head.
           tokens: how many will be read at most, if that is known: see `corm_jax.make_cache`.
         """
-        sizes = cache.per_layer_capacity(capacity, self.config.layers)
+        sizes = per_layer_capacity(capacity, self.config.layers)
         shared = None if stores is None else integer("stores", stores)
         specs = [CacheSpec(self.config.kv_heads, size, self.config.head_dim, self.dtype, shared) for size in sizes]
-        policies = cache.per_layer(policy, self.config.layers)
+        policies = per_layer(policy, self.config.layers)
         pairs = zip(policies, specs, strict=True)
         return Caches.of(cache.make_cache(one, spec, batch, tokens=tokens) for one, spec in pairs)
 
@@ -229,7 +230,7 @@ class Llama(nnx.Module):
         Raises:
           CormError: for caches of another model, policy or batch.
         """
-        policies, config = cache.per_layer(policy, self.config.layers), self.config
+        policies, config = per_layer(policy, self.config.layers), self.config
         if np.ndim(tokens) != 2 or not jnp.issubdtype(jnp.result_type(tokens), jnp.integer):
             what = f"{jnp.result_type(tokens)} of the shape {np.shape(tokens)}"
             raise CormError(f"tokens must be whole numbers [batch, tokens], got {what}")

@@ -13,7 +13,9 @@ from jaxtyping import Int
 from corm_jax.core import cache
 from corm_jax.core.arguments import Tokens, token_ids
 from corm_jax.core.arrays import broadcasts
+from corm_jax.core.capacity import slots_for
 from corm_jax.core.options import integer, one_of
+from corm_jax.core.prompt import check_prompt, expect, prompt_of
 from corm_jax.core.types import Capacity, Usage
 from corm_jax.errors import CormError
 from corm_jax.model.generation import OVERFLOW, Blocks, Overflow, Policies, watch
@@ -82,11 +84,11 @@ def read(
         raise CormError(f"a text of {len(tokens)} tokens leaves nothing to predict: it takes at least 2")
     chunk = integer("chunk", chunk)
     one_of("overflow", overflow, OVERFLOW)
-    capacity = cache.slots_for(policy, capacity, len(tokens), chunk)
-    cache.check_prompt(policy, capacity, prompt := cache.prompt_of(policy, prompt, len(tokens)))
+    capacity = slots_for(policy, capacity, len(tokens), chunk)
+    check_prompt(policy, capacity, prompt := prompt_of(policy, prompt, len(tokens)))
     blocks, targets, counts = cut(tokens, prompt, model.config.vocab, chunk)
     caches = model.make_caches(policy, batch=1, capacity=capacity, stores=stores, tokens=len(tokens))
-    caches = cache.expect(policy, caches, np.array([len(tokens)], np.int32), np.array([prompt], np.int32))
+    caches = expect(policy, caches, np.array([len(tokens)], np.int32), np.array([prompt], np.int32))
     check = watch(caches, overflow)
     # A block without tokens changes nothing, but it compiles: the clock starts after it.
     _, _, caches = _score(model, policy, caches, blocks[:1], targets[:1], np.zeros(1, np.int32), chunk=chunk)

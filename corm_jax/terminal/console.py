@@ -15,8 +15,8 @@ from typing import Any, NoReturn
 
 import jax
 
-from corm_jax.core.cache import prompt_of
 from corm_jax.core.policy import Policy
+from corm_jax.core.prompt import prompt_of
 from corm_jax.errors import CormError
 from corm_jax.files import reason
 from corm_jax.policies import keeps_everything, keys_of, parse
