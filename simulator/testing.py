@@ -42,6 +42,7 @@ def check_policy(
     implementation: Implementation = CORM_JAX,
     examples: int = 30,
     only: str | None = None,
+    shrink: bool = True,
 ) -> None:
     """Runs every check on a policy that has something to say about it.
 
@@ -51,6 +52,7 @@ def check_policy(
       implementation: the cache to try it in.
       examples: histories for each check.
       only: the name of one check to run.
+      shrink: whether to look for a history that can be read when one fails. That takes longer than finding the first.
 
     Raises:
       InvariantError: if one fails.
@@ -65,7 +67,7 @@ def check_policy(
     check_construction(_one_of(policy))
     for check in checks:
         if _applies(check, policy, reference):
-            _run(check, policy, reference, implementation, examples)
+            _run(check, policy, reference, implementation, examples, shrink)
 
 
 def _applies(check, policy, reference: Reference | None) -> bool:
@@ -105,7 +107,7 @@ def parametrize_checks(
     )
 
 
-def _run(check, policy, reference, implementation, examples: int) -> None:
+def _run(check, policy, reference, implementation, examples: int, shrink: bool) -> None:
     if check is evicts_something and isinstance(policy, st.SearchStrategy):  # one of them is enough
 
         def tried(one: Policy) -> bool:
@@ -118,7 +120,7 @@ def _run(check, policy, reference, implementation, examples: int) -> None:
 
     @settings(
         max_examples=min(ENOUGH.get(check, examples), examples),
-        phases=[Phase.generate] if ENOUGH.get(check) == 1 else [Phase.explicit, Phase.generate, Phase.shrink],
+        phases=[Phase.explicit, Phase.generate] + [Phase.shrink] * (shrink and ENOUGH.get(check) != 1),
         deadline=None,
         derandomize=True,
         database=None,
