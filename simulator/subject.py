@@ -80,7 +80,7 @@ class Subject(NamedTuple):
         """An empty cache; without a capacity, one in which nothing overflows."""
         enough = max(TOKENS + CHUNK, int(np.max(self.policy.traits.protected)))
         shape = CacheSpec(KV_HEADS, capacity or enough, TOKENS, stores=self.implementation.stores)
-        return begin_prompt(self.implementation.make_cache(self.policy, shape, **batch), prompt)
+        return begin_prompt(_empty(self.implementation.make_cache, self.policy, shape, **batch), prompt)
 
     def read(self, case: Case, capacity: int | None = None) -> History:
         """Reads a case from its beginning to its end."""
@@ -99,6 +99,19 @@ class Subject(NamedTuple):
         q, k, v, counts = (np.stack([getattr(case, name) for case in cases]) for name in ("q", "k", "v", "counts"))
         cache = self.cache(capacity, np.array([case.prompt for case in cases]), batch=len(cases))
         return _read_batch(self.policy, cache, q, k, v, counts, step=self.implementation.step)
+
+
+_made: dict[Any, tuple[Any, LayerCache]] = {}
+
+
+def _empty(make_cache, policy, shape: CacheSpec, **batch: int) -> LayerCache:
+    """An empty cache: the one that was made for the same object before, if there is one, for the next history."""
+    key = make_cache, id(policy), shape, *batch.values()
+    if key not in _made:
+        if len(_made) > 16:
+            _made.clear()
+        _made[key] = policy, make_cache(policy, shape, **batch)  # with the policy, whose id is then not given away
+    return _made[key][1]
 
 
 def by_head(cache: LayerCache) -> jax.Array:

@@ -12,7 +12,7 @@ history that can be read. Policies are tried on sequences of `strategies.TOKENS`
 for something to happen.
 """
 
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -42,6 +42,7 @@ def check_policy(
     implementation: Implementation = CORM_JAX,
     examples: int = 30,
     only: str | None = None,
+    shrink: bool = True,
 ) -> None:
     """Runs every check on a policy that has something to say about it.
 
@@ -51,6 +52,7 @@ def check_policy(
       implementation: the cache to try it in.
       examples: histories for each check.
       only: the name of one check to run.
+      shrink: whether to look for a history that can be read when one fails. That takes longer than finding the first.
 
     Raises:
       InvariantError: if one fails.
@@ -62,19 +64,29 @@ def check_policy(
     checks = [check for check in CHECKS if only in (None, check.__name__)]
     if not checks:
         raise ValueError(f"no check is called {only!r}: there are {', '.join(check.__name__ for check in CHECKS)}")
-    check_construction(policy if not isinstance(policy, st.SearchStrategy) else find(policy, lambda _: True))
+    check_construction(_one_of(policy))
     for check in checks:
         if _applies(check, policy, reference):
-            _run(check, policy, reference, implementation, examples)
+            _run(check, policy, reference, implementation, examples, shrink)
 
 
 def _applies(check, policy, reference: Reference | None) -> bool:
     """Whether a check says anything: CORM's rules are for CORM, a specification has to be there."""
-    if isinstance(policy, st.SearchStrategy):
-        policy = find(policy, lambda _: True)
+    policy = _one_of(policy)
     if check in CORM:
         return type(policy) is Corm or reference is corm_messages
     return check is not specification or reference is not None or specified(policy)
+
+
+def _one_of(policy: Policy | st.SearchStrategy) -> Policy:
+    """The policy, or the simplest of a strategy."""
+    return _simplest(policy) if isinstance(policy, st.SearchStrategy) else policy
+
+
+@cache
+def _simplest(policies: st.SearchStrategy) -> Policy:
+    """Sought once: Hypothesis makes hundreds of policies on the way, and every check asks."""
+    return find(policies, lambda _: True)
 
 
 def parametrize_checks(
@@ -95,7 +107,7 @@ def parametrize_checks(
     )
 
 
-def _run(check, policy, reference, implementation, examples: int) -> None:
+def _run(check, policy, reference, implementation, examples: int, shrink: bool) -> None:
     if check is evicts_something and isinstance(policy, st.SearchStrategy):  # one of them is enough
 
         def tried(one: Policy) -> bool:
@@ -104,11 +116,11 @@ def _run(check, policy, reference, implementation, examples: int) -> None:
         try:
             policy = find(policy, tried, settings=settings(max_examples=examples, derandomize=True, database=None))
         except NoSuchExample:
-            policy = find(policy, lambda _: True)
+            policy = _one_of(policy)
 
     @settings(
         max_examples=min(ENOUGH.get(check, examples), examples),
-        phases=[Phase.generate] if ENOUGH.get(check) == 1 else [Phase.explicit, Phase.generate, Phase.shrink],
+        phases=[Phase.explicit, Phase.generate] + [Phase.shrink] * (shrink and ENOUGH.get(check) != 1),
         deadline=None,
         derandomize=True,
         database=None,

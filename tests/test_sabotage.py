@@ -504,6 +504,7 @@ def cache_of(**parts):
 SOUND = Implementation(make_cache, step_of())
 
 
+THOROUGH = {"examples": 300, "shrink": False}
 TWO = {"window": 4, "recent": 2}
 SABOTAGES = {  # what is broken: the check that finds it, and the invariant that it names
     OneRecentTooFew(**TWO): ("histories", "newest_live"),
@@ -567,7 +568,11 @@ def test_sabotage_is_caught(sabotage):
     policy = Corm(**TWO) if implementation else sabotage
     with pytest.raises(InvariantError) as caught:
         check_policy(
-            policy, reference.corm_messages, implementation=(implementation or [SOUND])[0], only=check, examples=300
+            policy,
+            reference.corm_messages,
+            implementation=(implementation or [SOUND])[0],
+            only=check,
+            **THOROUGH,
         )
     assert caught.value.invariant == invariant
 
@@ -576,7 +581,7 @@ def test_sabotage_is_caught(sabotage):
 def test_sabotage_of_the_prompt_is_caught(sabotage, monkeypatch):
     monkeypatch.setitem(specification.RULES, sabotage, specification.RULES[sabotage.__base__])
     with pytest.raises(InvariantError) as caught:
-        check_policy(sabotage(budget=6, window=2, kernel=3), only="specification", examples=300)
+        check_policy(sabotage(budget=6, window=2, kernel=3), only="specification", **THOROUGH)
     assert caught.value.invariant == "specification"
 
 
@@ -587,7 +592,7 @@ def test_sabotage_of_the_prompt_is_caught(sabotage, monkeypatch):
 def test_sabotage_of_the_returns_is_caught(sabotage, monkeypatch):
     monkeypatch.setitem(specification.RULES, sabotage, specification.RULES[AdaptiveCorm])
     with pytest.raises(InvariantError) as caught:
-        check_policy(sabotage(window=2, recent=2, multiple=1, patience=2, trial=4), only="specification", examples=300)
+        check_policy(sabotage(window=2, recent=2, multiple=1, patience=2, trial=4), only="specification", **THOROUGH)
     assert caught.value.invariant == "specification"
 
 
