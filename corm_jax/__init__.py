@@ -11,7 +11,7 @@ from corm_jax.core.policy import Policy, Traits
 from corm_jax.core.positions import ALiBi, Rope, Rotary
 from corm_jax.core.prompt import begin_prompt, end_prompt
 from corm_jax.core.slots import Slots
-from corm_jax.core.step import look, step
+from corm_jax.core.step import look, read, step
 from corm_jax.core.types import Caches, CacheSpec, Clock, LayerCache, OfHead, Usage
 from corm_jax.errors import CacheOverflowError, CheckpointError, CheckpointWarning, CormError
 from corm_jax.model.checkpoint import load
@@ -97,6 +97,7 @@ __all__ = [
     "policy",
     "prefill",
     "protect",
+    "read",
     "recorded",
     "step",
     "stream",

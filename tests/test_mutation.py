@@ -161,7 +161,7 @@ def test_every_mutant_of_the_library_can_be_read():
     } <= {*listed}
     assert len(listed) == len({*listed})
     for module in listed[:3]:
-        assert len(changed((root / module).read_text(), every=17)) > 100
+        assert len(changed((root / module).read_text(), every=17)) > 50
     for one in table.get("equivalent", []):
         assert one["module"] in listed
         assert one["why"]
