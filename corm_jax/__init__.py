@@ -6,6 +6,7 @@
 
 from corm_jax.core.attention import attend
 from corm_jax.core.cache import make_cache, usage
+from corm_jax.core.capacity import per_layer
 from corm_jax.core.observation import Observation
 from corm_jax.core.policy import Policy, Traits
 from corm_jax.core.positions import ALiBi, Rope, Rotary
@@ -94,6 +95,7 @@ __all__ = [
     "make_cache",
     "oneshot",
     "parse",
+    "per_layer",
     "policy",
     "prefill",
     "protect",

@@ -85,6 +85,16 @@ def broadcasts(function: Callable) -> Callable:
     return allowed
 
 
+def varying(start: Array, *others: Array) -> Array:
+    """What a loop starts with that goes on with others: under `jax.shard_map` it differs by device wherever they do."""
+
+    def axes(one):
+        return getattr(getattr(jax.typeof(one), "mat", None), "varying", frozenset())
+
+    missing = frozenset().union(*map(axes, others)) - axes(start)
+    return jax.lax.pcast(start, tuple(missing), to="varying") if missing else start
+
+
 @custom_vmap
 def anywhere(truth: Bool[Array, ""]) -> Bool[Array, ""]:
     """Whether it holds in any row of the batch, for `jax.lax.cond` and `jax.lax.while_loop`.

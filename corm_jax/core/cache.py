@@ -59,7 +59,7 @@ def make_cache(
         state=policy.init(spec),
         overflow=jnp.zeros(spec.kv_heads, jnp.int32),
         layout=of_stores(*spec.slots, spec.kv_heads),
-        twin=None if policy.traits.independent else jnp.zeros((spec.kv_heads, *spec.slots), jnp.int32),
+        twin=None if not policy.traits.twins else jnp.zeros((spec.kv_heads, *spec.slots), jnp.int32),
         made=made,
         clock=Clock(jnp.zeros((), jnp.int32), jnp.full((), ENDLESS, jnp.int32)),
     )

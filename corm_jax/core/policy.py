@@ -27,7 +27,10 @@ class Traits(NamedTuple):
       positions: ``"cache"`` if keys are to be rotated by their place among those of their head that are live, not by
         their place in the text, ``"original"``.
       whole_prompt: whether it keeps every key until the prompt has been read, and has to be told where the prompt ends.
-      independent: whether what a head keeps hangs on that head alone.
+      independent: whether what a head keeps hangs on that head alone, as long as there are free slots. Heads of such a
+        policy may be on different devices.
+      twins: whether it asks for `Slots.mean_over_heads`, which takes no sort if the cache notes where each head has the
+        same token.
       moments: in so many queries one after the other, the only moment at which a key can be evicted is known before
         they come, and somebody who finds the key important by then puts it off beyond them. Such a policy has a method
         ``moment(state, slots)``, the clock of that moment for each slot, and, if it needs attention,
@@ -44,6 +47,7 @@ class Traits(NamedTuple):
     positions: str = "original"
     whole_prompt: bool = False
     independent: bool = True
+    twins: bool = False
     moments: PerHead = 0
     merges: bool = False
     block: int = 64

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num, Shaped
 
-from corm_jax.core.arrays import EMPTY, anywhere, iota, largest, narrow, ordered
+from corm_jax.core.arrays import EMPTY, anywhere, iota, largest, narrow, ordered, varying
 from corm_jax.core.layout import Apart
 
 FEW = 4
@@ -131,7 +131,7 @@ class Slots:
             smaller = self.total(among & (key < self.spread(candidates)))
             return bound + ((smaller < count).sum(0, dtype=jnp.uint32) << shift)
 
-        bound = jnp.zeros(self.layout.kv_heads, jnp.uint32)
+        bound = varying(jnp.zeros(self.layout.kv_heads, jnp.uint32), key, among, count)
         if self.arrived == 1 and not self.reading:  # a token decoded: a straight line
             bound = reduce(lambda bound, step: two_bits(step, bound), range(16), bound)
         else:

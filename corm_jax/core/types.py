@@ -122,7 +122,7 @@ class LayerCache(NamedTuple):
       state: the policy's state.
       overflow: int32 ``[kv_heads]``, keys that were evicted because no slot was free.
       layout: whose slots they are.
-      twin: int32 ``[kv_heads, *slots]``, for a policy whose heads are not independent: in which slot, counted over all
+      twin: int32 ``[kv_heads, *slots]``, for a policy with `twins`: in which slot, counted over all
         stores, each head has or had the token whose key a slot holds. None for others.
       made: what is known of it without its arrays. None if that is nothing.
       clock: where the sequence stands. None in `Caches`, which hold it once for all layers.

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from corm_jax.core.options import number, policy
+from corm_jax.core.policy import Traits
 from corm_jax.core.slots import PerHead, Slots
 from corm_jax.policies.snapkv import SnapKV
 
@@ -30,6 +31,10 @@ class AdaKV(SnapKV):
     """
 
     floor: PerHead = number(0.2, "share of the budget that is dealt out evenly", least=0, most=1)
+
+    @property
+    def traits(self) -> Traits:
+        return super().traits._replace(independent=False)
 
     def allowed(self, pooled: Float[Array, "*slots"], early: Slots) -> Int[Array, "..."]:
         live = early.total(early.live)

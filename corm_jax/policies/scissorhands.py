@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, UInt
 
+from corm_jax.core.arrays import varying
 from corm_jax.core.observation import Observation
 from corm_jax.core.options import first_below, held, is_share, number, policy, size, static
 from corm_jax.core.policy import Policy, Traits
@@ -67,7 +68,7 @@ class Scissorhands(Policy):
             word = jnp.where(unimportant, state[at // 32] | bit, state[at // 32] & ~bit)
             return jnp.where(seen.reshape(()) <= slots.seen, state.at[at // 32].set(word), state), None
 
-        return jax.lax.scan(record, state, (unimportant, observation.seen))[0]
+        return jax.lax.scan(record, varying(state, unimportant), (unimportant, observation.seen))[0]
 
     def retain(self, state: UInt[Array, "words *slots"], slots: Slots) -> Bool[Array, "*slots"]:
         least = jnp.maximum(jnp.asarray(self.recent, jnp.int32), 1)

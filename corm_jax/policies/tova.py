@@ -25,7 +25,7 @@ class TOVA(Policy):
 
     @property
     def traits(self) -> Traits:
-        return Traits(needs=("attention",), independent=False)
+        return Traits(needs=("attention",), independent=False, twins=True)
 
     def init(self, spec: CacheSpec) -> Float[Array, "*slots"]:
         return jnp.zeros(spec.slots, jnp.float32)
