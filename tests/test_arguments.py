@@ -208,7 +208,7 @@ WRONG = {
         lambda: step(cj.StreamingLLM(positions="cache"), encoding=cj.Rotary(np.ones(3))),
         r"frequencies must be \[head_dim / 2\]",
     ),
-    "slopes": (lambda: step(encoding=cj.ALiBi(np.ones((3, 2)))), r"slopes must be \[kv_heads, group\] = \(2, 1\), got"),
+    "slopes": (lambda: step(encoding=cj.ALiBi(np.ones((3, 2)))), r"slopes must be \[kv_heads, group\] = \(2, 4\), got"),
     "no encoding": (lambda: step(encoding=np.ones(4)), r"encoding must be how positions enter, such as Rotary"),
     "a window of none": (lambda: step(window=0), "window must be a whole number above 0, not 0"),
     "half a window": (lambda: step(window=1.5), "window must be a whole number, not 1.5"),
@@ -295,13 +295,13 @@ TWO = [[1, 2, 3], [4, 5, 6]]
         ),
         (lambda: MODEL.make_caches(cj.TOVA(), batch=2, capacity=8), "was made for TOVA, and Corm cannot go on"),
         (lambda: tiny(kv_heads=1).make_caches(CORM, batch=2, capacity=8), "of layer 0 is for 1 key-value heads of 8"),
-        (lambda: [cache_of()] * 2, "the caches are of one sequence, and there are 2 rows to read"),
+        (lambda: cj.Caches.of([cache_of()] * 2), "the caches are of one sequence, and there are 2 rows to read"),
         (
             lambda: MODEL.make_caches(CORM, batch=2, capacity=8)[0],
             "are Caches, as make_caches returns them, not LayerCache",
         ),
-        (lambda: None, "a tuple of LayerCache"),
-        (lambda: ["a", "b"], "must be the LayerCache of one layer"),
+        (lambda: None, "are Caches, as make_caches returns them, not NoneType"),
+        (lambda: [cache_of(batch=2)] * 2, "are Caches, as make_caches returns them, not list"),
     ],
 )
 def test_caches_of_another(caches, message):
@@ -309,8 +309,7 @@ def test_caches_of_another(caches, message):
     refused(message, MODEL, CORM, caches(), jnp.array(TWO), jnp.array([3, 3]), chunk=1)
     rest = np.zeros((2, 97), np.float32), jax.random.key(0), np.zeros(2, bool), np.int32(3)
     rest += np.zeros(0, np.int32), np.float32(0), np.float32(1)
-    if message != "must be the LayerCache of one layer":  # which jax.jit refuses by itself
-        refused(message, cj.decode, MODEL, CORM, caches(), *rest, steps=2)
+    refused(message, cj.decode, MODEL, CORM, caches(), *rest, steps=2)
 
 
 def test_what_else_the_model_refuses():
@@ -458,8 +457,8 @@ def test_overflow_of_an_earlier_call_is_no_error():
 
 def test_usage_is_of_the_caches_of_a_model():
     one = cache_of()
-    for wrong in (one, (one,), [None], (cache_of(batch=2), 3)):
-        refused("usage takes a tuple of caches", cj.usage, wrong)
+    for wrong in (one, (one,), [None], (cache_of(batch=2), 3), cj.Caches.of([one])):
+        refused("usage takes the Caches of a model", cj.usage, wrong)
 
 
 def test_slots_for_all_tokens_are_enough_for_any_policy():

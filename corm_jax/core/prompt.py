@@ -32,7 +32,7 @@ def begin_prompt(cache: Any, tokens: Any) -> Any:
     Raises:
       CormError: for another number, or other numbers of them than rows.
 
-    >>> from corm_jax.policies import SnapKV
+    >>> from corm_jax import CacheSpec, SnapKV, make_cache
     >>> cache = make_cache(SnapKV(budget=4, window=2), CacheSpec(kv_heads=1, capacity=16, head_dim=8))
     >>> int(begin_prompt(cache, 12).clock.prompt)
     12
