@@ -36,7 +36,7 @@ NAMES = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "afte
 STEPS = 16
 
 
-def compiled(spec: str, stores: int | None, layers: int, capacity: int) -> str:
+def compiled(spec: str, stores: int | None, layers: int, capacity: int, **options: bool) -> str:
     """The program that decodes, as XLA's text."""
     shape = {"vocab": 512, "dim": 576, "hidden": 1536, "heads": 9, "kv_heads": 3, "head_dim": 64}
     model = jax.eval_shape(lambda: cj.Llama(cj.Config(layers=layers, **shape), rngs=nnx.Rngs(0)))
@@ -49,7 +49,7 @@ def compiled(spec: str, stores: int | None, layers: int, capacity: int) -> str:
     numbers = np.int32(STEPS), np.zeros(0, np.int32), np.float32(0), np.float32(1)
     arguments = jnp.zeros((1, shape["vocab"])), jax.random.key(0), jnp.zeros(1, bool), *numbers
     lowered = cj.decode.lower(model, policy, jax.eval_shape(caches), *arguments, steps=STEPS)
-    return lowered.compile().as_text()
+    return lowered.compile(options).as_text()
 
 
 def launches(program: str) -> Counter:

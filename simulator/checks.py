@@ -390,7 +390,8 @@ class Blind(Wrapper):
     def observe(self, state, observation, slots):
         unknown = {"attention": ("weights", "total"), "keys": ("keys",), "values": ("values",), "queries": ("queries",)}
         hidden = [name for need, names in unknown.items() if need not in self.traits.needs for name in names]
-        blank = {name: jnp.full_like(getattr(observation, name), jnp.nan) for name in hidden}
+        given = {name: getattr(observation, name) for name in hidden if getattr(observation, name) is not None}
+        blank = {name: jnp.full_like(value, jnp.nan) for name, value in given.items()}
         return self.policy.observe(state, observation._replace(**blank), slots)
 
 

@@ -83,7 +83,7 @@ def variants() -> list[Variant]:
         ],
         "adaptive_corm": [({}, ""), ({}, "budget")],
         "streaming_llm": [({}, "budget"), ({}, "")],
-        "h2o": [({"score": "raw"}, "budget"), ({"score": "mean"}, ""), ({"score": "mean"}, "oneshot")],
+        "h2o": [({"attention": "sum"}, "budget"), ({"attention": "mean"}, ""), ({"attention": "mean"}, "oneshot")],
         "scissorhands": [({"window": 5}, ""), ({"window": 40}, "budget")],
         "tova": [({}, "budget"), ({}, "oneshot"), ({}, "")],
         "snapkv": [

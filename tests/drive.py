@@ -17,6 +17,9 @@ from simulator.specification import rule_of
 from simulator.subject import by_head
 
 TOKENS, CHUNK, KV_HEADS, GROUP, HEAD_DIM = 20, 3, 2, 2, 4
+FUSED = {"xla_cpu_use_fusion_emitters": True} if jax.__version_info__ < (0, 11) else {}
+"""With these options a program is compiled as outside of the tests, see tests/conftest.py."""
+
 SHAPES = (TOKENS, KV_HEADS, GROUP, HEAD_DIM), (TOKENS, KV_HEADS, HEAD_DIM), (TOKENS, KV_HEADS, HEAD_DIM)
 
 

@@ -14,7 +14,7 @@ from corm_jax.runs import recording
 from corm_jax.traces.trace import Trace
 from tests.test_checkpoint import TEXT, byte_level_tokenizer
 
-KEYS = "policy nll ppl delta_nll kept_final kept_mean kv_bytes_full kv_bytes_live kv_bytes_allocated overflow seconds"
+KEYS = "policy nll ppl delta_nll kept_final kept_mean kv_bytes_full kv_bytes_live kv_bytes_allocated overflow passes"
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Prefill, decode and generation: ragged batches, one compile, one-shot prompts, errors."""
 
 import re
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from corm_jax import CacheOverflowError, Corm, CormError, Full, decode, generate
 from corm_jax.core.capacity import slots_for
 from corm_jax.model.generation import sample
 from tests.heads import live_sets
+from tests.drive import FUSED
 from tests.models import tiny
 
 MODEL = tiny()
@@ -153,10 +155,14 @@ def test_caches_are_updated_in_place():
     policy = Corm(window=4, recent=2)
     before = MODEL.make_caches(policy, batch=1, capacity=64)
     _, after = prefill(MODEL, policy, before, [[1, 2, 3]])
-    assert all(leaf.is_deleted() for one in before for leaf in jax.tree.leaves(one._replace(prompt=None)))
+    assert all(
+        leaf.is_deleted()
+        for one in before
+        for leaf in jax.tree.leaves(one._replace(clock=replace(one.clock, prompt=None)))
+    )
     arguments = (np.zeros((1, 97), np.float32), jax.random.key(0), np.zeros(1, bool), np.int32(3))
     options = (np.zeros(0, np.int32), np.float32(0), np.float32(1))
-    compiled = decode.lower(MODEL, policy, after, *arguments, *options, steps=4).compile().as_text()
+    compiled = decode.lower(MODEL, policy, after, *arguments, *options, steps=4).compile(FUSED).as_text()
     assert " scatter(" in compiled
     assert not re.search(r"f32\[1,2,64,8\]\S* copy\(", compiled)  # no copy of keys or values
 

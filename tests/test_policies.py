@@ -359,7 +359,7 @@ DEFAULTS = {
     "corm": {"window": 256, "recent": 256, "multiple": 1, "threshold": "position", "group": "any", "eager": False},
     "adaptive_corm": {"window": 256, "recent": 128, "multiple": 16, "patience": 5, "trial": 768},
     "streaming_llm": {"sinks": 4, "positions": "original"},
-    "h2o": {"recent": 256, "score": "raw"},
+    "h2o": {"recent": 256, "attention": "sum"},
     "scissorhands": {"budget": 512, "window": 400, "recent": 10, "drop": 0.5},
     "tova": {},
     "snapkv": {"budget": 512, "window": 32, "kernel": 7, "pool": "max"},

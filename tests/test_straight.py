@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.drive import FUSED
+
 SPEC = importlib.util.spec_from_file_location("launches", Path(__file__).parents[1] / "benchmarks" / "launches.py")
 launches = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(launches)
@@ -25,7 +27,7 @@ SAMPLING = {"while": 1, "sort": 1, "conditional": 1}
 @pytest.mark.parametrize("stores", [None, 1])
 @pytest.mark.parametrize("spec", MOST)
 def test_a_token_is_a_straight_line(spec, stores):
-    count = launches.launches(launches.compiled(spec, stores, layers=2, capacity=640))
+    count = launches.launches(launches.compiled(spec, stores, layers=2, capacity=640, **FUSED))
     assert {kind: count[kind] for kind in SAMPLING} == SAMPLING
     assert count.total() <= MOST[spec][stores is not None]
 

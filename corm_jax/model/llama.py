@@ -93,7 +93,8 @@ class Attention(nnx.Module):
         output, cache, live, passes = read(policy, cache, *self.project(x), count, self.encoding)
         blocks = passes.shape[1]
         some = iota(blocks) * -(-tokens // blocks) < count[:, None]  # blocks with tokens
-        mean = jnp.where(some, passes, 0).astype(jnp.float32).sum(1) / jnp.maximum(some.sum(1), 1).astype(jnp.float32)
+        total, blocks = (x.sum(1, dtype=jnp.float32) for x in (jnp.where(some, passes, 0), some))
+        mean = total / jnp.maximum(blocks, 1.0)
         return self.out(output.reshape(batch, tokens, -1)), cache, live, mean
 
     @property
