@@ -41,7 +41,7 @@ def test_compare(corm, model, text, tmp_path):
     result = json.loads(report.read_text())
     assert {"model", "text", "tokens", "dtype", "device", "rows"} <= result.keys()
     full, evicting = result["rows"]
-    assert set(full) == {*KEYS.split(), "kept_per_layer", "budget"}
+    assert set(full) == {*KEYS.split(), "seconds", "kept_per_layer", "budget"}
     per_layer = 2 * 2 * 8 * 4 * 100  # k and v, 2 heads of 8 float32 numbers, 100 tokens
     assert full["kv_bytes_full"] == full["kv_bytes_live"] == 3 * per_layer
     assert full["kept_final"] == full["kept_mean"] == 1

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from corm_jax import CacheOverflowError, Corm, CormError, Full, decode, generate, oneshot, parse, prefill, stream, usage
 from corm_jax.core.capacity import slots_for
 from corm_jax.model.generation import sample
-from tests.heads import live_sets
 from tests.drive import FUSED
+from tests.heads import live_sets
 from tests.models import tiny
 
 MODEL = tiny()
