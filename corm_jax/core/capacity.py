@@ -16,8 +16,8 @@ PROTECTED = "the keys that the policy never gives up, such as its recent ones"
 def per_layer(policy: Policy | Sequence[Policy], layers: int) -> tuple[Policy, ...]:
     """One policy a layer: those given, or the one given.
 
-    Its method `for_layer` says what a layer gets. Hyperparameters
-    ``[layers, kv_heads]`` are one for each layer and head.
+    The method `Policy.for_layer` says what a layer gets. Hyperparameters ``[layers, kv_heads]`` are one for each layer
+    and head.
 
     >>> from corm_jax.policies import Corm
     >>> [one.window.tolist() for one in per_layer(Corm(window=np.array([[16, 64], [32, 8]])), 2)]

@@ -57,7 +57,7 @@ def size(default: int | float, help: str) -> Any:
 
 
 def weights(help: str) -> Any:
-    """A pytree of arrays that is trained, or loaded: leaves of the policy, whose axes are nobody's business."""
+    """A pytree of arrays that is trained, or loaded: leaves of the policy, whose axes are not layers and heads."""
     return field(metadata={"help": help, "weights": True})
 
 

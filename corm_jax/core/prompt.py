@@ -1,4 +1,4 @@
-"""Where a prompt begins and ends: what policies wait for that evict at its end."""
+"""Where a prompt begins and ends, for policies that evict at its end."""
 
 from collections.abc import Sequence
 from dataclasses import replace
