@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from corm_jax.core.arrays import EMPTY, broadcasts, iota, narrow
+from corm_jax.core.arrays import EMPTY, broadcasts, iota, narrow, over_group
 from corm_jax.core.attention import output, softmax
 from corm_jax.core.exact import FOREVER, Block, Room, settle
 from corm_jax.core.layout import Apart
@@ -20,7 +20,7 @@ from corm_jax.core.slots import Slots
 from corm_jax.core.types import CacheSpec, by_slot
 from corm_jax.traces.meta import QKV, Rows
 
-SEGMENTS = 4
+SEGMENTS = 6
 """A trace is read in so many parts, each over the keys up to its own end, which skips most of the causal half."""
 
 
@@ -98,13 +98,15 @@ def _block(policy, layer, scale, steps, capacity, prompt, chunk, block, moments,
     layout, clock, key = Apart(kv_heads), (start + 1 + iota(block))[:, None, None], iota(keys)
     logits = _logits(layout, layer, scale, start, block)
     causal = jnp.broadcast_to((key < clock) & (clock <= steps), (block, kv_heads, keys))
-    full = softmax(layout, logits, causal)
+    renormalized, watched = fidelity == "renormalized", "attention" in policy.traits.needs
+    shared = renormalized and watched and chunk == 1  # exponentials, by the full cache and the policy's
+    logits = jnp.where(causal, logits, -jnp.inf) if shared else logits
+    full = None if shared else softmax(layout, logits, causal)
 
     def only(visible):
         """The probabilities of the full cache, without those that are not visible."""
         return jnp.where(visible, full[0], 0.0), full[1]
 
-    renormalized = fidelity == "renormalized"
     attend = partial(softmax, layout, logits) if renormalized else only
     vectors = jnp.asarray(layer.k).swapaxes(0, 1) if isinstance(layer, QKV) else None
     if chunk == 1:
@@ -112,10 +114,12 @@ def _block(policy, layer, scale, steps, capacity, prompt, chunk, block, moments,
         live = (until == FOREVER) & (key < seen)
         slots = Slots(jnp.where(live, key, EMPTY), seen, prompt, layout)
         fresh = by_slot(lambda part: part[..., :1, :1], policy.init(CacheSpec(kv_heads, keys, 1)))
-        watched = attend if "attention" in policy.traits.needs else None
-        one = Block(slots, clock, live & causal, watched, logits if watched and renormalized else None, vectors)
+        every = causal if shared else None
+        attention = attend if watched else None, logits if shared else None
+        one = Block(slots, clock, live & causal, *attention, vectors, every=every, outputs=errors)
         found = settle(policy, state, fresh, one, None if capacity is None else Room(capacity), moments)
         state, until, lost = found.state, jnp.where(live, found.until, until), lost | found.lost
+        full = found.every if shared else full
     else:
 
         def attended(visible, begin):
@@ -125,15 +129,16 @@ def _block(policy, layer, scale, steps, capacity, prompt, chunk, block, moments,
         step = partial(_chunk, policy, layout, steps, capacity, prompt, chunk, start, attended, vectors)
         (state, until, lost), _ = jax.lax.scan(step, (state, until, lost), chunk * iota(block // chunk))
     rest = causal & (clock <= until)
-    mass = layout.total(only(rest)[0]) / full[1]
-    important = ((full[0] >= (layout.spread(full[1]) / clock.astype(jnp.float32))) & causal).any(0)
-    needed = jnp.maximum(needed, jnp.where(important, clock, 0).max(0))
+    mass = (found.total if shared else layout.total(only(rest)[0])) / full[1]
+    important = over_group(jnp.logical_or, full[0] >= layout.spread(full[1]) / clock.astype(jnp.float32)) & causal
+    needed = jnp.maximum(needed, observed(layout, *full, causal, clock).last(important, 0))
     error = None
     if errors:
         v = jnp.asarray(layer.v).swapaxes(0, 1)
         reference = output(layout, *full, v)
         norm = jnp.linalg.norm(reference, axis=-1)
-        error = jnp.linalg.norm(output(layout, *attend(rest), v) - reference, axis=-1) / jnp.where(norm == 0, 1, norm)
+        kept = (found.weights, found.total) if shared else attend(rest)
+        error = jnp.linalg.norm(output(layout, *kept, v) - reference, axis=-1) / jnp.where(norm == 0, 1, norm)
     return (state, until, lost, needed), (mass.transpose(1, 2, 0), error)
 
 
@@ -163,4 +168,4 @@ def _logits(layout, layer: QKV | Rows, scale, start, block):
     if isinstance(layer, Rows):  # softmax(ln p) = p
         return jnp.log(jax.lax.dynamic_slice_in_dim(layer.probs, start, block, 2)).transpose(1, 2, 0, 3)
     q = jax.lax.dynamic_slice_in_dim(layer.q, start, block)
-    return scale * layout.logits(q, jnp.asarray(layer.k).swapaxes(0, 1))
+    return layout.logits(scale * q, jnp.asarray(layer.k).swapaxes(0, 1))

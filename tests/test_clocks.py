@@ -35,6 +35,7 @@ from corm_jax.policies import Budget
 from tests.drive import CHUNK, KV_HEADS, TOKENS, at_clock, in_cache, in_numpy, normal
 from tests.heads import chunks_of
 from tests.models import tiny
+from tests.test_exact import SIZE, agree, in_pieces, padded, pieces_of
 
 # Where float32 stops counting, where a thousandth of the clock, and a clock for each head, exceed int32; and the end.
 STARTS = [2**24 - 5, 2**31 // 1000 - 5, 2**31 // KV_HEADS - 5, 2**31 - 1 - TOKENS - CHUNK]
@@ -76,6 +77,19 @@ def test_decisions_at_any_clock(name, seed, start, how):
     assert last.overflow.tolist() == [reading.overflow for reading in expected]
     assert int(last.clock.seen) == start + TOKENS
     np.testing.assert_allclose(outputs.swapaxes(0, 1), [reading.outputs for reading in expected], atol=2e-5)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@settings(max_examples=8)
+@given(seed=st.integers(0, 2**16), start=st.sampled_from([*STARTS[:-1], ENDLESS - 1 - TOKENS]), pool=st.booleans())
+def test_an_exact_block_at_any_clock(name, seed, start, pool):
+    """To the last token but one: what that very last one would evict stays, and nothing is read after it."""
+    policy, columns, counts = POLICIES[name](start), normal(seed), pieces_of([SIZE] * 3, TOKENS)
+    options = {"capacity": TOKENS, "stores": 1 if pool else None}
+    expected = in_numpy(policy, *columns, [1] * TOKENS, start=start, prompts={start: start + 12}, **options)
+    assume(min(reading.margin for reading in expected) > 1e-4)
+    found = in_pieces(policy, *map(padded, columns), counts, 12, start, block=5 if pool else SIZE, **options)
+    agree(found, expected, counts)
 
 
 @jax.jit

@@ -21,7 +21,7 @@ from tests.heads import HEAD_DIM, TOKENS, heads, padded, slots_of
 
 LOWEST = jax.jit(Slots.lowest)
 LOWEST_FEW = jax.jit(partial(Slots.lowest, most=4))
-LOWEST_OF_LAYER, PLACE = jax.jit(Slots.lowest_of_layer), jax.jit(Slots.place)
+LOWEST_OF_LAYER = jax.jit(Slots.lowest_of_layer)
 NEIGHBOURS = jax.jit(Slots.neighbours, static_argnums=(2, 3))
 ATTEND, ATTEND_IN_BLOCKS = jax.jit(attention.attend), jax.jit(attention.attended, static_argnums=0)
 
@@ -85,17 +85,12 @@ def test_which_are_lowest(rank, empty, counts):
     np.testing.assert_array_equal(shared[0], found.reshape(-1)[order])
     few = LOWEST_FEW(slots, jnp.asarray(rank), jnp.array(counts) % 5)
     np.testing.assert_array_equal(few, LOWEST(slots, jnp.asarray(rank), jnp.array(counts) % 5))
-    place = np.asarray(PLACE(slots))
-    places = place.reshape(-1)[order]
-    np.testing.assert_array_equal(np.asarray(PLACE(pool))[pool.live], places[pool.live[0]])
     every = sorted((rank[h, i], position[h, i], h, i) for h, i in np.argwhere(position >= 0))
     for head, count in enumerate(counts):
         expected = [i for _, _, h, i in every if h == head][:count]
         assert set(np.flatnonzero(found[head])) == set(expected)
     heads_ = [h for _, _, h, _ in every[: sum(counts)]]
     assert LOWEST_OF_LAYER(slots, jnp.asarray(rank), sum(counts)).tolist() == [heads_.count(0), heads_.count(1)]
-    for head, slot in np.argwhere(position >= 0):
-        assert place[head, slot] == ((position[head] >= 0) & (position[head] < position[head, slot])).sum()
 
 
 @pytest.mark.parametrize("slots", [65, 100, 127, 128])

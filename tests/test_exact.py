@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from corm_jax import CacheSpec, Corm, Full, begin_prompt, make_cache, parse
 from corm_jax.core.step import read
 from simulator.subject import by_head
-from tests.drive import GROUP, HEAD_DIM, KV_HEADS, TOKENS, in_numpy
+from tests.drive import GROUP, HEAD_DIM, KV_HEADS, TOKENS, at_clock, in_numpy
 
 CLOSE = 1e-4
 SIZE = 7  # tokens of a piece, padded
@@ -37,9 +37,10 @@ SPECS = [
 
 
 @partial(jax.jit, static_argnames=("capacity", "stores", "block", "known"))
-def in_pieces(policy, q, k, v, counts, prompt, *, capacity, stores, block, known=None):
+def in_pieces(policy, q, k, v, counts, prompt, start=0, *, capacity, stores, block, known=None):
     """Outputs ``[pieces, SIZE, ...]``, what heads hold after each piece, overflow, live keys and passes."""
-    cache = begin_prompt(make_cache(policy, CacheSpec(KV_HEADS, capacity, HEAD_DIM, stores=stores)), prompt)
+    cache = make_cache(policy, CacheSpec(KV_HEADS, capacity, HEAD_DIM, stores=stores))
+    cache = begin_prompt(at_clock(cache, seen=jnp.asarray(start, jnp.int32)), prompt)
     cache = cache._replace(made=replace(cache.made, block=block, moments=known))
 
     def body(carry, count):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from corm_jax import CacheSpec, CormError, Full, Recorder, make_cache, recorded, step
+from corm_jax import ALiBi, CacheSpec, Corm, CormError, Full, Recorder, make_cache, protect, recorded, step
 from corm_jax.core.step import read
 from corm_jax.traces.trace import Trace
 from simulator.replay import replay
@@ -46,6 +46,35 @@ def test_in_exact_blocks_and_in_batches(stores):
             np.testing.assert_array_equal(one.reshape(given[row].shape), given[row])
     with pytest.raises(CormError, match=r"the cache has 2 rows: take one, jax.tree.map"):
         recorded(cache)
+
+
+@pytest.mark.parametrize("chunk", [1, 5])
+def test_a_scale_is_in_the_queries(chunk):
+    """A replay of what was recorded keeps the keys that the model's own attention keeps."""
+    policy, scale, columns = Corm(window=5, recent=1), 3.0, [jnp.asarray(x) for x in normal(4)]
+    kept = read(policy, make_cache(policy, spec(None)), *columns, TOKENS, chunk=chunk, scale=scale)[1].position
+    found = recorded(read(RECORDER, make_cache(RECORDER, spec(None)), *columns, TOKENS, chunk=chunk, scale=scale)[1])
+    again = replay(Trace.from_qkv(*([x] for x in found)), policy, chunk=chunk, keep_history=True).kept[0, :, -1]
+    plain = read(policy, make_cache(policy, spec(None)), *columns, TOKENS, chunk=chunk)[1].position
+    for head in range(KV_HEADS):
+        assert set(np.flatnonzero(again[head])) == set(np.asarray(kept[head]).tolist()) - {-1}
+    assert any(set(plain[head].tolist()) != set(kept[head].tolist()) for head in range(KV_HEADS))
+
+
+FORMS = {
+    "softcap": {"softcap": 5.0},
+    "window": {"window": 4},
+    "mask": {"mask": lambda query, key: key != 1},
+    "bias of ALiBi": {"encoding": ALiBi.of(KV_HEADS, GROUP)},
+    "softcap and a window": {"softcap": 5.0, "window": 4},
+}
+
+
+@pytest.mark.parametrize("what", FORMS)
+@pytest.mark.parametrize("policy", [RECORDER, protect(RECORDER, sinks=2)])
+def test_what_a_trace_cannot_say_is_refused(policy, what):
+    with pytest.raises(CormError, match=f"Recorder.* is for softmax.* has a {what}: take another policy"):
+        step(policy, make_cache(policy, spec(None)), *map(jnp.asarray, normal(5)), TOKENS, **FORMS[what])
 
 
 def test_what_cannot_be_recorded():

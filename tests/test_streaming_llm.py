@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from corm_jax import CacheSpec, CormError, Full, Rotary, make_cache, parse, prefill, step
+from corm_jax.core.options import policy as policy_class
 from corm_jax.core.positions import Rope
 from corm_jax.core.step import read
+from corm_jax.core.wrapper import Wrapper
 from simulator import rules
 from simulator.replay import replay
 from simulator.specification import rule_of
@@ -20,19 +22,33 @@ FREQUENCIES = Rope().frequencies(8)
 SPEC = "streaming_llm:sinks=2,budget=7,positions=cache"
 
 
+@policy_class
+class InCache(Wrapper):
+    """The policy inside, with positions in the cache: keys leave from everywhere, and several at once."""
+
+    @property
+    def traits(self):
+        return super().traits._replace(positions="cache")
+
+
+@pytest.mark.parametrize("stores", [None, 1])
 @pytest.mark.parametrize("chunk", [1, 4])
-@pytest.mark.parametrize("spec", [SPEC, f"{SPEC},recent=3,oneshot=false"])
-def test_positions_in_the_cache_are_those_of_the_specification(spec, chunk):
+@pytest.mark.parametrize("spec", [SPEC, f"{SPEC},recent=3,oneshot=false", "corm:window=5,recent=1"])
+def test_positions_in_the_cache_are_those_of_the_specification(spec, chunk, stores):
     rng, policy = np.random.default_rng(chunk), parse(spec)
+    policy = policy if "positions" in spec else InCache(policy=policy)
     q, k, v = (3 * rng.normal(size=shape).astype(np.float32) for shape in ((24, 2, 3, 8), (24, 2, 8), (24, 2, 8)))
-    cache = make_cache(policy, CacheSpec(kv_heads=2, capacity=7 + chunk, head_dim=8))
+    capacity = (7 if "positions" in spec else 20) + chunk
+    cache = make_cache(policy, CacheSpec(kv_heads=2, capacity=capacity, head_dim=8, stores=stores))
     output, cache, *_ = jax.jit(partial(read, policy, chunk=chunk))(cache, q, k, v, 24, Rotary(FREQUENCIES))
-    rules_ = [rule_of(policy, head) for head in range(2)]
+    rules_ = [rule_of(parse(spec), head) for head in range(2)]
     form = rules.Form(frequencies=FREQUENCIES, in_cache=True)
     expected = rules.read(rules_, q, k, v, chunks=[chunk] * (24 // chunk), form=form)
+    assert not cache.overflow.any()
+    head_of, position = np.asarray(cache.layout.heads(*cache.position.shape)), np.asarray(cache.position)
     for head, reading in enumerate(expected):
         np.testing.assert_allclose(output[:, head], reading.outputs, atol=2e-5)
-        assert set(np.asarray(cache.position[head])) - {-1} == reading.kept[-1]
+        assert set(position[head_of == head]) - {-1} == reading.kept[-1]
 
 
 def test_a_layer_sees_the_sinks_and_the_newest_as_a_text_of_their_own():
@@ -56,5 +72,10 @@ def test_who_cannot_rotate_says_so():
     cache = make_cache(policy, CacheSpec(kv_heads=1, capacity=9, head_dim=8))
     with pytest.raises(CormError, match="counts positions within the cache: give an encoding such as Rotary"):
         step(policy, cache, x[:, :, None], x, x, jnp.int32(1))
+    text = make_cache(parse("streaming_llm:sinks=2,budget=7"), CacheSpec(kv_heads=1, capacity=9, head_dim=8))
+    with pytest.raises(CormError, match="positions within the text, and .* counts them within the cache: make"):
+        step(policy, text, x[:, :, None], x, x, jnp.int32(1), Rotary(FREQUENCIES))
+    with pytest.raises(CormError, match="positions within the cache, and .* counts them within the text: make"):
+        step(parse("streaming_llm:sinks=2,budget=7"), cache, x[:, :, None], x, x, jnp.int32(1))
     with pytest.raises(CormError, match="a trace holds keys that are rotated already: replay .* positions='original'"):
         replay(noise(steps=20), policy)

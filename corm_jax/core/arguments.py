@@ -90,6 +90,9 @@ def check_caches(policies: Sequence[Policy], caches: Caches, kv_heads: int, head
                 f"{kv_heads} of {head_dim}: make caches for this model"
             )
         check_policy(policy)
+        spec = CacheSpec(kv_heads, cache.position[0].size // kv_heads, head_dim, cache.k.dtype, cache.position.shape[1])
+        cache_lib.check_heads(policy, spec)
+        cache_lib.check_protected(policy, spec, cache.made)
 
 
 def check_count(count: Any, rows: int, tokens: int) -> Int[Array, " batch"]:
@@ -183,6 +186,11 @@ def _check_form(policy: Policy, form: Form, spec: CacheSpec, group: int) -> None
             raise CormError(f"{name} must be {what} above 0, not {shown(value)}")
     if form.mask is not None and not callable(form.mask):
         raise CormError(f"mask must be a function of the positions of queries and keys, not {shown(form.mask)}")
+    if policy.traits.plain and form.beyond:
+        raise CormError(
+            f"{name_of(policy)} is for softmax(q . k) over all earlier keys, and this attention has a "
+            f"{' and a '.join(form.beyond)}: take another policy"
+        )
 
 
 def _check_state(policy: Policy, cache: LayerCache) -> None:
@@ -200,6 +208,12 @@ def _check_state(policy: Policy, cache: LayerCache) -> None:
     if found != expected or jax.tree.structure(cache.state) != jax.tree.structure(wanted):
         raise CormError(
             f"the cache holds a state of {_shapes(found)}, and {name} keeps {_shapes(expected)}: make one with "
+            "make_cache(policy, spec)"
+        )
+    if (policy.traits.positions == "cache") != (cache.place is not None):
+        here, there = ("the cache", "the text") if cache.place is None else ("the text", "the cache")
+        raise CormError(
+            f"the cache was made for positions within {there}, and {name} counts them within {here}: make one with "
             "make_cache(policy, spec)"
         )
     if policy.traits.whole_prompt and cache_lib.clock_of(cache).stage == "unknown":

@@ -7,7 +7,7 @@ number of tokens read so far, the current one included. Numbers have 32 bits, al
 """
 
 from collections.abc import Callable
-from functools import wraps
+from functools import reduce, wraps
 from typing import Any
 
 import jax
@@ -68,6 +68,11 @@ def narrow(tree: PyTree[Any]) -> PyTree[Any]:
         return x.astype(wide[x.dtype.name]) if x.dtype.name in wide else x
 
     return jax.tree.map(one, tree)
+
+
+def over_group(operation: Callable[[Array, Array], Array], x: Array) -> Array:
+    """A sum, say, over the leading axis, part by part: XLA on a CPU transposes what it reduces there, and is slow."""
+    return reduce(operation, x)
 
 
 def broadcasts(function: Callable) -> Callable:

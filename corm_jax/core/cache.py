@@ -60,6 +60,7 @@ def make_cache(
         overflow=jnp.zeros(spec.kv_heads, jnp.int32),
         layout=of_stores(*spec.slots, spec.kv_heads),
         twin=None if not policy.traits.twins else jnp.zeros((spec.kv_heads, *spec.slots), jnp.int32),
+        place=None if policy.traits.positions != "cache" else jnp.zeros(spec.slots, jnp.int32),
         made=made,
         clock=Clock(jnp.zeros((), jnp.int32), jnp.full((), ENDLESS, jnp.int32)),
     )
@@ -123,7 +124,8 @@ def remembers(policy: Any) -> str:
 def slots(cache: LayerCache) -> Slots:
     """The view of a cache that a policy gets."""
     clock = clock_of(cache)
-    return Slots(cache.position, clock.seen, clock.prompt, cache.layout, cache.twin, clock.stage != "read")
+    reading = clock.stage != "read"
+    return Slots(cache.position, clock.seen, clock.prompt, cache.layout, cache.twin, cache.place, reading)
 
 
 def clock_of(cache: LayerCache) -> Clock:

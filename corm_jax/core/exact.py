@@ -26,7 +26,7 @@ from corm_jax.core.slots import Slots
 from corm_jax.core.types import State, by_slot
 
 FOREVER = np.iinfo(np.int32).max
-"""The last query of a key that is not evicted."""
+"""The last query of a key that is not evicted. So none is evicted by the very last token of the clock."""
 
 
 SHORT = 16
@@ -42,10 +42,13 @@ class Block(NamedTuple):
       visible: bool ``[tokens, *slots]``, what each would see if nothing were evicted; nothing, where it is no query.
       softmax: of a mask such as ``visible``: weights ``[group, tokens, *slots]`` and their totals, see
         `corm_jax.core.attention.softmax`. None where the policy does not look at attention.
-      logits: float32 ``[group, tokens, *slots]``, if ``softmax`` is their softmax.
+      logits: float32 ``[group, tokens, *slots]``, if ``softmax`` is their softmax; with ``every``, -infinity beyond it.
       keys, values: ``[*slots, head_dim]``, or None.
       queries: ``[tokens, kv_heads, group, head_dim]``, or None.
       within: bool ``[tokens, *slots]``, what each may see at all, live or not; None for everything.
+      every: bool ``[tokens, *slots]``, what each would see if nothing had ever been evicted, for those who want to know
+        the attention to that, too; None for nobody.
+      outputs: whether somebody wants the weights of the attention: that is one array more of this size.
     """
 
     slots: Slots
@@ -57,6 +60,8 @@ class Block(NamedTuple):
     values: Float[Array, "*slots head_dim"] | None = None
     queries: Float[Array, "tokens kv_heads group head_dim"] | None = None
     within: Bool[Array, "tokens *slots"] | None = None
+    every: Bool[Array, "tokens *slots"] | None = None
+    outputs: bool = True
 
     def attended(self, visible: Array) -> Array:
         """Those of some keys that the queries may see at all."""
@@ -75,8 +80,10 @@ class Settled(NamedTuple):
       until: int32 ``[*slots]``, the clock of the last query that could attend to the key; `FOREVER` if it stays.
       lost: bool ``[*slots]``, whether it was evicted for want of a slot.
       state: the policy's state after the block.
-      weights, total: of the block's attention, as its ``softmax`` returns them; None where no policy looks at it.
+      weights, total: of the block's attention, as its ``softmax`` returns them; None where no policy looks at it, and
+        weights where nobody wants them.
       passes: int32 scalar, how often the block attended.
+      every: weights and total of the attention to ``every`` of the block; None if nobody asked.
     """
 
     until: Int[Array, "*slots"]
@@ -85,6 +92,7 @@ class Settled(NamedTuple):
     weights: Array | None
     total: Array | None
     passes: Int[Array, ""]
+    every: tuple[Array, Array] | None = None
 
 
 class Room(NamedTuple):
@@ -133,8 +141,8 @@ def planned(policy: Any) -> tuple[int, bool | None]:
 
 def alive(block: Block, until: Int[Array, "*slots"], lost: Bool[Array, "*slots"]) -> Int[Array, "tokens kv_heads"]:
     """How many keys of a head are live after each query."""
-    gone = jnp.where(until == FOREVER, FOREVER, until + lost.astype(jnp.int32))
-    live = (block.slots.position >= 0) & (block.slots.position < block.clock) & (block.clock < gone)
+    there = (until == FOREVER) | (block.clock < until + lost.astype(jnp.int32))
+    live = (block.slots.position >= 0) & (block.slots.position < block.clock) & there
     return block.slots.total(live)
 
 
@@ -160,41 +168,46 @@ def _by_moments(policy, state, block) -> tuple[Settled, Bool[Array, ""]]:
     judges = visible.any((1, 2))[:, None, None]  # not what pads the block, whose clock may be past the end
     if block.softmax is None:
         return Settled(jnp.where(due, when, FOREVER), lost, state, None, None, passes), jnp.asarray(True)
+    every = None
     if block.logits is None:
         softmax, sound = block.softmax, jnp.asarray(True)
     else:
-        layout, masked = slots.layout, jnp.where(block.attended(visible), block.logits, -jnp.inf)
-        shift = layout.most(jnp.where(t <= when, masked, -jnp.inf))
-        powers = jnp.exp(masked - layout.spread(jnp.where(jnp.isfinite(shift), shift, 0.0)))
+        layout, reach = slots.layout, block.attended(visible)
+        shift = layout.most(jnp.minimum(block.logits, jnp.where(reach & (t <= when), jnp.inf, -jnp.inf)))
+        top = layout.spread(jnp.where(jnp.isfinite(shift), shift, 0.0))
+        powers = jnp.exp((jnp.where(reach, block.logits, -jnp.inf) if block.every is None else block.logits) - top)
 
         def softmax(seen):
-            weights = jnp.where(seen, powers, 0.0)
-            total = layout.total(weights)
-            return weights, jnp.where(total == 0.0, 1.0, total)
+            # The least of a power and infinity, or 0, which a CPU adds up twice as fast as what is selected.
+            total = layout.total(jnp.minimum(powers, jnp.where(seen, jnp.inf, 0.0)))
+            return jnp.where(seen, powers, 0.0), jnp.where(total == 0.0, 1.0, total)
 
         sound = jnp.isfinite(shift) | ~visible.any((1, 2))[:, None]
+        if block.every is not None:
+            total = layout.total(powers)
+            every, sound = (powers, jnp.where(total == 0.0, 1.0, total)), sound & jnp.isfinite(total)
 
     def seen_under(evicted):
         return visible & ~(evicted & (t > when))
 
     def body(carry):
-        evicted, total, _, passes = carry
-        seen = seen_under(evicted)
+        evicted, seen, total, _, passes = carry
         found = policy.important(block.observation(softmax(block.attended(seen))[0], total, seen), slots)
         now = due & ~(found & judges & (t <= when)).any(0)
         changed = anywhere((now != evicted).any())
-        total = jax.lax.cond(changed, lambda: softmax(block.attended(seen_under(now)))[1], lambda: total)
-        return now, total, changed, passes + 1
+        seen = seen_under(now)
+        total = jax.lax.cond(changed, lambda: softmax(block.attended(seen))[1], lambda: total)
+        return now, seen, total, changed, passes + 1
 
     total = softmax(block.attended(visible))[1]
     if block.logits is not None:
         sound = (sound & jnp.isfinite(total)).all()
-    start = lost, total, jnp.asarray(True), jnp.int32(0)
-    evicted, total, _, passes = jax.lax.while_loop(lambda carry: carry[2], body, start)
-    seen = seen_under(evicted)
+    start = lost, visible, total, jnp.asarray(True), jnp.int32(0)
+    evicted, seen, total, _, passes = jax.lax.while_loop(lambda carry: carry[3], body, start)
     weights = softmax(block.attended(seen))[0]
     state = policy.observe(state, block.observation(weights, total, seen), slots)
-    return Settled(jnp.where(evicted, when, FOREVER), lost, state, weights, total, passes), sound
+    weights = weights if block.outputs else None
+    return Settled(jnp.where(evicted, when, FOREVER), lost, state, weights, total, passes, every), sound
 
 
 def _by_query(policy, state, fresh, block, room) -> Settled:
@@ -218,7 +231,8 @@ def _by_query(policy, state, fresh, block, room) -> Settled:
     empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[1:5])
     start = (until, *empty, jnp.asarray(True), jnp.int32(0))
     until, lost, after, weights, total, _, passes = jax.lax.while_loop(lambda carry: carry[-2], body, start)
-    return Settled(until, lost, after, weights, total, passes)
+    every = None if block.every is None else block.softmax(block.every)
+    return Settled(until, lost, after, weights if block.outputs else None, total, passes, every)
 
 
 def _led(policy, state, fresh, block, room, weights, total):

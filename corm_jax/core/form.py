@@ -31,6 +31,13 @@ class Form(NamedTuple):
     window: Any = None
     mask: Callable[[Array, Array], Array] | None = None
 
+    @property
+    def beyond(self) -> list[str]:
+        """What makes it another than ``softmax(q . k)``, by some scale, over all earlier keys, rotated or not."""
+        names = [name for name in ("softcap", "window", "mask") if getattr(self, name) is not None]
+        biased = self.encoding is not None and type(self.encoding).bias is not Encoding.bias
+        return names + [f"bias of {type(self.encoding).__name__}"] * biased
+
     def logits(self, layout: Layout, q: Array, k: Array, bias: Array | None = None) -> Array:
         """The logits ``[group, tokens, *slots]``, float32."""
         found = layout.logits(q, k) * (q.shape[-1] ** -0.5 if self.scale is None else jnp.float32(self.scale))
@@ -38,6 +45,10 @@ class Form(NamedTuple):
             cap = jnp.float32(self.softcap)
             found = cap * jnp.tanh(found / cap)
         return found if bias is None else found + bias
+
+    def queries(self, q: Array) -> Array:
+        """The queries with the scale in them: their logits are ``q . k / sqrt(head_dim)``."""
+        return q if self.scale is None else q.astype(jnp.float32) * (jnp.float32(self.scale) * q.shape[-1] ** 0.5)
 
     def within(self, query: Int[Array, "tokens 1 1"], key: Int[Array, "*slots"]) -> Bool[Array, "tokens *slots"] | None:
         """What the queries at some positions may see of keys at others, or before them; None for everything."""
@@ -61,6 +72,5 @@ class Form(NamedTuple):
         """Queries and keys encoded by their places among the live keys of their head, and the bias for these places."""
         before = slots.total(slots.live & (slots.position < clock - 1))  # [tokens, kv_heads]
         heads = [self.encoded(q[:, head], before[:, head]) for head in range(q.shape[1])]
-        place = slots.place()
-        flat = self.encoded(keys.reshape(-1, keys.shape[-1]), place.reshape(-1))
-        return jnp.stack(heads, 1), flat.reshape(keys.shape), self.bias(slots.spread(before), place, slots.layout)
+        flat = self.encoded(keys.reshape(-1, keys.shape[-1]), slots.place.reshape(-1))
+        return jnp.stack(heads, 1), flat.reshape(keys.shape), self.bias(slots.spread(before), slots.place, slots.layout)

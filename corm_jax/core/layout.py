@@ -157,7 +157,7 @@ class Apart(Layout):
     def logits(self, q, k):
         tokens, kv_heads, group, head_dim = q.shape
         rows = q.transpose(1, 2, 0, 3).reshape(kv_heads, group * tokens, head_dim)  # one matrix: faster on a CPU
-        return product("srd,scd->src", rows, k).reshape(kv_heads, group, tokens, -1).transpose(1, 2, 0, 3)
+        return product("srd,scd->src", rows, k).swapaxes(0, 1).reshape(group, tokens, kv_heads, -1)
 
     def weighted(self, weights, v):
         group, tokens, stores, slots = weights.shape

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from corm_jax.core.arrays import iota, over_group
 from corm_jax.core.layout import Layout
 
 
@@ -24,7 +25,8 @@ class Observation(NamedTuple):
       visible: bool ``[tokens, *slots]``, which slots the query could attend to.
       seen: int32, broadcastable against ``visible``: the clock at each query (its position + 1).
       keys, values: ``[*slots, head_dim]``, what the slots hold; None where a trace does not tell.
-      queries: ``[tokens, kv_heads, group, head_dim]``; None likewise.
+      queries: ``[tokens, kv_heads, group, head_dim]``, with the scale of the attention in them: their logits are
+        ``q . k / sqrt(head_dim)``. None likewise.
     """
 
     weights: Float[Array, "group tokens *slots"]
@@ -34,6 +36,17 @@ class Observation(NamedTuple):
     keys: Float[Array, "*slots head_dim"] | None = None
     values: Float[Array, "*slots head_dim"] | None = None
     queries: Float[Array, "tokens kv_heads group head_dim"] | None = None
+
+    def last(self, found: Bool[Array, "tokens *slots"], never: int) -> Int[Array, "*slots"]:
+        """The clock of the last query for which something holds of a slot; ``never`` where it holds for none."""
+        nth = iota(len(found)).astype(jnp.float32)[:, None, None]  # an integer's maximum takes a CPU twice as long
+        nth = jnp.where(found, nth, -1.0).max(0)
+        return jnp.where(nth >= 0, self.seen.reshape(-1)[0] + nth.astype(jnp.int32), never)
+
+    @property
+    def mean(self) -> Float[Array, "tokens *slots"]:
+        """The mean of alpha over the query heads of a group."""
+        return over_group(jnp.add, self.probability) / len(self.weights)
 
     @property
     def probability(self) -> Float[Array, "group tokens *slots"]:

@@ -35,6 +35,8 @@ class Traits(NamedTuple):
         they come, and somebody who finds the key important by then puts it off beyond them. Such a policy has a method
         ``moment(state, slots)``, the clock of that moment for each slot, and, if it needs attention,
         ``important(observation, slots)``, bool ``[tokens, *slots]``. 0 if there is no such number.
+      plain: whether it makes sense for attention of the plain form alone, ``softmax(q . k)`` by any scale, over all
+        earlier keys. A step of another form is refused.
       merges: whether what leaves is merged into what stays, by a method `Policy.merged`. The exact recurrence then goes
         token by token.
       block: queries that the exact recurrence reads at once, see `corm_jax.core.exact`. Does not change results.
@@ -49,6 +51,7 @@ class Traits(NamedTuple):
     independent: bool = True
     twins: bool = False
     moments: PerHead = 0
+    plain: bool = False
     merges: bool = False
     block: int = 64
 

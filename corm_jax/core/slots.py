@@ -28,7 +28,7 @@ PerHead: TypeAlias = Any
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["position", "seen", "prompt", "layout", "twin"],
+    data_fields=["position", "seen", "prompt", "layout", "twin", "place"],
     meta_fields=["reading", "arrived"],
 )
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Slots:
       seen: int32 scalar, the clock: tokens read so far.
       prompt: int32 scalar, the clock at which the prompt ends; `ENDLESS` if nobody said.
       layout: whose slots they are.
-      twin: int32 ``[kv_heads, *slots]`` or None, see `corm_jax.core.types.LayerCache`.
+      twin, place: int32 ``[kv_heads, *slots]`` and ``[*slots]``, or None, see `corm_jax.core.types.LayerCache`.
       reading: whether the prompt may still be read, or end just now. Static: a step after it computes no verdict on it.
       arrived: so many keys of a head came at most since the policy last evicted all that it wanted to; None if that is
         unknown. Static: a budget that held before takes so many passes at most. Who keeps what a policy inside would
@@ -55,6 +55,7 @@ class Slots:
     prompt: Any
     layout: Any
     twin: Any = None
+    place: Any = None
     reading: bool = True
     arrived: int | None = None
 
@@ -166,12 +167,6 @@ class Slots:
             near &= (other == index + shift) & (position < largest(position))
             found.append(jnp.where(near, per_slot[other], absent))
         return self._restored(jnp.stack(found), order)
-
-    def place(self) -> Int[Array, "*slots"]:
-        """How many live keys of its head stand before each live key: its position within the cache."""
-        order = self._order(self.head, ~self.live, self.position)
-        slots = self.total(jnp.ones_like(self.position))
-        return self._restored(iota(order.size), order) - self.spread(jnp.cumsum(slots, dtype=jnp.int32) - slots)
 
     def mean_over_heads(self, per_slot: Num[Array, "*slots"]) -> Num[Array, "*slots"]:
         """The mean, over the heads of the layer, of what each says of the token whose key a slot holds.

@@ -214,7 +214,7 @@ def _one(policy, cache, q, k, v, count, form):
     seen, q, keys, bias = _seen(policy, form, slots, visible, clock, q, cache.k)
     weights, total = attention.softmax(layout, form.logits(layout, q, keys, bias), seen)
     output = attention.output(layout, weights, total, cache.v).astype(q.dtype)
-    weights, total, *held = jax.lax.stop_gradient((weights, total, keys, cache.v, q))
+    weights, total, *held = jax.lax.stop_gradient((weights, total, keys, cache.v, form.queries(q)))
     state = policy.observe(cache.state, observed(layout, weights, total, visible, clock, *held), slots)
     keep = policy.retain(state, slots) | ~real
     cache = storing.merged(policy, cache._replace(state=state), slots, keep)
@@ -239,7 +239,7 @@ class _Open:
         take, self.back = opened.take, opened.back
         self.k, self.v, self.state = take(cache.k, rows=True), take(cache.v, rows=True), by_slot(take, cache.state)
         view = replace(cache_lib.slots(cache), layout=opened.layout, twin=None, arrived=tokens)
-        self.slots = replace(view, position=take(cache.position, EMPTY))
+        self.slots = replace(view, position=take(cache.position, EMPTY), place=by_slot(take, cache.place))
         self.clock = (since + 1 + iota(tokens))[:, None, None]
         real = (iota(tokens) < count)[:, None, None]
         self.visible = self.slots.live & (self.slots.position < self.clock) & real
@@ -277,7 +277,7 @@ def _observed(policy, form, held, q):
         output = attention.attended(layout, q, keys, held.v, seen, form, bias)
         weights = jnp.zeros((q.shape[2], *seen.shape), jnp.float32)
         total = jnp.ones((q.shape[2], len(q), layout.kv_heads), jnp.float32)
-    weights, total, *columns = jax.lax.stop_gradient((weights, total, keys, held.v, q))
+    weights, total, *columns = jax.lax.stop_gradient((weights, total, keys, held.v, form.queries(q)))
     found = observed(layout, weights, total, held.visible, held.clock, *columns)
     return output.astype(q.dtype), policy.observe(held.state, found, held.slots)
 
@@ -295,7 +295,7 @@ def _exactly(policy, cache, q, k, v, count, form):
     within = form.within(held.clock - 1, held.slots.position)
     bias = form.bias(held.clock - 1, held.slots.position, layout)
     every = form.logits(layout, q, held.k, bias) if watched(policy) else None
-    fixed, *columns = jax.lax.stop_gradient((every, held.k, held.v, q))
+    fixed, *columns = jax.lax.stop_gradient((every, held.k, held.v, form.queries(q)))
     softmax: Any = None if fixed is None else partial(attention.softmax, layout, fixed)
     block = Block(held.slots, held.clock, held.visible, softmax, fixed, *columns, within=within)
     known = policy.traits.moments

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from corm_jax.core.arrays import EMPTY, anywhere, iota, largest, ordered
+from corm_jax.core.arrays import EMPTY, anywhere, iota, largest, ordered, varying
 from corm_jax.core.cache import clock_of, fresh, slots, spec
 from corm_jax.core.policy import Policy
 from corm_jax.core.slots import Slots
@@ -64,7 +64,7 @@ def insert(
     loser = jnp.where(real & (held >= 0), head, kv_heads)
     overflow = cache.overflow + (loser[..., None] == iota(kv_heads)).sum((0, 1), dtype=jnp.int32)
     cache = cache._replace(position=position, state=state, clock=clock, overflow=overflow)
-    return twinned(_written(cache, k[:, None], v[:, None], slot), since, 1)
+    return _placed(twinned(_written(cache, k[:, None], v[:, None], slot), since, 1), since, 1)
 
 
 def _first_by(*keys: Int[Array, "stores slots"]) -> tuple[Int[Array, " stores"], ...]:
@@ -111,6 +111,22 @@ def twinned(cache: LayerCache, since: Int[Array, ""], tokens: int) -> LayerCache
     return cache._replace(twin=jnp.where(cache.position >= since, twin, cache.twin))
 
 
+def _placed(cache: LayerCache, since: Int[Array, ""], tokens: int) -> LayerCache:
+    """The cache, whose live keys know their places, if they have any, after so many tokens came, ``since`` then.
+
+    The places that the keys had are in order already, with gaps where keys were evicted. So they are counted, not
+    sorted.
+    """
+    if cache.place is None:
+        return cache
+    size, heads = cache.position.shape[1], cache.layout.heads(*cache.position.shape)
+    place = jnp.where(cache.position >= since, size + cache.position - since, cache.place)  # newcomers are the last
+    row = varying(jnp.zeros((cache.layout.kv_heads, size + tokens), jnp.int32), cache.position)
+    row = row.at[heads, jnp.where(cache.position >= 0, place, size + tokens)].set(1, mode="drop")
+    before = jnp.cumsum(row, -1, dtype=jnp.int32) - row
+    return cache._replace(place=before.at[heads, place].get(mode="clip"))
+
+
 def make_room(policy: Policy, cache: LayerCache, count: Int[Array, ""], tokens: int) -> LayerCache:
     """Evicts for want of slots, so that ``count`` keys of each head, ``tokens`` at most, can come. See `insert`."""
     view = replace(slots(cache), seen=clock_of(cache).seen + count)
@@ -146,7 +162,9 @@ def insert_chunk(
     new = fresh(policy, spec(cache))
     state = by_slot(lambda held, new: held.at[..., store, slot].set(new, mode="drop"), cache.state, new)
     position = cache.position.at[store, slot].set(when, mode="drop")
-    return _written(cache._replace(position=position, state=state, clock=clock_of(cache).after(count)), k, v, slot)
+    since, clock = clock_of(cache).seen, clock_of(cache).after(count)
+    cache = _written(cache._replace(position=position, state=state, clock=clock), k, v, slot)
+    return _placed(cache, since, tokens)
 
 
 def enlarged(cache: LayerCache, slots: int) -> LayerCache:
@@ -161,6 +179,7 @@ def enlarged(cache: LayerCache, slots: int) -> LayerCache:
         v=more(cache.v, rows=True),
         position=more(cache.position, EMPTY),
         state=by_slot(more, cache.state),
+        place=by_slot(more, cache.place),
         layout=cache.layout.enlarged(slots),
     )
 
@@ -182,6 +201,7 @@ def shrunk(cache: LayerCache, slots: int) -> LayerCache:
         v=rows(cache.v),
         position=moved(cache.position),
         state=by_slot(moved, cache.state),
+        place=by_slot(moved, cache.place),
         layout=cache.layout.enlarged(-slots).given(slot, head[:, cut:]),
     )
 

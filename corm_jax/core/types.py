@@ -124,6 +124,8 @@ class LayerCache(NamedTuple):
       layout: whose slots they are.
       twin: int32 ``[kv_heads, *slots]``, for a policy with `twins`: in which slot, counted over all
         stores, each head has or had the token whose key a slot holds. None for others.
+      place: int32 ``[*slots]``, for a policy that counts ``positions`` within the cache: how many keys of its head
+        stood before the slot's key when tokens were last stored. None for others.
       made: what is known of it without its arrays. None if that is nothing.
       clock: where the sequence stands. None in `Caches`, which hold it once for all layers.
     """
@@ -135,6 +137,7 @@ class LayerCache(NamedTuple):
     overflow: Int[Array, " kv_heads"]
     layout: Layout
     twin: Int[Array, "kv_heads *slots"] | None = None
+    place: Int[Array, "*slots"] | None = None
     made: Made | None = None
     clock: Clock | None = None
 

@@ -143,6 +143,12 @@ class Layer(nnx.Module):
         return x + self.feed_forward(self.feed_forward_norm(x)), cache, live, passes
 
 
+@partial(jax.jit, static_argnames="chunk")
+def _through(layer, x, cache, policy, count, *, chunk):
+    """Equal layers share one trace, which otherwise takes longer than the compiled program of all of them to load."""
+    return layer(x, cache, policy, count, chunk)
+
+
 class Course(NamedTuple):
     """What became of a block of tokens on its way through the caches.
 
@@ -240,7 +246,7 @@ class Llama(nnx.Module):
         x = self.embed(tokens)
         updated, live, passes = [], [], []
         for layer, cache_in, one in zip(self.layers, caches, policies, strict=True):
-            x, cache_out, live_in_layer, passes_in_layer = layer(x, cache_in, one, count, chunk)
+            x, cache_out, live_in_layer, passes_in_layer = _through(layer, x, cache_in, one, count, chunk=chunk)
             updated.append(cache_out)
             live.append(live_in_layer)
             passes.append(passes_in_layer)

@@ -20,7 +20,7 @@ more than alpha is rounded: a verdict hangs on it only where alpha t / m is as n
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from corm_jax.core.arrays import ENDLESS
+from corm_jax.core.arrays import ENDLESS, over_group
 from corm_jax.core.observation import Observation
 from corm_jax.core.options import choice, number, policy
 from corm_jax.core.policy import Policy, Traits
@@ -66,8 +66,7 @@ class Corm(Policy):
         return jnp.full(spec.slots, NEVER, jnp.int32)
 
     def observe(self, state: Int[Array, "*slots"], observation: Observation, slots: Slots) -> Int[Array, "*slots"]:
-        found = self.important(observation, slots)
-        return jnp.maximum(state, jnp.where(found, observation.seen, NEVER).max(0))
+        return jnp.maximum(state, observation.last(self.important(observation, slots), NEVER))
 
     def moment(self, state: Int[Array, "*slots"], slots: Slots) -> Int[Array, "*slots"]:
         """max(last + w, position + r + 1, w): the clock at which the key goes, unless it is important by then."""
@@ -82,10 +81,9 @@ class Corm(Policy):
         n = observation.seen if self.threshold == "position" else slots.spread(slots.total(observation.visible))
         least, n = slots.spread(self.multiple).astype(jnp.float32), n.astype(jnp.float32)
         if self.group == "any":
-            return (observation.weights >= least * observation.total / n).any(0)
+            return over_group(jnp.logical_or, observation.weights >= least * observation.total / n)
         ratio = observation.weights * (n / observation.total)  # alpha n
-        # The mean as a sum of slices: a reduction over the leading axis makes XLA on the CPU transpose, which is slow.
-        return sum(ratio) / len(ratio) >= least
+        return over_group(jnp.add, ratio) / len(ratio) >= least
 
     def retain(self, state: Int[Array, "*slots"], slots: Slots) -> Bool[Array, "*slots"]:
         window = slots.spread(self.window)

@@ -44,7 +44,7 @@ class H2O(Policy):
         return jnp.zeros(spec.slots, jnp.float32)
 
     def observe(self, state: Float[Array, "*slots"], observation: Observation, slots: Slots) -> Float[Array, "*slots"]:
-        return state + observation.probability.mean(0).sum(0)
+        return state + observation.mean.sum(0)
 
     def score(self, state: Float[Array, "*slots"], slots: Slots) -> Float[Array, "*slots"]:
         age = (slots.seen - slots.position).astype(jnp.float32)

@@ -27,6 +27,8 @@ from corm_jax.errors import CormError
 class Recorder(Policy):
     """Keep every key, and note the query of its token beside it.
 
+    A trace says nothing of a soft cap, a window, a mask or a bias, so attention of such a form is refused.
+
     Args:
       group: query heads per key-value head; static, since the state has room for them.
     """
@@ -35,7 +37,7 @@ class Recorder(Policy):
 
     @property
     def traits(self) -> Traits:
-        return Traits(needs=("queries",))
+        return Traits(needs=("queries",), plain=True)
 
     def init(self, spec: CacheSpec) -> Float[Array, "group head_dim *slots"]:
         return jnp.zeros((self.group, spec.head_dim, *spec.slots), jnp.float32)

@@ -76,7 +76,7 @@ class SnapKV(Policy):
     def observe(self, state: Scores, observation: Observation, slots: Slots) -> Scores:
         t, begin = observation.seen, slots.prompt - slots.spread(self.window)
         judges = (t > begin) & (t <= slots.prompt)
-        attention = jnp.where(judges, observation.probability.mean(0), 0.0).sum(0)
+        attention = jnp.where(judges, observation.mean, 0.0).sum(0)
         scores = self._current(state, slots) + attention
         if slots.reading:
             ends = ((t == slots.prompt) & (t <= slots.seen)).any()

@@ -32,7 +32,7 @@ class TOVA(Policy):
 
     def observe(self, state: Float[Array, "*slots"], observation: Observation, slots: Slots) -> Float[Array, "*slots"]:
         newest = observation.seen == slots.seen  # of the chunk's queries; none if all are padding
-        attention = jnp.where(newest, observation.probability.mean(0), 0.0).sum(0)
+        attention = jnp.where(newest, observation.mean, 0.0).sum(0)
         return jnp.where(newest.any(), slots.mean_over_heads(attention), state)
 
     def score(self, state: Float[Array, "*slots"], slots: Slots) -> Float[Array, "*slots"]:
