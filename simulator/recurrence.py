@@ -101,7 +101,8 @@ def _block(policy, layer, scale, steps, capacity, prompt, chunk, block, moments,
     renormalized, watched = fidelity == "renormalized", "attention" in policy.traits.needs
     shared = renormalized and watched and chunk == 1  # exponentials, by the full cache and the policy's
     logits = jnp.where(causal, logits, -jnp.inf) if shared else logits
-    full = None if shared else softmax(layout, logits, causal)
+    found: Any = None
+    full: Any = None if shared else softmax(layout, logits, causal)  # weights and their total
 
     def only(visible):
         """The probabilities of the full cache, without those that are not visible."""
@@ -131,11 +132,11 @@ def _block(policy, layer, scale, steps, capacity, prompt, chunk, block, moments,
     rest = causal & (clock <= until)
     mass = (found.total if shared else layout.total(only(rest)[0])) / full[1]
     important = over_group(jnp.logical_or, full[0] >= layout.spread(full[1]) / clock.astype(jnp.float32)) & causal
-    needed = jnp.maximum(needed, observed(layout, *full, causal, clock).last(important, 0))
+    needed = jnp.maximum(needed, observed(layout, full[0], full[1], causal, clock).last(important, 0))
     error = None
     if errors:
         v = jnp.asarray(layer.v).swapaxes(0, 1)
-        reference = output(layout, *full, v)
+        reference = output(layout, full[0], full[1], v)
         norm = jnp.linalg.norm(reference, axis=-1)
         kept = (found.weights, found.total) if shared else attend(rest)
         error = jnp.linalg.norm(output(layout, *kept, v) - reference, axis=-1) / jnp.where(norm == 0, 1, norm)
