@@ -37,7 +37,7 @@ BATCH = 16
 TOKENS, LEAST, CHUNK = 32, 8, 3
 """The most and the fewest tokens of a history, and the most that are read at once."""
 
-LAYERS, KV_HEADS, GROUP, HEAD_DIM = 4, 2, 2, 4
+LAYERS, KV_HEADS, GROUP, HEAD_DIM = 2, 4, 2, 4
 TIGHT, ROOMY = 12, TOKENS + CHUNK
 """Slots a head: so few that keys are lost, unless the policy keeps few; and so many that none is."""
 
@@ -190,7 +190,8 @@ def soak(seed: int = 0, start: int = 0, cases: int | None = None) -> Iterator[Ta
 def case(seed: int, index: int) -> Case:
     """A case. What its batch has in common follows from the index, all else is drawn."""
     turn, which = divmod(index // BATCH, len(VARIANTS))
-    variant, stores, chunk = VARIANTS[which], (None, 1)[(turn + which) % 2], (1, CHUNK, None)[(turn // 2 + which) % 3]
+    variant, stores = VARIANTS[which], (None, 1, 2)[(turn + which) % 3]
+    chunk = (1, CHUNK, None)[(turn // 3 + which) % 3]
     rng = np.random.default_rng([seed, index])
     policy, layer = _policy(variant, rng), int(rng.integers(LAYERS))
     tokens = int(rng.integers(LEAST, TOKENS, endpoint=True))
@@ -365,5 +366,5 @@ def _padded(x: np.ndarray) -> np.ndarray:
 
 def _where(one: Case) -> str:
     pieces = f"chunks of {one.chunk}" if one.chunk else f"pieces of {' '.join(str(n) for n in one.counts if n)}"
-    layout = f"{'a pool' if one.stores else 'a rectangle'} of {one.slots} slots a head"
+    layout = f"{'a rectangle' if not one.stores else 'a pool' if one.stores == 1 else f'{one.stores} pools'} of {one.slots} slots a head"
     return f"{len(one.k)} tokens in {pieces}, a prompt of {one.prompt}, {layout}"

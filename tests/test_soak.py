@@ -45,11 +45,11 @@ def test_every_policy_with_every_choice_is_tried():
             ):  # no rotation here
                 assert {variant.choices[field.name] for variant in tried} == set(field.metadata["choices"])
     assert {variant.wrapped for variant in VARIANTS} == {"", "budget", "oneshot"}
-    turns = [case(0, BATCH * (which + turn * len(VARIANTS))) for turn in range(6) for which in range(2)]
+    turns = [case(0, BATCH * (which + turn * len(VARIANTS))) for turn in range(9) for which in range(2)]
     assert (
         len({(one.stores, one.chunk) for one in turns[::2]})
         == len({(one.stores, one.chunk) for one in turns[1::2]})
-        == 6
+        == 9
     )
 
 
