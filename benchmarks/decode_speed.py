@@ -86,7 +86,7 @@ class Contender:
                 v=v,
                 position=jnp.tile(position, (self.batch, *(1,) * position.ndim)),
                 state=jax.tree.map(lambda leaf: jnp.full_like(leaf, self.context), cache.state),  # all just asked for
-                clock=replace(cache.clock, seen=jnp.full(self.batch, self.context, jnp.int32)),
+                clock=dataclasses.replace(cache.clock, seen=jnp.full(self.batch, self.context, jnp.int32)),
                 layout=cache.layout if self.stores is None else Shared(whose, kv_heads),
             )
             caches.append(cache)

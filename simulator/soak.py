@@ -366,5 +366,6 @@ def _padded(x: np.ndarray) -> np.ndarray:
 
 def _where(one: Case) -> str:
     pieces = f"chunks of {one.chunk}" if one.chunk else f"pieces of {' '.join(str(n) for n in one.counts if n)}"
-    layout = f"{'a rectangle' if not one.stores else 'a pool' if one.stores == 1 else f'{one.stores} pools'} of {one.slots} slots a head"
+    stores = {None: "a rectangle", 1: "a pool"}.get(one.stores, f"{one.stores} pools")
+    layout = f"{stores} of {one.slots} slots a head"
     return f"{len(one.k)} tokens in {pieces}, a prompt of {one.prompt}, {layout}"
