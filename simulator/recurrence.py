@@ -102,6 +102,7 @@ def _block(policy, layer, scale, steps, capacity, prompt, chunk, block, moments,
     shared = renormalized and watched and chunk == 1  # exponentials, by the full cache and the policy's
     logits = jnp.where(causal, logits, -jnp.inf) if shared else logits
     found: Any = None
+    share: Any = None
     full: Any = None if shared else softmax(layout, logits, causal)  # weights and their total
 
     def only(visible):
@@ -120,7 +121,7 @@ def _block(policy, layer, scale, steps, capacity, prompt, chunk, block, moments,
         one = Block(slots, clock, live & causal, *attention, vectors, every=every, outputs=errors)
         found = settle(policy, state, fresh, one, None if capacity is None else Room(capacity), moments)
         state, until, lost = found.state, jnp.where(live, found.until, until), lost | found.lost
-        full = found.every if shared else full
+        full, share = (found.every[:2], found.every[2]) if shared else (full, None)
     else:
 
         def attended(visible, begin):
@@ -130,7 +131,7 @@ def _block(policy, layer, scale, steps, capacity, prompt, chunk, block, moments,
         step = partial(_chunk, policy, layout, steps, capacity, prompt, chunk, start, attended, vectors)
         (state, until, lost), _ = jax.lax.scan(step, (state, until, lost), chunk * iota(block // chunk))
     rest = causal & (clock <= until)
-    mass = (found.total if shared else layout.total(only(rest)[0])) / full[1]
+    mass = share if shared else layout.total(only(rest)[0]) / full[1]
     important = over_group(jnp.logical_or, full[0] >= layout.spread(full[1]) / clock.astype(jnp.float32)) & causal
     needed = jnp.maximum(needed, observed(layout, full[0], full[1], causal, clock).last(important, 0))
     error = None

@@ -186,7 +186,7 @@ def test_what_a_query_does_not_see_does_not_reach_it(layout, watched, monkeypatc
     @jax.jit
     def run(q, k, v, visible):
         if not watched:
-            return attention.attended(whose, q, k, v, visible), None
+            return attention.attended(whose, q, k, v, visible, visible.any(0)), None
         return attention.attend(q, k, v, visible, jnp.arange(1, 11), whose)
 
     clean, _ = run(q, k, v, jnp.asarray(visible))

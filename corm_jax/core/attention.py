@@ -1,6 +1,7 @@
 """Attention over slots: softmax of each query group over what its head sees, whoever shares the slots."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from corm_jax.core.arrays import broadcasts, iota
 from corm_jax.core.form import Form
-from corm_jax.core.layout import Apart, Layout
+from corm_jax.core.layout import Apart, Layout, product, weighted
 from corm_jax.core.observation import Observation, observed
 
 BLOCK = 512
@@ -79,16 +80,19 @@ def output(
 
 
 def attended(
-    layout: Layout, q: Array, k: Array, v: Array, visible: Array, form: Form = PLAIN, bias: Array | None = None
+    layout: Layout, q: Array, k: Array, v: Array, visible: Array, live: Array, form: Form = PLAIN, bias: Any = None
 ) -> Array:
-    """The output alone, float32: on a CPU block by block, which keeps nothing of the size tokens x slots."""
-    arguments = layout, q, k, v, visible, form.scale, form.softcap, bias
-    if len(q) <= FEW or k.shape[1] <= BLOCK or bias is not None:
+    """The output alone, float32: on a CPU block by block, which keeps nothing of the size tokens x slots.
+
+    Nobody sees a slot that is not ``live``.
+    """
+    arguments = layout, q, k, v, visible, live, form.scale, form.softcap, bias
+    if len(q) <= FEW or k.shape[1] <= BLOCK or bias is not None or not isinstance(layout, Apart):
         return _at_once(*arguments)
     return jax.lax.platform_dependent(*arguments, cpu=derived_from(_at_once, _by_blocks), default=_at_once)
 
 
-def _at_once(layout, q, k, v, visible, scale, softcap, bias):
+def _at_once(layout, q, k, v, visible, live, scale, softcap, bias):
     form = Form(scale=scale, softcap=softcap)
     return output(layout, *softmax(layout, form.logits(layout, q, k, bias), visible), v)
 
@@ -104,27 +108,31 @@ def derived_from(plain, fast):
     return both
 
 
-def _by_blocks(layout, q, k, v, visible, scale, softcap, bias):
-    """`attended`, a block of slots at a time, corrected by the largest logit so far, up to the last that is seen.
+def _by_blocks(layout, q, k, v, visible, live, scale, softcap, bias):
+    """`attended`, a block of slots at a time, corrected by the largest logit so far, up to the last that is live.
 
-    (Milakov and Gimelshein, arXiv 1805.02867.)
+    (Milakov and Gimelshein, arXiv 1805.02867.) Heads come first here, so that nothing is transposed.
     """
-    slots, form = k.shape[1], Form(scale=scale, softcap=softcap)
-    used = jnp.where(visible.any((0, 1)), iota(slots) + 1, 0).max()
+    slots, (tokens, kv_heads, group, head_dim) = k.shape[1], q.shape
+    form, heads = Form(scale=scale, softcap=softcap), (kv_heads, group, tokens)
+    rows, visible = q.transpose(1, 2, 0, 3).reshape(kv_heads, -1, head_dim), visible.swapaxes(0, 1)[:, None]
+    used = jnp.where(live.any(0), iota(slots) + 1, 0).max()
 
     def body(carry):
         block, largest, total, summed = carry
         start = jnp.minimum(block * BLOCK, slots - BLOCK)  # the last block overlaps the one before
         part = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=BLOCK)
-        own = part(visible, axis=2) & (start + iota(BLOCK) >= block * BLOCK)
-        here = jnp.where(own, form.logits(layout, q, part(k, axis=1)), LEAST)
-        new = jnp.maximum(largest, layout.most(here))
-        weights, factor = jnp.where(own, jnp.exp(here - layout.spread(new)), 0.0), jnp.exp(largest - new)
-        summed = summed * factor.transpose(1, 2, 0)[..., None] + layout.weighted(weights, part(v, axis=1))
-        return block + 1, new, total * factor + layout.total(weights), summed
+        own = part(visible, axis=3) & (start + iota(BLOCK) >= block * BLOCK)
+        here = form.of(product("hrd,hcd->hrc", rows, part(k, axis=1)), head_dim).reshape(*heads, BLOCK)
+        here = jnp.where(own, here, LEAST)
+        new = jnp.maximum(largest, here.max(-1))
+        weights, factor = jnp.exp(here - new[..., None]), jnp.exp(largest - new)
+        found = weighted("hrc,hcd->hrd", weights.reshape(kv_heads, -1, BLOCK), part(v, axis=1))
+        summed = summed * factor[..., None] + found.reshape(summed.shape)
+        return block + 1, new, total * factor + weights.sum(-1), summed
 
-    tokens, kv_heads, group, _ = q.shape
-    full = partial(jnp.full, dtype=jnp.float32)
-    start = jnp.int32(0), full((group, tokens, kv_heads), LEAST), full((group, tokens, kv_heads), 0.0)
-    _, _, total, summed = jax.lax.while_loop(lambda carry: carry[0] * BLOCK < used, body, (*start, full(q.shape, 0.0)))
-    return summed / jnp.where(total == 0.0, 1.0, total).transpose(1, 2, 0)[..., None]
+    # What is seen outweighs LEAST / 2 at the start, and what is not seen weighs exp(LEAST - LEAST / 2) = 0.
+    empty = jnp.full(heads, LEAST / 2), jnp.zeros(heads), jnp.zeros((*heads, v.shape[-1]))
+    start = (jnp.int32(0), *(x.astype(jnp.float32) for x in empty))
+    _, _, total, summed = jax.lax.while_loop(lambda carry: carry[0] * BLOCK < used, body, start)
+    return (summed / jnp.where(total == 0.0, 1.0, total)[..., None]).transpose(2, 0, 1, 3)

@@ -83,7 +83,8 @@ class Settled(NamedTuple):
       weights, total: of the block's attention, as its ``softmax`` returns them; None where no policy looks at it, and
         weights where nobody wants them.
       passes: int32 scalar, how often the block attended.
-      every: weights and total of the attention to ``every`` of the block; None if nobody asked.
+      every: weights and total of the attention to ``every`` of the block, and the share of it that falls on what each
+        query could attend to; None if nobody asked.
     """
 
     until: Int[Array, "*slots"]
@@ -92,7 +93,7 @@ class Settled(NamedTuple):
     weights: Array | None
     total: Array | None
     passes: Int[Array, ""]
-    every: tuple[Array, Array] | None = None
+    every: tuple[Array, Array, Array] | None = None
 
 
 class Room(NamedTuple):
@@ -207,6 +208,7 @@ def _by_moments(policy, state, block) -> tuple[Settled, Bool[Array, ""]]:
     weights = softmax(block.attended(seen))[0]
     state = policy.observe(state, block.observation(weights, total, seen), slots)
     weights = weights if block.outputs else None
+    every = every and (*every, total / every[1])
     return Settled(jnp.where(evicted, when, FOREVER), lost, state, weights, total, passes, every), sound
 
 
@@ -231,7 +233,11 @@ def _by_query(policy, state, fresh, block, room) -> Settled:
     empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[1:5])
     start = (until, *empty, jnp.asarray(True), jnp.int32(0))
     until, lost, after, weights, total, _, passes = jax.lax.while_loop(lambda carry: carry[-2], body, start)
-    every = None if block.every is None else block.softmax(block.every)
+    every = None
+    if block.every is not None:
+        every = block.softmax(block.every)
+        rest = jnp.where(block.attended(block.visible & (t <= until)), every[0], 0.0)
+        every = *every, block.slots.total(rest) / every[1]
     return Settled(until, lost, after, weights if block.outputs else None, total, passes, every)
 
 

@@ -40,11 +40,16 @@ class Form(NamedTuple):
 
     def logits(self, layout: Layout, q: Array, k: Array, bias: Array | None = None) -> Array:
         """The logits ``[group, tokens, *slots]``, float32."""
-        found = layout.logits(q, k) * (q.shape[-1] ** -0.5 if self.scale is None else jnp.float32(self.scale))
-        if self.softcap is not None:
-            cap = jnp.float32(self.softcap)
-            found = cap * jnp.tanh(found / cap)
+        found = self.of(layout.logits(q, k), q.shape[-1])
         return found if bias is None else found + bias
+
+    def of(self, products: Array, head_dim: int) -> Array:
+        """Products of queries and keys, by the scale, within the cap."""
+        found = products * (head_dim**-0.5 if self.scale is None else jnp.float32(self.scale))
+        if self.softcap is None:
+            return found
+        cap = jnp.float32(self.softcap)
+        return cap * jnp.tanh(found / cap)
 
     def queries(self, q: Array) -> Array:
         """The queries with the scale in them: their logits are ``q . k / sqrt(head_dim)``."""

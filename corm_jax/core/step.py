@@ -274,7 +274,7 @@ def _observed(policy, form, held, q):
         weights, total = attention.softmax(layout, form.logits(layout, q, keys, bias), seen)
         output = attention.output(layout, weights, total, held.v)
     else:
-        output = attention.attended(layout, q, keys, held.v, seen, form, bias)
+        output = attention.attended(layout, q, keys, held.v, seen, held.slots.live, form, bias)
         weights = jnp.zeros((q.shape[2], *seen.shape), jnp.float32)
         total = jnp.ones((q.shape[2], len(q), layout.kv_heads), jnp.float32)
     weights, total, *columns = jax.lax.stop_gradient((weights, total, keys, held.v, form.queries(q)))
@@ -303,7 +303,7 @@ def _exactly(policy, cache, q, k, v, count, form):
     found = settle(policy, held.state, cache_lib.fresh(policy, spec), block, room, moments)
     seen = block.attended(held.visible & (held.clock <= found.until))
     if every is None:
-        output = attention.attended(layout, q, held.k, held.v, seen, form, bias)
+        output = attention.attended(layout, q, held.k, held.v, seen, held.slots.live, form, bias)
     else:
         again = attention.derived_from(_anew, _as_found)
         output = again(layout, every, held.v, seen, found.weights, found.total)
