@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from corm_jax.core.arrays import broadcasts, iota
+from corm_jax.core.arrays import broadcasts, iota, varying
 from corm_jax.core.form import Form
 from corm_jax.core.layout import Apart, Layout
 from corm_jax.core.observation import Observation, observed
@@ -54,7 +54,7 @@ def attend(
     Returns:
       The output, in the dtype of ``q``, and what the policy gets to see. ``seen`` only passes through to the latter.
     """
-    layout = layout or Apart(q.shape[1])
+    layout = layout or Apart()
     weights, total = softmax(layout, PLAIN.logits(layout, q, k), visible)
     seen = seen[:, None, None]
     return output(layout, weights, total, v).astype(q.dtype), observed(layout, weights, total, visible, seen, k)
@@ -125,6 +125,7 @@ def _by_blocks(layout, q, k, v, visible, scale, softcap, bias):
 
     tokens, kv_heads, group, _ = q.shape
     full = partial(jnp.full, dtype=jnp.float32)
-    start = jnp.int32(0), full((group, tokens, kv_heads), LEAST), full((group, tokens, kv_heads), 0.0)
-    _, _, total, summed = jax.lax.while_loop(lambda carry: carry[0] * BLOCK < used, body, (*start, full(q.shape, 0.0)))
+    start = full((group, tokens, kv_heads), LEAST), full((group, tokens, kv_heads), 0.0), full(q.shape, 0.0)
+    start = jnp.int32(0), *varying(start, q, k, v, visible)
+    _, _, total, summed = jax.lax.while_loop(lambda carry: carry[0] * BLOCK < used, body, start)
     return summed / jnp.where(total == 0.0, 1.0, total).transpose(1, 2, 0)[..., None]
