@@ -11,6 +11,7 @@ from corm_jax.core.observation import Observation
 from corm_jax.core.policy import Policy, Traits
 from corm_jax.core.positions import ALiBi, Rope, Rotary
 from corm_jax.core.prompt import begin_prompt, end_prompt
+from corm_jax.core.sharding import partition_specs
 from corm_jax.core.slots import Slots
 from corm_jax.core.step import look, read, step
 from corm_jax.core.types import Caches, CacheSpec, Clock, LayerCache, OfHead, Usage
@@ -95,6 +96,7 @@ __all__ = [
     "make_cache",
     "oneshot",
     "parse",
+    "partition_specs",
     "per_layer",
     "policy",
     "prefill",

@@ -118,9 +118,7 @@ def can_evict(policy: Any, capacity: int = 4096) -> bool:
         return jnp.asarray(rng.normal(size=leaf.shape) * 10.0 ** rng.integers(-3, 4), leaf.dtype)
 
     position = jnp.asarray(np.stack([rng.choice(seen, capacity, replace=False) for _ in range(KV_HEADS)]), jnp.int32)
-    retain = jax.jit(
-        lambda state, prompt: policy.retain(state, Slots(position, jnp.int32(seen), prompt, Apart(KV_HEADS)))
-    )
+    retain = jax.jit(lambda state, prompt: policy.retain(state, Slots(position, jnp.int32(seen), prompt, Apart())))
     return any(not retain(jax.tree.map(draw, state), jnp.int32(prompt)).all() for prompt in prompts)
 
 

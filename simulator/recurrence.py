@@ -95,7 +95,7 @@ def _block(policy, layer, scale, steps, capacity, prompt, chunk, block, moments,
     """A block of queries: logits and the full cache's attention for all at once, then what the policy evicts."""
     state, until, lost, needed = carry
     kv_heads, keys = until.shape
-    layout, clock, key = Apart(kv_heads), (start + 1 + iota(block))[:, None, None], iota(keys)
+    layout, clock, key = Apart(), (start + 1 + iota(block))[:, None, None], iota(keys)
     logits = _logits(layout, layer, scale, start, block)
     causal = jnp.broadcast_to((key < clock) & (clock <= steps), (block, kv_heads, keys))
     renormalized, watched = fidelity == "renormalized", "attention" in policy.traits.needs

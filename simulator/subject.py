@@ -117,8 +117,9 @@ def _empty(make_cache, policy, shape: CacheSpec, **batch: int) -> LayerCache:
 def by_head(cache: LayerCache) -> jax.Array:
     """What positions a head holds: ``[kv_heads, slots]``, in a pool `EMPTY` where another owns the slot."""
     stores, _ = cache.position.shape
-    each = jnp.repeat(cache.position, cache.layout.kv_heads // stores, 0)
-    own = jnp.repeat(slots(cache).head, cache.layout.kv_heads // stores, 0) == iota(cache.layout.kv_heads)[:, None]
+    kv_heads = len(cache.overflow)
+    each = jnp.repeat(cache.position, kv_heads // stores, 0)
+    own = jnp.repeat(slots(cache).head, kv_heads // stores, 0) == iota(kv_heads)[:, None]
     return jnp.where(own, each, EMPTY)
 
 

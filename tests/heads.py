@@ -70,6 +70,6 @@ def slots_of(position, owner=None, seen=30, prompt=ENDLESS, heads=2):
     """The view of a rectangle ``[kv_heads, slots]``, or of a pool ``[slots]`` with the head that owns each slot."""
     position = jnp.asarray(position, jnp.int32)
     if owner is None:
-        return Slots(position, jnp.int32(seen), jnp.int32(prompt), Apart(len(position)))
+        return Slots(position, jnp.int32(seen), jnp.int32(prompt), Apart())
     layout = Shared(jnp.asarray(owner, jnp.int32)[None], heads)
     return Slots(position[None], jnp.int32(seen), jnp.int32(prompt), layout)

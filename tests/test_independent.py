@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from corm_jax import POLICIES, CacheSpec, begin_prompt, budget, make_cache, parse, step
+from corm_jax import POLICIES, CacheSpec, begin_prompt, budget, make_cache, parse, read, step
 from corm_jax.policies import RANKING
 from tests.drive import HEAD_DIM, KV_HEADS, TOKENS, normal
 
@@ -57,3 +57,21 @@ def test_heads_on_devices_of_their_own(name):
 
 def test_a_budget_of_its_own_for_each_layer():
     assert not budget(parse("adakv:budget=6,window=3"), 9).traits.independent
+
+
+@pytest.mark.parametrize("name", ["streaming_llm", "corm"])
+def test_many_queries_and_slots_on_devices_of_their_own(name):
+    """Loops over blocks of slots and of queries, under `jax.shard_map`, in a cache that is made there."""
+    policy, mesh = parse(SPECS[name]), Mesh(np.array(jax.devices()[:1]), ("heads",))
+
+    def run(q, k, v):
+        cache = make_cache(policy, CacheSpec(k.shape[1], 600, HEAD_DIM))
+        chunk, cache = step(policy, cache, q, k, v, TOKENS)
+        block, *_ = read(policy, cache, q, k, v, TOKENS, chunk=1)
+        return chunk, block
+
+    by_head = PartitionSpec(None, "heads")
+    sharded = jax.shard_map(run, mesh=mesh, in_specs=(by_head,) * 3, out_specs=by_head)
+    columns = [jnp.asarray(x) for x in normal(1)]
+    for one, other in zip(jax.jit(sharded)(*columns), jax.jit(run)(*columns), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)

@@ -174,7 +174,7 @@ def test_what_a_query_does_not_see_does_not_reach_it(layout, watched, monkeypatc
     q, k, v = rng.normal(size=(10, 2, 3, 8)), rng.normal(size=(2, 40, 8)), rng.normal(size=(2, 40, 8))
     visible = rng.random((10, 2, 40)) < 0.3
     visible[:, :, ::4] = False
-    whose = Apart(2)
+    whose = Apart()
     if layout == "shared":
         whose = Shared(jnp.repeat(jnp.arange(2), 40)[None], 2)
         k, v, visible = k.reshape(1, 80, 8), v.reshape(1, 80, 8), visible.reshape(10, 1, 80)

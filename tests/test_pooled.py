@@ -84,7 +84,7 @@ def test_newcomers_take_free_slots_and_then_the_lowest(stores, live):
         head = each * np.arange(stores)[:, None] + pairs % each
         position = np.where(rng.random(pairs.shape) < live, pairs // each, -1)
         state = rng.choice([least, 0, 1, 2**31 - 1], pairs.shape)
-        layout = cache.layout if stores == kv_heads else Shared(jnp.asarray(head, jnp.int32), kv_heads)
+        layout = cache.layout if stores == kv_heads else Shared(jnp.asarray(pairs % each, jnp.int32), each)
         held = cache._replace(
             position=jnp.asarray(position, jnp.int32),
             state=jnp.asarray(state, jnp.int32),
@@ -113,7 +113,7 @@ def test_generates_as_from_rectangles(lengths, chunk):
     prompts = [np.random.default_rng(n).integers(0, 97, n).tolist() for n in lengths]
     policy, options = Corm(window=12, recent=6), {"max_new_tokens": 24, "chunk": chunk, "capacity": 240}
     one, other = (generate(MODEL, policy, prompts, **options, stores=stores) for stores in (None, 1))
-    assert (one.caches[0].layout, type(other.caches[0].layout)) == (Apart(2), Shared)
+    assert (one.caches[0].layout, type(other.caches[0].layout)) == (Apart(), Shared)
     assert one.tokens == other.tokens
     np.testing.assert_array_equal(usage(one.caches).live, usage(other.caches).live)
     assert int(usage(other.caches).overflow.sum()) == 0

@@ -57,6 +57,11 @@ def check_step(policy: Policy, cache: LayerCache, q: Any, k: Any, v: Any, count:
     cache_lib.check_heads(policy, spec)
     cache_lib.check_protected(policy, spec, cache.made)
     _check_state(policy, cache)
+    if cache.made and spec.kv_heads < cache.made.kv_heads and not policy.traits.independent:
+        raise CormError(
+            f"{name_of(policy)} looks at all {cache.made.kv_heads} key-value heads of a layer, and here are "
+            f"{spec.kv_heads} of them: split the batch over the devices, or let jax.jit split the heads"
+        )
     return _count(count, (), q.shape[0])
 
 
@@ -83,7 +88,7 @@ def check_caches(policies: Sequence[Policy], caches: Caches, kv_heads: int, head
         raise CormError(f"there are caches for {len(caches)} layers, and the model has {len(policies)}: make new ones")
     for layer, (policy, cache) in enumerate(zip(policies, caches, strict=True)):
         check_cache(cache, batch)
-        found = cache.layout.kv_heads, cache.k.shape[-1]
+        found = cache.overflow.shape[-1], cache.k.shape[-1]
         if found != (kv_heads, head_dim):
             raise CormError(
                 f"the cache of layer {layer} is for {found[0]} key-value heads of {found[1]} numbers, the model has "

@@ -90,14 +90,19 @@ def broadcasts(function: Callable) -> Callable:
     return allowed
 
 
-def varying(start: Array, *others: Array) -> Array:
+def varying(start: PyTree[Any], *others: PyTree[Any]) -> Any:
     """What a loop starts with that goes on with others: under `jax.shard_map` it differs by device wherever they do."""
 
     def axes(one):
         return getattr(getattr(jax.typeof(one), "mat", None), "varying", frozenset())
 
-    missing = frozenset().union(*map(axes, others)) - axes(start)
-    return jax.lax.pcast(start, tuple(missing), to="varying") if missing else start
+    every = frozenset().union(*map(axes, jax.tree.leaves(others)))
+
+    def one(x):
+        missing = every - axes(x)
+        return jax.lax.pcast(x, tuple(missing), to="varying") if missing else x
+
+    return jax.tree.map(one, start) if every else start
 
 
 @custom_vmap

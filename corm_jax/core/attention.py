@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from corm_jax.core.arrays import broadcasts, iota
+from corm_jax.core.arrays import broadcasts, iota, varying
 from corm_jax.core.form import Form
 from corm_jax.core.layout import Apart, Layout, product, weighted
 from corm_jax.core.observation import Observation, observed
@@ -55,7 +55,7 @@ def attend(
     Returns:
       The output, in the dtype of ``q``, and what the policy gets to see. ``seen`` only passes through to the latter.
     """
-    layout = layout or Apart(q.shape[1])
+    layout = layout or Apart()
     weights, total = softmax(layout, PLAIN.logits(layout, q, k), visible)
     seen = seen[:, None, None]
     return output(layout, weights, total, v).astype(q.dtype), observed(layout, weights, total, visible, seen, k)
@@ -133,6 +133,6 @@ def _by_blocks(layout, q, k, v, visible, live, scale, softcap, bias):
 
     # What is seen outweighs LEAST / 2 at the start, and what is not seen weighs exp(LEAST - LEAST / 2) = 0.
     empty = jnp.full(heads, LEAST / 2), jnp.zeros(heads), jnp.zeros((*heads, v.shape[-1]))
-    start = (jnp.int32(0), *(x.astype(jnp.float32) for x in empty))
+    start = jnp.int32(0), *varying(tuple(x.astype(jnp.float32) for x in empty), q, k, v, visible)
     _, _, total, summed = jax.lax.while_loop(lambda carry: carry[0] * BLOCK < used, body, start)
     return (summed / jnp.where(total == 0.0, 1.0, total)[..., None]).transpose(2, 0, 1, 3)

@@ -50,7 +50,8 @@ def make_cache(
     spec = _checked(spec)
     check_heads(policy, spec)
     short = protected_slots(policy, spec) > spec.capacity
-    made = Made(remembers(policy), enough=short and tokens is not None and spec.capacity >= integer("tokens", tokens))
+    enough = short and tokens is not None and spec.capacity >= integer("tokens", tokens)
+    made = Made(remembers(policy), spec.kv_heads, enough)
     check_protected(policy, spec, made)
     cache = LayerCache(
         k=jnp.zeros((*spec.slots, spec.head_dim), spec.dtype),
@@ -138,7 +139,7 @@ def clock_of(cache: LayerCache) -> Clock:
 def spec(cache: LayerCache) -> CacheSpec:
     """The shape of a cache of one sequence."""
     stores, size = cache.position.shape
-    kv_heads = cache.layout.kv_heads
+    kv_heads = len(cache.overflow)
     return CacheSpec(kv_heads, stores * size // kv_heads, cache.k.shape[-1], cache.k.dtype, stores)
 
 

@@ -108,4 +108,4 @@ def check_slots(capacity: Capacity, need: int | Sequence[int], what: str) -> Non
 
 def capacities(caches: Caches) -> list[int]:
     """Slots a key-value head of a batch, layer by layer."""
-    return [one.position[0].size // one.layout.kv_heads for one in caches]
+    return [one.position[0].size // one.overflow.shape[1] for one in caches]

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from corm_jax.core.arrays import EMPTY, anywhere
+from corm_jax.core.arrays import EMPTY, anywhere, varying
 from corm_jax.core.observation import Observation, observed
 from corm_jax.core.options import concrete
 from corm_jax.core.slots import Slots
@@ -203,7 +203,7 @@ def _by_moments(policy, state, block) -> tuple[Settled, Bool[Array, ""]]:
     total = softmax(block.attended(visible))[1]
     if block.logits is not None:
         sound = (sound & jnp.isfinite(total)).all()
-    start = lost, visible, total, jnp.asarray(True), jnp.int32(0)
+    start = lost, visible, total, *varying((jnp.asarray(True), jnp.int32(0)), slots.position)
     evicted, seen, total, _, passes = jax.lax.while_loop(lambda carry: carry[3], body, start)
     weights = softmax(block.attended(seen))[0]
     state = policy.observe(state, block.observation(weights, total, seen), slots)
@@ -214,8 +214,7 @@ def _by_moments(policy, state, block) -> tuple[Settled, Bool[Array, ""]]:
 
 def _by_query(policy, state, fresh, block, room) -> Settled:
     t, end = block.clock, block.slots.seen
-    until = jnp.full(block.slots.position.shape, FOREVER, jnp.int32)
-    lost = jnp.zeros(until.shape, bool)
+    until, lost = jnp.full_like(block.slots.position, FOREVER), jnp.zeros_like(block.slots.live)
     if block.softmax is None:
         group = jnp.zeros((1, *block.visible.shape), jnp.float32)
         until, lost, state = _led(policy, state, fresh, block, room, group, jnp.ones_like(group[..., :1, :1]))
@@ -229,9 +228,9 @@ def _by_query(policy, state, fresh, block, room) -> Settled:
         changed = (jnp.minimum(now, end) != jnp.minimum(until, end)).any()
         return now, lost, after, weights, total, anywhere(changed), passes + 1
 
-    shapes = jax.eval_shape(body, (until, None, None, None, None, None, jnp.int32(0)))
+    shapes = jax.eval_shape(body, (until, None, None, None, None, None, varying(jnp.int32(0), until)))
     empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[1:5])
-    start = (until, *empty, jnp.asarray(True), jnp.int32(0))
+    start = until, *varying((*empty, jnp.asarray(True), jnp.int32(0)), until)
     until, lost, after, weights, total, _, passes = jax.lax.while_loop(lambda carry: carry[-2], body, start)
     every = None
     if block.every is not None:
@@ -269,8 +268,8 @@ def _led(policy, state, fresh, block, room, weights, total):
         until = jnp.where(live & real & ~policy.retain(after, now), t, until)
         return (jax.tree.map(partial(jnp.where, real), after, state), until, lost), None
 
-    until = jnp.full(position.shape, FOREVER, jnp.int32)
+    until, lost = jnp.full_like(position, FOREVER), jnp.zeros_like(slots.live)
     real = block.visible.any((1, 2))
     xs = weights.swapaxes(0, 1), total.swapaxes(0, 1), block.clock[:, 0, 0], real, block.queries
-    (state, until, lost), _ = jax.lax.scan(body, (state, until, jnp.zeros(until.shape, bool)), xs)
+    (state, until, lost), _ = jax.lax.scan(body, (state, until, lost), xs)
     return until, lost, state

@@ -9,12 +9,15 @@ not know which layout they have.
 layout   whose is a slot              stores   used for
 ======== ============================ ======== ============================================================
 `Apart`  that of its store            kv_heads caches with slots for each head, and replay
-`Shared` ``head [stores, slots]``     any      pools: one store a layer, or one for each device
+`Shared` ``whose [stores, slots]``    any      pools: one store a layer, or one for each device
 `Paged`  ``head [stores]``            any      chunks of queries on a pool whose keys are gathered by head
 ======== ============================ ======== ============================================================
+
+The layout of a cache says nothing of other stores than those that are there. So it is right for some of them, too, on a
+device that has a part of the heads.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -48,7 +51,9 @@ def weighted(axes: str, weights: Float[Array, "..."], v: Float[Array, "..."]) ->
 class Layout:
     """What all layouts do. ``stores`` and ``slots`` are those of the arrays that they are given."""
 
-    kv_heads: int
+    def kv_heads(self, stores: int) -> int:
+        """How many heads have so many stores."""
+        raise NotImplementedError
 
     def spread(self, per_head: Num[Array, "*leading kv_heads"]) -> Num[Array, "*leading stores slots_or_1"]:
         """What is said of a head, for each of its slots."""
@@ -128,7 +133,8 @@ def as_it_is(layout: Layout) -> Opened:
 class Apart(Layout):
     """Every head has a store of its own."""
 
-    kv_heads: int
+    def kv_heads(self, stores):
+        return stores
 
     def spread(self, per_head):
         return per_head[..., None]
@@ -171,18 +177,21 @@ class Apart(Layout):
         return as_it_is(self)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["head"], meta_fields=["kv_heads"])
+@partial(jax.tree_util.register_dataclass, data_fields=["head"], meta_fields=["count"])
 @dataclass(frozen=True)
 class Paged(Layout):
     """Every store, here a page, belongs to one head; a head may have any number of them."""
 
     head: Any  # int32 [stores]; unchecked, since JAX builds such objects of whatever it has
-    kv_heads: int
+    count: int
+
+    def kv_heads(self, stores):
+        return self.count
 
     @property
     def owned(self) -> Bool[Array, "kv_heads stores"]:
         """Whose each page is."""
-        return self.head == iota(self.kv_heads)[:, None]
+        return self.head == iota(self.count)[:, None]
 
     def spread(self, per_head):
         return per_head[..., self.head, None]
@@ -206,7 +215,7 @@ class Paged(Layout):
         return jnp.asarray(False)
 
     def merged(self, each):
-        return Paged(self.head // each, self.kv_heads // each)
+        return Paged(self.head // each, self.count // each)
 
     def logits(self, q, k):
         tokens, kv_heads, group, head_dim = q.shape
@@ -218,32 +227,34 @@ class Paged(Layout):
         rows = weights.transpose(2, 0, 1, 3).reshape(pages, group * tokens, slots)
         each = weighted("prc,pcd->prd", rows, v)
         found = jnp.where(self.owned[..., None, None], each, 0).sum(1)  # no product: NaN stays in its head
-        return found.reshape(self.kv_heads, group, tokens, -1).transpose(2, 0, 1, 3)
+        return found.reshape(self.count, group, tokens, -1).transpose(2, 0, 1, 3)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["head"], meta_fields=["kv_heads"])
+@partial(jax.tree_util.register_dataclass, data_fields=["whose"], meta_fields=["each"])
 @dataclass(frozen=True)
 class Shared(Layout):
-    """Any head of a store may use any of its slots. Each store serves equally many heads, which follow each other."""
+    """Any head of a store may use any of its slots. Each store serves equally many heads, which follow each other.
 
-    head: Any  # int32 [stores, slots]
-    kv_heads: int
+    Attributes:
+      whose: int32 ``[stores, slots]``, whose each slot is, counted from the first head of its store.
+      each: how many heads share a store.
+    """
 
-    @property
-    def whose(self) -> Int[Array, "stores slots"]:
-        """Whose each slot is, counted from the first head of its store."""
-        stores = self.head.shape[-2]
-        return self.head - self.kv_heads // stores * iota(stores)[:, None]
+    whose: Any
+    each: int
+
+    def kv_heads(self, stores):
+        return self.each * stores
 
     @property
     def owned(self) -> Bool[Array, "each stores slots"]:
         """Which slots belong to the first, the second, ... of the heads of their store."""
-        return self.whose == iota(self.kv_heads // self.head.shape[-2])[:, None, None]
+        return self.whose == iota(self.each)[:, None, None]
 
     def spread(self, per_head):
         """By selection: a sum over a mask would be a launch of its own, and gathers are slow on a CPU."""
-        shape = *per_head.shape[:-1], *self.head.shape
-        per_store = per_head.reshape(*per_head.shape[:-1], self.head.shape[-2], -1, 1)
+        shape = *per_head.shape[:-1], *self.whose.shape
+        per_store = per_head.reshape(*per_head.shape[:-1], self.whose.shape[-2], -1, 1)
         each = (jnp.broadcast_to(per_store[..., one, :], shape) for one in range(per_store.shape[-2]))
         return jax.lax.select_n(jnp.broadcast_to(self.whose, shape), *each)
 
@@ -257,32 +268,33 @@ class Shared(Layout):
         return self._by_head(jnp.where(self.owned, per_slot[..., None, :, :], smallest(per_slot)).max(-1))
 
     def _by_head(self, each):  # [..., each, stores] -> [..., kv_heads]
-        return each.swapaxes(-1, -2).reshape(*each.shape[:-2], self.kv_heads)
+        return each.swapaxes(-1, -2).reshape(*each.shape[:-2], -1)
 
     def heads(self, stores, slots):
-        return self.head
+        return self.whose + self.each * iota(stores)[:, None]
 
     def aligned(self, position):
         return jnp.asarray(False)
 
     def given(self, slot, head):
-        if slot.size > self.kv_heads:  # more than a token
-            return Shared(self.head.at[iota(len(slot))[:, None], slot].set(head, mode="drop"), self.kv_heads)
-        whose = self.head
+        stores, new = len(slot), head - self.each * iota(len(slot))[:, None]
+        if slot.shape[1] > self.each:  # more than a token
+            return replace(self, whose=self.whose.at[iota(stores)[:, None], slot].set(new, mode="drop"))
+        whose = self.whose
         for one in range(slot.shape[1]):
-            whose = jnp.where(iota(whose.shape[1]) == slot[:, one, None], head[:, one, None], whose)
-        return Shared(whose, self.kv_heads)
+            whose = jnp.where(iota(whose.shape[1]) == slot[:, one, None], new[:, one, None], whose)
+        return replace(self, whose=whose)
 
     def merged(self, each):
-        return Apart(self.kv_heads // each)
+        return Apart()
 
     def logits(self, q, k):
         """Every head of a store against all of its slots; each key is read once."""
-        tokens, kv_heads, group, head_dim = q.shape
+        tokens, _, group, head_dim = q.shape
         stores, slots, _ = k.shape
         rows = q.reshape(tokens, stores, -1, group, head_dim).transpose(1, 2, 3, 0, 4)
         every = product("scd,srd->scr", k, rows.reshape(stores, -1, head_dim))  # keys first: faster on a CPU
-        every = every.reshape(stores, slots, kv_heads // stores, group * tokens)
+        every = every.reshape(stores, slots, self.each, group * tokens)
         own = jnp.take_along_axis(every, self.whose[..., None, None], 2, mode="promise_in_bounds")
         return own.reshape(stores, slots, group, tokens).transpose(2, 3, 0, 1)
 
@@ -290,19 +302,19 @@ class Shared(Layout):
         group, tokens, stores, slots = weights.shape
         own = jnp.where(self.owned[:, None, None], weights, 0)  # [each, group, tokens, stores, slots]
         rows = own.transpose(3, 0, 1, 2, 4).reshape(stores, -1, slots)
-        found = weighted("src,scd->srd", rows, v).reshape(self.kv_heads, group, tokens, -1)
+        found = weighted("src,scd->srd", rows, v).reshape(self.each * stores, group, tokens, -1)
         return found.transpose(2, 0, 1, 3)
 
     def enlarged(self, slots):
-        size = self.head.shape[-1] + slots
-        return Shared(jnp.pad(self.head, ((0, 0), (0, max(slots, 0))))[:, :size], self.kv_heads)
+        size = self.whose.shape[-1] + slots
+        return replace(self, whose=jnp.pad(self.whose, ((0, 0), (0, max(slots, 0))))[:, :size])
 
     def opened(self, position):
         """The live keys gathered into pages that each belong to one head."""
-        pool, kv_heads = position.size, self.kv_heads
+        pool, kv_heads = position.size, self.kv_heads(len(position))
         size = min(PAGE, max(pool // kv_heads // 8, 1))
         pages = pool // size + kv_heads  # enough, however slots are shared out: one page a head is not full
-        position, head = position.reshape(-1), self.head.reshape(-1)
+        position, head = position.reshape(-1), self.heads(*position.shape).reshape(-1)
         owned = (head == iota(kv_heads)[:, None]) & (position >= 0)
         until = jnp.cumsum(-(-owned.sum(-1, dtype=jnp.int32) // size), dtype=jnp.int32)  # each head's pages end here
         need = jnp.diff(until, prepend=0)
@@ -321,7 +333,7 @@ class Shared(Layout):
             return jnp.where(there, taken, jnp.asarray(absent, x.dtype))
 
         def back(x):
-            return x.reshape(*x.shape[:-2], -1)[..., place].reshape(*x.shape[:-2], *self.head.shape)
+            return x.reshape(*x.shape[:-2], -1)[..., place].reshape(*x.shape[:-2], *self.whose.shape)
 
         return Opened(Paged(whose, kv_heads), take, back)
 
@@ -329,5 +341,5 @@ class Shared(Layout):
 def of_stores(stores: int, slots: int, kv_heads: int) -> Apart | Shared:
     """The layout of an empty cache."""
     if stores == kv_heads:
-        return Apart(kv_heads)
-    return Shared(jnp.zeros((stores, slots), jnp.int32), kv_heads)
+        return Apart()
+    return Shared(jnp.zeros((stores, slots), jnp.int32), kv_heads // stores)

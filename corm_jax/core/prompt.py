@@ -85,7 +85,7 @@ def expect(policy: Policy | Sequence[Policy], caches: Caches, tokens: Int[np.nda
 
     def one(policy: Policy, cache: LayerCache) -> LayerCache:
         slots = cache.position.shape[-2] * cache.position.shape[-1]
-        roomy, (block, moments) = bool(np.max(end) * cache.layout.kv_heads <= slots), planned(policy)
+        roomy, (block, moments) = bool(np.max(end) * cache.overflow.shape[-1] <= slots), planned(policy)
         return cache._replace(made=cache.made and replace(cache.made, roomy=roomy, block=block, moments=moments))
 
     return Caches.of(map(one, per_layer(policy, len(caches)), caches))

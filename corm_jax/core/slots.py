@@ -65,6 +65,11 @@ class Slots:
         return self.position >= 0
 
     @property
+    def kv_heads(self) -> int:
+        """How many heads there are: of the layer, or of the part of it that a device has."""
+        return self.layout.kv_heads(self.position.shape[0])
+
+    @property
     def head(self) -> Int[Array, "*slots"]:
         """Whose key each slot holds."""
         return self.layout.heads(*self.position.shape)
@@ -100,7 +105,7 @@ class Slots:
         NaN is as low as -infinity. ``count`` may differ by head; ``most``, if given, is what none exceeds. Where two
         keys of a head may have one score and one position, ``further`` numbers, from 0 up, say which comes first.
         """
-        count = jnp.broadcast_to(jnp.asarray(count, jnp.int32), (self.layout.kv_heads,))
+        count = jnp.broadcast_to(jnp.asarray(count, jnp.int32), (self.kv_heads,))
         if most is not None and most <= FEW:
             return self._one_by_one(count, most, ordered(score), self.position, *further)
         rest, found = self.live, jnp.zeros_like(self.live)
@@ -132,7 +137,7 @@ class Slots:
             smaller = self.total(among & (key < self.spread(candidates)))
             return bound + ((smaller < count).sum(0, dtype=jnp.uint32) << shift)
 
-        bound = varying(jnp.zeros(self.layout.kv_heads, jnp.uint32), key, among, count)
+        bound = varying(jnp.zeros(self.kv_heads, jnp.uint32), key, among, count)
         if self.arrived == 1 and not self.reading:  # a token decoded: a straight line
             bound = reduce(lambda bound, step: two_bits(step, bound), range(16), bound)
         else:
@@ -147,7 +152,7 @@ class Slots:
         Among equals the oldest key comes first, then that of the first head. NaN is as low as -infinity.
         """
         position, score, head = (x.reshape(1, -1) for x in (self.position, score, self.head))
-        layer = replace(self, position=position, layout=Apart(1))
+        layer = replace(self, position=position, layout=Apart())
         return self.total(layer.lowest(score, count, None, head).reshape(self.position.shape))
 
     def neighbours(
@@ -187,7 +192,7 @@ class Slots:
             order = self._order(~self.live, self.position, self.head)  # the heads of a token side by side
             position, here = (x.reshape(-1)[order] for x in (self.position, per_slot))
             first = jnp.searchsorted(jnp.where(position >= 0, position, largest(position)), position)
-            same = [jnp.minimum(first + head, order.size - 1) for head in range(self.layout.kv_heads)]
+            same = [jnp.minimum(first + head, order.size - 1) for head in range(self.kv_heads)]
             parts = [jnp.where(position[index] == position, here[index], 0) for index in same]
             return self._restored(jnp.stack(parts).mean(0), order)
 

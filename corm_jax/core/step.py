@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 from corm_jax.core import attention, storing
 from corm_jax.core import cache as cache_lib
 from corm_jax.core.arguments import check_step
-from corm_jax.core.arrays import EMPTY, ENDLESS, broadcasts, iota, narrow
+from corm_jax.core.arrays import EMPTY, ENDLESS, broadcasts, iota, narrow, varying
 from corm_jax.core.exact import FOREVER, Block, Room, alive, settle
 from corm_jax.core.form import Form
 from corm_jax.core.layout import as_it_is
@@ -87,7 +87,8 @@ def step(
     """
     form = Form(encoding, scale, softcap, window, mask)
     policy, cache, q, k, count = _checked(policy, cache, q, k, v, count, form)
-    return (_one if len(q) == 1 else _several)(policy, cache, q, k, v, count, form)
+    output, after = (_one if len(q) == 1 else _several)(policy, cache, q, k, v, count, form)
+    return output, _varying(after, cache.position)
 
 
 @broadcasts
@@ -127,15 +128,15 @@ def read(
     size = min((cache.made and cache.made.block) or policy.traits.block, tokens) if exact else chunk
     blocks = -(-tokens // size)
 
-    def body(cache, xs):
+    def body(before, xs):
         q, k, v, start = xs
         here = jnp.clip(count - start, 0, size)
         if exact:
-            output, cache, live, passes = _exactly(policy, cache, q, k, v, here, form)
+            output, cache, live, passes = _exactly(policy, before, q, k, v, here, form)
         else:
-            output, cache = (_one if size == 1 else _several)(policy, cache, q, k, v, here, form)
+            output, cache = (_one if size == 1 else _several)(policy, before, q, k, v, here, form)
             live, passes = cache_lib.live_keys(cache)[None], jnp.int32(1)
-        return cache, (output, live, passes)
+        return _varying(cache, before.position), (output, live, passes)
 
     def cut(x):
         padded = jnp.pad(x, ((0, blocks * size - tokens), *((0, 0),) * (x.ndim - 1)))
@@ -186,7 +187,7 @@ def look(
     form = Form(encoding, scale, softcap, window, mask)
     policy, cache, q, k, count = _checked(policy, cache, q, k, v, count, form)
     since, tokens, (stores, slots) = cache_lib.clock_of(cache).seen, len(q), cache.position.shape
-    extra = tokens * (cache.layout.kv_heads // stores)
+    extra = tokens * (len(cache.overflow) // stores)
     wider = storing.insert_chunk(policy, storing.enlarged(cache, extra), *storing.stored(k, v, cache.k.dtype), count)
     held = _Open(wider, since, tokens, count)
     output, state = _observed(policy, form, held, q)
@@ -201,7 +202,14 @@ def _checked(policy, cache, q, k, v, count, form):
         position = cache.clock.seen + iota(len(q))
         q, k = form.encoded(q, position), form.encoded(k, position)
     cache = cache._replace(state=jax.lax.stop_gradient(cache.state))  # decisions have no gradient
+    cache = cache._replace(clock=varying(cache.clock, count))
+    cache = _varying(cache, policy, cache, q, k, v)
     return policy, cache, q, k, jnp.minimum(count, ENDLESS - cache.clock.seen)
+
+
+def _varying(cache: LayerCache, *others: Any) -> LayerCache:
+    """The cache as loops carry it. The clock differs by device only where rows do."""
+    return varying(cache._replace(clock=None), *others)._replace(clock=cache.clock)
 
 
 def _one(policy, cache, q, k, v, count, form):
@@ -276,7 +284,7 @@ def _observed(policy, form, held, q):
     else:
         output = attention.attended(layout, q, keys, held.v, seen, held.slots.live, form, bias)
         weights = jnp.zeros((q.shape[2], *seen.shape), jnp.float32)
-        total = jnp.ones((q.shape[2], len(q), layout.kv_heads), jnp.float32)
+        total = jnp.ones((q.shape[2], *q.shape[:2]), jnp.float32)
     weights, total, *columns = jax.lax.stop_gradient((weights, total, keys, held.v, form.queries(q)))
     found = observed(layout, weights, total, held.visible, held.clock, *columns)
     return output.astype(q.dtype), policy.observe(held.state, found, held.slots)

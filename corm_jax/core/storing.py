@@ -45,7 +45,7 @@ def insert(
     """
     since, clock = clock_of(cache).seen, clock_of(cache).after(real)
     view = replace(slots(cache), seen=clock.seen)
-    kv_heads, (stores, size) = cache.layout.kv_heads, cache.position.shape
+    kv_heads, (stores, size) = len(cache.overflow), cache.position.shape
     # Free slots have the lowest score, and the lowest position. The slot tells apart what is equal in all the rest.
     score = jnp.where(view.live, ordered(policy.score(cache.state, view)), jnp.iinfo(jnp.int32).min)
     position, slot = cache.position, jnp.broadcast_to(iota(size), cache.position.shape)
@@ -121,7 +121,7 @@ def _placed(cache: LayerCache, since: Int[Array, ""], tokens: int) -> LayerCache
         return cache
     size, heads = cache.position.shape[1], cache.layout.heads(*cache.position.shape)
     place = jnp.where(cache.position >= since, size + cache.position - since, cache.place)  # newcomers are the last
-    row = varying(jnp.zeros((cache.layout.kv_heads, size + tokens), jnp.int32), cache.position)
+    row = varying(jnp.zeros((len(cache.overflow), size + tokens), jnp.int32), cache.position)
     row = row.at[heads, jnp.where(cache.position >= 0, place, size + tokens)].set(1, mode="drop")
     before = jnp.cumsum(row, -1, dtype=jnp.int32) - row
     return cache._replace(place=before.at[heads, place].get(mode="clip"))
@@ -131,7 +131,7 @@ def make_room(policy: Policy, cache: LayerCache, count: Int[Array, ""], tokens: 
     """Evicts for want of slots, so that ``count`` keys of each head, ``tokens`` at most, can come. See `insert`."""
     view = replace(slots(cache), seen=clock_of(cache).seen + count)
     stores, size = cache.position.shape
-    each = cache.layout.kv_heads // stores
+    each = len(cache.overflow) // stores
     if tokens * each > size:
         raise CormError(f"{tokens} new keys do not fit into {size // each} slots: use a smaller chunk or more capacity")
     shared = replace(view, layout=cache.layout.merged(each))

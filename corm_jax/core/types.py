@@ -96,6 +96,7 @@ class Made:
 
     Attributes:
       policy: the name of the policy whose state the cache holds.
+      kv_heads: how many heads the layer has; a device may have a part of them. 0 if nobody said.
       enough: whether there are slots for all tokens that will be read, though fewer than the policy protects keys.
       roomy: whether there are slots for all tokens of the prompt: none of them overflows.
       block: queries that the exact recurrence reads at once; None for what the policy says.
@@ -103,6 +104,7 @@ class Made:
     """
 
     policy: str
+    kv_heads: int = 0
     enough: bool = False
     roomy: bool = False
     block: int | None = None
