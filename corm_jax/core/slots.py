@@ -117,10 +117,8 @@ class Slots:
     def _one_by_one(self, count, most, *keys):
         found = jnp.zeros_like(self.live)
         for nth in range(most):
-            hit = self.live & ~found & (self.spread(count) > nth)
-            for key in keys:
-                hit &= key == self.spread(self.least(jnp.where(hit, key, largest(key))))
-            found |= hit
+            some = self.live & ~found & (self.spread(count) > nth)
+            found |= some & self.layout.first(*(jnp.where(some, key, largest(key)) for key in keys))
         return found
 
     def _below(self, key, among, count, bits):
