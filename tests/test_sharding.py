@@ -1,7 +1,6 @@
 """Caches on four virtual devices: over heads and over the batch they decide as on one, and keys stay where they are."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -29,68 +28,47 @@ from corm_jax import partition_specs as specs_of
 from tests.devices import EXPLICIT
 
 ROOT = Path(__file__).parent.parent
-INDEPENDENT = [name for name, spec in bench.POLICIES.items() if parse(spec).traits.independent]
+TRIED = ["corm", "streaming_llm", "h2o", "scissorhands", "tova", "snapkv", "adakv"]
+"""Policies that differ in what they ask of a layer; `benchmarks/collectives.py` compares all of them."""
 
 
-@pytest.fixture(scope="module")
-def found():
-    """What two processes with four devices each find."""
-    names = [*bench.POLICIES, "model", "refusals"]
-    running = []
-    for part in (names[::2], names[1::2]):
-        compiled = Path(jax.config.jax_compilation_cache_dir or ROOT / ".pytest_cache") / part[0]
-        env = os.environ | {
-            "JAX_COMPILATION_CACHE_DIR": str(compiled),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
-        command = [sys.executable, "-m", "tests.devices", *part]
-        running.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True))
-    outputs = [process.communicate()[0] for process in running]
-    assert not any(process.returncode for process in running)
-    return {name: rows for output in outputs for name, rows in json.loads(output.splitlines()[-1]).items()}
+def devices(name):
+    """What a process with four devices finds."""
+    command = [sys.executable, "-m", "tests.devices", name]
+    return json.loads(subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout)[name]
 
 
-def test_all_policies_are_there():
-    assert set(bench.POLICIES) == set(POLICIES)
+def test_all_policies_are_compared():
+    assert set(bench.POLICIES) == set(POLICIES) > set(TRIED)
 
 
-@pytest.mark.parametrize("name", bench.POLICIES)
-def test_devices_decide_as_one(found, name):
-    rows = found[name]
+@pytest.mark.parametrize("name", TRIED)
+def test_devices_decide_as_one_and_move_no_keys(name):
+    rows = devices(name)
     assert len(rows) == 3 + (name in EXPLICIT)
     for row in rows:
         assert row["same"], row
         assert row["difference"] < 1e-5, row
+    if parse(bench.POLICIES[name]).traits.independent:
+        heads = [row for row in rows if row["devices"].startswith("heads, shard_map")]
+        assert [row["layout"] for row in heads] == ["rectangle", "2 pools"]
+        assert not any(row["collectives"] for row in heads)
+    # Rows share whether any has something to do, which `corm_jax.core.arrays.anywhere` asks: one bit, or two at once.
+    shared = {what for row in rows if row["devices"].startswith("rows") for what in row["collectives"]}
+    assert "all-reduce pred[]" in shared
+    assert shared <= {"all-reduce pred[]", "all-reduce (pred[], pred[])"}
 
 
-@pytest.mark.parametrize("name", INDEPENDENT)
-def test_heads_need_no_collectives(found, name):
-    rows = [row for row in found[name] if row["devices"].startswith("heads, shard_map")]
-    assert [row["layout"] for row in rows] == ["rectangle", "2 pools"]
-    assert not any(row["collectives"] for row in rows)
+def test_a_model_over_the_batch():
+    assert devices("model") == {"tokens": True, "held": True, "split": True, "distinct": 8}
 
 
-@pytest.mark.parametrize("name", bench.POLICIES)
-def test_rows_share_truth_values_and_nothing_else(found, name):
-    """Whether any row has something to do, which `corm_jax.core.arrays.anywhere` asks: one bit, or two at once."""
-    rows = [row for row in found[name] if row["devices"].startswith("rows")]
-    assert rows
-    assert {what for row in rows for what in row["collectives"]} <= {
-        "all-reduce pred[]",
-        "all-reduce (pred[], pred[])",
-    }
-
-
-def test_a_model_over_the_batch(found):
-    assert found["model"] == {"tokens": True, "held": True, "split": True, "distinct": 8}
-
-
-@pytest.mark.parametrize("name", ["tova", "adakv"])
-def test_heads_that_are_not_independent_are_refused_apart(found, name):
-    assert (
-        "looks at all 4 key-value heads of a layer, and here are 1 of them" in found["refusals"][f"{name} over heads"]
-    )
-    assert found["refusals"][f"{name} over batch"] == "as on one device"
+def test_heads_that_are_not_independent_are_refused_apart():
+    found = devices("refusals")
+    for name in ("tova", "adakv"):
+        message = "looks at all 4 key-value heads of a layer, and here are 1 of them"
+        assert message in found[f"{name} over heads"]
+        assert found[f"{name} over batch"] == "as on one device"
 
 
 def cache_of(policy, kv_heads=8, stores=None, **batch):
