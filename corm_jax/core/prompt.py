@@ -75,13 +75,18 @@ def _with(cache: Any, clock: Clock, **made: Any) -> Any:
     return cache._replace(clock=clock, made=cache.made and replace(cache.made, **made))
 
 
-def expect(policy: Policy | Sequence[Policy], caches: Caches, tokens: Int[np.ndarray, " batch"], prompt: Any) -> Caches:
+def expect(
+    policy: Policy | Sequence[Policy], caches: Caches, tokens: Int[np.ndarray, " batch"], prompt: Any, chunk: int
+) -> Caches:
     """The caches of a model that will read so many tokens, ``prompt`` of them a prompt. See `begin_prompt`.
 
-    What is known of the numbers is looked at here, so that programs can do without what cannot happen.
+    What is known of the numbers is looked at here, so that the programs of the exact recurrence can do without what
+    cannot happen. Those that read in chunks are the same for any numbers.
     """
     end = np.asarray(caches.clock.seen).astype(np.int64) + tokens
     caches = begin_prompt(caches, prompt)
+    if chunk > 1:
+        return _with(caches, caches.clock, roomy=False, block=None, moments=None)
 
     def one(policy: Policy, cache: LayerCache) -> LayerCache:
         slots = cache.position.shape[-2] * cache.position.shape[-1]

@@ -93,7 +93,7 @@ def blocks(model: Llama, policy: Policy, tokens: Sequence[int], prompt: int | No
     parts, _, counts = cut(tokens, prompt, model.config.vocab, chunk)
     capacity = slots_for(policy, None, len(tokens), chunk)
     caches = model.make_caches(policy, batch=1, capacity=capacity, tokens=len(tokens))
-    caches = expect(policy, caches, np.array([len(tokens)], np.int32), np.array([prompt], np.int32))
+    caches = expect(policy, caches, np.array([len(tokens)], np.int32), np.array([prompt], np.int32), chunk)
     for part, count in zip(parts, counts, strict=True):
         block = Block(*_read(model, policy, caches, part[None], count, chunk=chunk))
         yield block

@@ -101,7 +101,7 @@ def prefill(
     check_prompt(policies, capacities(caches), int(lengths.max()))
     check_clock(caches, lengths)
     check = watch(caches, overflow)
-    caches = expect(policies, caches, lengths, lengths)
+    caches = expect(policies, caches, lengths, lengths, chunk)
     logits = jnp.zeros((len(lengths), config.vocab), jnp.float32)
     for index, count in enumerate(blocks.count):
         logits, caches = _prefill_block(model, policy, caches, logits, blocks.tokens[:, index], count, chunk=chunk)

@@ -88,7 +88,7 @@ def read(
     check_prompt(policy, capacity, prompt := prompt_of(policy, prompt, len(tokens)))
     blocks, targets, counts = cut(tokens, prompt, model.config.vocab, chunk)
     caches = model.make_caches(policy, batch=1, capacity=capacity, stores=stores, tokens=len(tokens))
-    caches = expect(policy, caches, np.array([len(tokens)], np.int32), np.array([prompt], np.int32))
+    caches = expect(policy, caches, np.array([len(tokens)], np.int32), np.array([prompt], np.int32), chunk)
     check = watch(caches, overflow)
     # A block without tokens changes nothing, but it compiles: the clock starts after it.
     _, _, caches = _score(model, policy, caches, blocks[:1], targets[:1], np.zeros(1, np.int32), chunk=chunk)
