@@ -117,8 +117,10 @@ class Slots:
     def _one_by_one(self, count, most, *keys):
         found = jnp.zeros_like(self.live)
         for nth in range(most):
-            some = self.live & ~found & (self.spread(count) > nth)
-            found |= some & self.layout.first(*(jnp.where(some, key, largest(key)) for key in keys))
+            hit = self.live & ~found & (self.spread(count) > nth)
+            for key in keys:
+                hit &= key == self.spread(self.least(jnp.where(hit, key, largest(key))))
+            found |= hit
         return found
 
     def _below(self, key, among, count, bits):
