@@ -188,7 +188,7 @@ def abstract_caches(model, policy, stores, length, capacity=CAPACITY):
     """Caches before they read so many tokens, of which static fields know what `corm_jax.prefill` would say."""
     made = jax.eval_shape(lambda: model.make_caches(policy, batch=BATCH, capacity=capacity, stores=stores))
     tokens = np.full(BATCH, length, np.int32)
-    caches = expect(policy, replace(made, clock=Clock(0 * tokens, 0 * tokens)), tokens, tokens)
+    caches = expect(policy, replace(made, clock=Clock(0 * tokens, 0 * tokens)), tokens, tokens, chunk=1)
     return jax.eval_shape(lambda: caches)
 
 
