@@ -61,7 +61,7 @@ def test_a_small_soak_finds_nothing(start):
     (tally,) = soak.soak(seed=1, start=start, cases=BATCH)
     assert tally.differences == ()
     assert tally.cases + tally.left_out == BATCH
-    assert tally.left_out <= 5
+    assert tally.left_out <= 4
     assert tally.decisions > 50 * tally.cases
     assert tally.evicted > 0
 

@@ -120,7 +120,7 @@ def _placed(cache: LayerCache, since: Int[Array, ""], tokens: int) -> LayerCache
     if cache.place is None:
         return cache
     size, heads = cache.position.shape[1], cache.layout.heads(*cache.position.shape)
-    place = jnp.where(cache.position >= since, size + cache.position - since, cache.place)  # newcomers are the last
+    place = jnp.where(cache.position >= since, size + (cache.position - since), cache.place)  # newcomers are the last
     row = varying(jnp.zeros((len(cache.overflow), size + tokens), jnp.int32), cache.position)
     row = row.at[heads, jnp.where(cache.position >= 0, place, size + tokens)].set(1, mode="drop")
     before = jnp.cumsum(row, -1, dtype=jnp.int32) - row
