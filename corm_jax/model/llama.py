@@ -145,7 +145,7 @@ class Layer(nnx.Module):
 
 @partial(jax.jit, static_argnames="chunk")
 def _through(layer, x, cache, policy, count, *, chunk):
-    """Equal layers share one trace, which otherwise takes longer than the compiled program of all of them to load."""
+    """One trace for all equal layers. To trace each by itself takes longer than to load their compiled program."""
     return layer(x, cache, policy, count, chunk)
 
 
