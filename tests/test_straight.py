@@ -19,7 +19,7 @@ MOST = {
     "tova:budget=512": (215, 250),
     "scissorhands:budget=512": (420, 520),
     "streaming_llm:budget=512": (190, 220),
-    "streaming_llm:budget=512,positions=cache": (300, 350),
+    "streaming_llm:budget=512,positions=cache": (215, 245),
 }
 SAMPLING = {"while": 1, "sort": 1, "conditional": 1}
 """Where a token is drawn: the branch for temperatures above 0, and what it does."""
