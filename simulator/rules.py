@@ -146,10 +146,9 @@ class Scissorhands(Rule):
         self.unimportant: list[set[int]] = []  # one set a query
 
     def attended(self, t, head, rows):
-        row = {i: sum(row[i] for row in rows[head]) / len(rows[head]) for i in rows[head][0]}
-        important, margin = important_keys([row], t, multiple=1, threshold="position", group="any")
+        important, margin = important_keys(rows[head], t, multiple=1, threshold="position", group="mean")
         self.margin = min(self.margin, margin)
-        self.unimportant.append(set(row) - important)
+        self.unimportant.append(set(rows[head][0]) - important)
 
     def keeps(self, live, t):
         budget = max(allowance(self.budget, t), self.recent, 1)

@@ -16,7 +16,6 @@ from jax.sharding import PartitionSpec as P
 
 import corm_jax as cj
 from benchmarks import collectives as bench
-from tests.drive import FUSED
 from tests.models import tiny
 
 EXPLICIT = ("corm", "streaming_llm", "tova", "snapkv")
@@ -29,9 +28,7 @@ def of_policy(name):
     if name == "corm":
         by_head = {"window": np.array([4, 3, 5, 4]), "recent": np.array([2, 3, 2, 1])}
         policy = dataclasses.replace(policy, **by_head)  # pyright: ignore
-    # Without fused kernels XLA adds up a score twice, and rounds it in two ways: H2O then finds no key with the lowest.
-    options = FUSED if name == "h2o" else {}
-    return [row._asdict() for row in bench.compare(policy, explicit=name in EXPLICIT, **options)]
+    return [row._asdict() for row in bench.compare(policy, explicit=name in EXPLICIT)]
 
 
 def model():

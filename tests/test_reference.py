@@ -37,3 +37,17 @@ def test_a_hand_worked_overflow(rule):
     reading = rule(q, eye, eye, window=100, recent=1, capacity=4)
     assert reading.kept[-1] == {0, 1, 3, 4}
     assert reading.overflow == 1
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        rules.Corm(window=2, recent=1, group="mean"),
+        rules.Scissorhands(budget=8, window=4, recent=1, drop=0.5),
+    ],
+)
+def test_a_mean_that_ties_in_exact_arithmetic_alone_is_close(rule):
+    """Two queries of a group give p and 1 - p to each of two keys: the mean is 1/2, but hardly in float32."""
+    q = np.array([[[1.0, 1.0], [1.0, 1.0]], [[1.0, 0.0], [-1.0, 0.0]]])
+    k = np.array([[-0.5, 0.0], [1.5, 0.0]])
+    assert rules.read_head(rule, q, k, k).margin == 0

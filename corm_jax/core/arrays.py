@@ -70,6 +70,18 @@ def narrow(tree: PyTree[Any]) -> PyTree[Any]:
     return jax.tree.map(one, tree)
 
 
+def first_by(*keys: Int[Array, "... slots"]) -> tuple[Int[Array, "..."], ...]:
+    """The keys of the slot that comes first along the last axis: by the first key, then the next. One pass."""
+
+    def earlier(some, others):
+        before = False
+        for one, other in zip(some[::-1], others[::-1], strict=True):
+            before = (one < other) | ((one == other) & before)
+        return tuple(jnp.where(before, one, other) for one, other in zip(some, others, strict=True))
+
+    return jax.lax.reduce(keys, tuple(largest(key) for key in keys), earlier, (keys[0].ndim - 1,))
+
+
 def over_group(operation: Callable[[Array, Array], Array], x: Array) -> Array:
     """A sum, say, over the leading axis, part by part: XLA on a CPU transposes what it reduces there, and is slow."""
     return reduce(operation, x)

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from corm_jax.core.arrays import iota, largest, smallest
+from corm_jax.core.arrays import first_by, iota, largest, smallest
 
 PAGE = 128
 """Slots of a page, unless the cache is small. Does not change results."""
@@ -69,6 +69,13 @@ class Layout:
 
     def most(self, per_slot: Num[Array, "*leading stores slots"]) -> Num[Array, "*leading kv_heads"]:
         """The largest of each head's slots."""
+        raise NotImplementedError
+
+    def first(self, *keys: Int[Array, "stores slots"]) -> Bool[Array, "stores slots"]:
+        """The slot of each head that comes first: by the first key, then the next, then its place in the store.
+
+        What is compared is not computed twice, so that a key which is rounded otherwise then cannot be missed.
+        """
         raise NotImplementedError
 
     def heads(self, stores: int, slots: int) -> Int[Array, "stores slots"]:
@@ -148,6 +155,10 @@ class Apart(Layout):
     def most(self, per_slot):
         return per_slot.max(-1)
 
+    def first(self, *keys):
+        slot = jnp.broadcast_to(iota(keys[0].shape[1]), keys[0].shape)
+        return slot == first_by(*keys, slot)[-1][:, None]
+
     def heads(self, stores, slots):
         return jax.lax.broadcasted_iota(jnp.int32, (stores, slots), 0)
 
@@ -208,6 +219,13 @@ class Paged(Layout):
         per_page = per_slot.max(-1)[..., None, :]
         return jnp.where(self.owned, per_page, smallest(per_page)).max(-1)
 
+    def first(self, *keys):
+        slot = jnp.broadcast_to(iota(keys[0].shape[1]), keys[0].shape)
+        *of_page, slots = first_by(*keys, slot)
+        page = jnp.broadcast_to(iota(self.head.size), self.owned.shape)
+        pages = first_by(*(jnp.where(self.owned, key, largest(key)) for key in of_page), page)[-1]
+        return (self.owned & (page == pages[:, None])).any(0)[:, None] & (slot == slots[:, None])
+
     def heads(self, stores, slots):
         return jnp.broadcast_to(self.head[:, None], (stores, slots))
 
@@ -266,6 +284,11 @@ class Shared(Layout):
 
     def most(self, per_slot):
         return self._by_head(jnp.where(self.owned, per_slot[..., None, :, :], smallest(per_slot)).max(-1))
+
+    def first(self, *keys):
+        slot = jnp.broadcast_to(iota(keys[0].shape[1]), self.owned.shape)
+        slots = first_by(*(jnp.where(self.owned, key, largest(key)) for key in keys), slot)[-1]
+        return (self.owned & (slot == slots[..., None])).any(0)
 
     def _by_head(self, each):  # [..., each, stores] -> [..., kv_heads]
         return each.swapaxes(-1, -2).reshape(*each.shape[:-2], -1)

@@ -108,43 +108,45 @@ class Slots:
         count = jnp.broadcast_to(jnp.asarray(count, jnp.int32), (self.kv_heads,))
         if most is not None and most <= FEW:
             return self._one_by_one(count, most, ordered(score), self.position, *further)
+        # Whole numbers for one token decoded: a straight line. A loop works with one copy of the score, which XLA may
+        # round otherwise each time that it is worked out.
+        straight = self.arrived == 1 and not self.reading and not jnp.issubdtype(score.dtype, jnp.floating)
         rest, found = self.live, jnp.zeros_like(self.live)
         for key, bits in ((ordered(score), 32), (self.position, 31), *((one, 31) for one in further)):
-            below, tied = self._below(key, rest, count, bits)
+            below, tied = self._below(key, rest, count, bits, straight)
             found, rest, count = found | below, tied, count - self.total(below)
         return found | (rest & (self.spread(count) > 0))
 
     def _one_by_one(self, count, most, *keys):
-        found = jnp.zeros_like(self.live)
-        for nth in range(most):
-            hit = self.live & ~found & (self.spread(count) > nth)
-            for key in keys:
-                hit &= key == self.spread(self.least(jnp.where(hit, key, largest(key))))
-            found |= hit
-        return found
+        def one(nth, found):
+            some = self.live & ~found & (self.spread(count) > nth)
+            return found | (some & self.layout.first(*(jnp.where(some, key, largest(key)) for key in keys)))
 
-    def _below(self, key, among, count, bits):
+        none = varying(jnp.zeros_like(self.live), count, *keys)
+        return one(0, none) if most == 1 else jax.lax.fori_loop(0, most, one, none)
+
+    def _below(self, key, among, count, bits, straight):
         """The slots whose key is below the ``count``-th smallest of their head ``among`` some, and those that have it.
 
         None are below, and all have it, where there are fewer than so many.
         """
         key = jax.lax.bitcast_convert_type(key, jnp.uint32)
         key = key ^ jnp.uint32(1 << 31) if bits == 32 else key
+        some = self.spread((count > 0) & (self.total(among) >= count))
 
-        def two_bits(step, bound):
+        def two_bits(step, carry):
+            bound, *_ = carry
             shift = jnp.uint32(30) - 2 * jnp.asarray(step, jnp.uint32)
             candidates = bound + (jnp.arange(1, 4, dtype=jnp.uint32)[:, None] << shift)  # no carry: these bits are 0
             smaller = self.total(among & (key < self.spread(candidates)))
-            return bound + ((smaller < count).sum(0, dtype=jnp.uint32) << shift)
+            bound = bound + ((smaller < count).sum(0, dtype=jnp.uint32) << shift)
+            here = self.spread(bound)
+            return bound, among & (key < here) & some, among & ((key == here) | ~some)
 
-        bound = varying(jnp.zeros(self.kv_heads, jnp.uint32), key, among, count)
-        if self.arrived == 1 and not self.reading:  # a token decoded: a straight line
-            bound = reduce(lambda bound, step: two_bits(step, bound), range(16), bound)
-        else:
-            bound = jax.lax.fori_loop(0, 16, two_bits, bound)
-        bound = self.spread(bound)
-        some = self.spread((count > 0) & (self.total(among) >= count))
-        return among & (key < bound) & some, among & ((key == bound) | ~some)
+        start = varying((jnp.zeros(self.kv_heads, jnp.uint32), among, among), key, among, count)
+        if straight:
+            return reduce(lambda carry, step: two_bits(step, carry), range(16), start)[1:]
+        return jax.lax.fori_loop(0, 16, two_bits, start)[1:]
 
     def lowest_of_layer(self, score: Num[Array, "*slots"], count: PerHead) -> Int[Array, " kv_heads"]:
         """How many of the ``count`` live slots of the layer that score lowest belong to each head.

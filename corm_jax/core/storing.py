@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from corm_jax.core.arrays import EMPTY, anywhere, iota, largest, ordered, varying
+from corm_jax.core.arrays import EMPTY, anywhere, first_by, iota, largest, ordered, varying
 from corm_jax.core.cache import clock_of, fresh, slots, spec
 from corm_jax.core.policy import Policy
 from corm_jax.core.slots import Slots
@@ -51,7 +51,7 @@ def insert(
     position, slot = cache.position, jnp.broadcast_to(iota(size), cache.position.shape)
     taken, found = jnp.zeros_like(view.live), []
     for _ in range(kv_heads // stores):
-        found.append(_first_by(score, position, view.head, slot))
+        found.append(first_by(score, position, view.head, slot))
         this = slot == found[-1][-1][:, None]
         taken |= this
         score, position = (jnp.where(this, largest(key), key) for key in (score, position))
@@ -65,18 +65,6 @@ def insert(
     overflow = cache.overflow + (loser[..., None] == iota(kv_heads)).sum((0, 1), dtype=jnp.int32)
     cache = cache._replace(position=position, state=state, clock=clock, overflow=overflow)
     return _placed(twinned(_written(cache, k[:, None], v[:, None], slot), since, 1), since, 1)
-
-
-def _first_by(*keys: Int[Array, "stores slots"]) -> tuple[Int[Array, " stores"], ...]:
-    """The keys of the slot that comes first in its store: by the first key, then the next. One pass."""
-
-    def earlier(some, others):
-        before = False
-        for one, other in zip(some[::-1], others[::-1], strict=True):
-            before = (one < other) | ((one == other) & before)
-        return tuple(jnp.where(before, one, other) for one, other in zip(some, others, strict=True))
-
-    return jax.lax.reduce(keys, tuple(largest(key) for key in keys), earlier, (1,))
 
 
 def merged(policy: Policy, cache: LayerCache, slots: Slots, keep: Bool[Array, "*slots"]) -> LayerCache:
