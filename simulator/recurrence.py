@@ -15,7 +15,7 @@ from corm_jax.core.arrays import EMPTY, broadcasts, iota, narrow, over_group
 from corm_jax.core.attention import output, softmax
 from corm_jax.core.exact import FOREVER, Block, Room, settle
 from corm_jax.core.layout import Apart
-from corm_jax.core.observation import observed
+from corm_jax.core.observation import last, observed
 from corm_jax.core.slots import Slots
 from corm_jax.core.types import CacheSpec, by_slot
 from corm_jax.traces.meta import QKV, Rows
@@ -116,9 +116,12 @@ def _block(policy, layer, scale, steps, capacity, prompt, chunk, block, moments,
         live = (until == FOREVER) & (key < seen)
         slots = Slots(jnp.where(live, key, EMPTY), seen, prompt, layout)
         fresh = by_slot(lambda part: part[..., :1, :1], policy.init(CacheSpec(kv_heads, keys, 1)))
-        every = causal if shared else None
+        every = own = None
+        if shared:  # the same for all policies
+            every, newest = causal, jax.lax.dynamic_slice_in_dim(logits, start, block, 3)
+            own = layout.most(jnp.where(jnp.eye(block, dtype=bool)[:, None], newest, -jnp.inf))
         attention = attend if watched else None, logits if shared else None
-        one = Block(slots, clock, live & causal, *attention, vectors, every=every, outputs=errors)
+        one = Block(slots, clock, live & causal, *attention, vectors, every=every, own=own, outputs=errors)
         found = settle(policy, state, fresh, one, None if capacity is None else Room(capacity), moments)
         state, until, lost = found.state, jnp.where(live, found.until, until), lost | found.lost
         full, share = (found.every[:2], found.every[2]) if shared else (full, None)
@@ -133,7 +136,7 @@ def _block(policy, layer, scale, steps, capacity, prompt, chunk, block, moments,
     rest = causal & (clock <= until)
     mass = share if shared else layout.total(only(rest)[0]) / full[1]
     important = over_group(jnp.logical_or, full[0] >= layout.spread(full[1]) / clock.astype(jnp.float32)) & causal
-    needed = jnp.maximum(needed, observed(layout, full[0], full[1], causal, clock).last(important, 0))
+    needed = jnp.maximum(needed, last(important, clock, 0))
     error = None
     if errors:
         v = jnp.asarray(layer.v).swapaxes(0, 1)

@@ -211,11 +211,15 @@ def sweep(
     if any(len({is_share(one) for one in leaves}) > 1 for leaves in zip(*map(jax.tree.leaves, points), strict=True)):
         raise CormError(f"the grid over {', '.join(grid)} mixes whole numbers and shares: sweep each kind by itself")
     chunk, prompt = _checked(trace, points, fidelity, capacity, chunk, prompt)
-    policies = [
-        jax.tree.map(lambda *leaves: jnp.stack(jnp.broadcast_arrays(*leaves)), *layer)
-        for layer in zip(*(per_layer(point, trace.meta.layers) for point in points), strict=True)
+    layers = list(zip(*(per_layer(point, trace.meta.layers) for point in points), strict=True))
+    # A number that is the same at all points gets no axis for them: what hangs on it alone is computed once.
+    leaves = [zip(*map(jax.tree.leaves, layer), strict=True) for layer in layers]
+    differ = [
+        any(not np.array_equal(x, one[0]) for one in of_layers for x in one) for of_layers in zip(*leaves, strict=True)
     ]
-    result = _run(trace, policies, _compiled_grid, fidelity, capacity, chunk, prompt, errors, progress)
+    policies = [jax.tree.map(lambda *numbers: jnp.stack(jnp.broadcast_arrays(*numbers)), *layer) for layer in layers]
+    compiled = partial(_compiled_grid, points=len(points), differ=tuple(differ))
+    result = _run(trace, policies, compiled, fidelity, capacity, chunk, prompt, errors, progress)
     shape = tuple(len(values) for values in grid.values())
 
     def arrange(x):  # [layers, points, ...] -> [*grid, layers, ...]
@@ -307,10 +311,17 @@ _STATIC = ("chunk", "block", "moments", "fidelity", "errors")
 _compiled = jax.jit(read, static_argnames=_STATIC)
 
 
-@partial(jax.jit, static_argnames=_STATIC)
-def _compiled_grid(policies, layer, scale, steps, capacity, prompt, **static):
-    one = partial(read, **static)
-    return jax.vmap(one, in_axes=(0, None, None, None, None, None))(policies, layer, scale, steps, capacity, prompt)
+@partial(jax.jit, static_argnames=(*_STATIC, "points", "differ"))
+def _compiled_grid(policies, layer, scale, steps, capacity, prompt, *, points, differ, **static):
+    """``differ`` says which numbers of the policies, in the order of the pytree, are not the same at all points."""
+    numbers, structure = jax.tree.flatten(policies)
+    numbers = [number if differs else number[0] for number, differs in zip(numbers, differ, strict=True)]
+    axes = [0 if differs else None for differs in differ]
+
+    def one(numbers):
+        return read(structure.unflatten(numbers), layer, scale, steps, capacity, prompt, **static)
+
+    return jax.vmap(one, in_axes=(axes,), axis_size=points)(numbers)
 
 
 def _range(values: np.ndarray, how: str) -> str:

@@ -217,7 +217,20 @@ WRONG = {
     "an endless soft cap": (lambda: step(softcap=np.inf), "softcap must be a number above 0, not inf"),
     "a mask of numbers": (lambda: step(mask=np.ones((3, 3))), "mask must be a function of the positions"),
     "who needs something unknown": (lambda: cj.make_cache(Nosy(), SPEC), r"Nosy needs \('heads',\): needs must be"),
+    "who knows moments, but not which": (
+        lambda: cj.make_cache(Punctual(), SPEC), "Punctual has moments, but no `important`: define it, or",
+    ),
 }  # fmt: skip
+
+
+@cj.policy
+class Punctual(cj.TOVA):
+    @property
+    def traits(self):
+        return super().traits._replace(moments=8)
+
+    def moment(self, state, slots):
+        return slots.position + 9
 
 
 @cj.policy

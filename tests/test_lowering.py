@@ -264,11 +264,11 @@ def test_replay(name, what, fidelity, chunk):
     layer = QKV(array(steps, KV_HEADS, GROUP, HEAD_DIM), vectors, vectors)
     layer = Rows(array(KV_HEADS, GROUP, steps, steps)) if rows else layer
     function, number = _compiled, array(dtype=jnp.int32)
-    if what == "sweep" and jax.tree.leaves(policy):  # `full` has no number
-        function = _compiled_grid
-        policy = jax.tree.map(lambda leaf: array(2, dtype=jnp.asarray(leaf).dtype), policy)
-    arguments = policy, layer, array(), number, number if chunk > 1 else None, number
     static = {"chunk": chunk, "block": block, "moments": moments, "fidelity": fidelity, "errors": not rows}
+    if what == "sweep":
+        policy = jax.tree.map(lambda leaf: array(2, dtype=jnp.asarray(leaf).dtype), policy)
+        function, static = _compiled_grid, static | {"points": 2, "differ": (True,) * len(jax.tree.leaves(policy))}
+    arguments = policy, layer, array(), number, number if chunk > 1 else None, number
     check(lowered(function, *arguments, **static), least=0 if rows else 2)
 
 

@@ -1,11 +1,12 @@
 """Replay against the specification, against the cache that it has never met, and against hand-worked numbers."""
 
 import itertools
+from functools import partial
 
 import jax
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from corm_jax import TOVA, Corm, CormError, Full, L2Norm, budget
@@ -119,6 +120,36 @@ def test_a_sweep_is_each_replay(head):
             np.testing.assert_allclose(grids.error[a, b], alone.error, atol=1e-5)
 
 
+@pytest.mark.parametrize("group", ["any", "mean"])
+@pytest.mark.parametrize("threshold", ["position", "live"])
+@settings(max_examples=12)
+@given(
+    seed=st.integers(0, 2**16),
+    peak=st.integers(0, 4),
+    scale=st.sampled_from([1, 20, 300]),
+    ties=st.booleans(),
+)
+@example(seed=50, peak=0, scale=20, ties=False)  # 3 of 3 keys, of which one has all the weight
+def test_a_grid_in_blocks_is_the_specification(threshold, group, seed, peak, scale, ties):
+    """All points share exponentials, in blocks of 16: of equal logits, and of those far apart."""
+    rng, tokens = np.random.default_rng(seed), 40
+    q, k, v = (rng.normal(size=(tokens, heads, 4)) for heads in (2, 1, 1))
+    if ties:
+        q, k = rng.integers(-peak, peak + 1, q.shape), rng.integers(-2, 3, k.shape).astype(float)
+    head = tuple(np.asarray(x, np.float32) for x in (scale * q, k[:, 0], v[:, 0]))
+    grid = {"window": [16, 21], "recent": [1, 4], "multiple": [1, 3], "eager": [False, True]}
+    result = sweep(trace_of(head), partial(Corm, threshold=threshold, group=group), grid)
+    close = 0
+    for index, point in enumerate(itertools.product(*grid.values())):
+        options = dict(zip(grid, point, strict=True))
+        expected = corm_last(*head, threshold=threshold, group=group, **options)
+        close += expected.margin <= CLOSE
+        if expected.margin > CLOSE:
+            one = jax.tree.map(lambda x, at=index: x.reshape(16, *x.shape[4:])[at], result)
+            assert kept_sets(one.history()[0, 0]) == expected.kept, options
+    assume(close < 16)
+
+
 def test_blocks_and_segments_change_nothing(monkeypatch):
     rng = np.random.default_rng(0)
     trace = Trace.from_qkv(*(rng.normal(size=(2, 150, heads, 4)) for heads in (4, 2, 2)))
@@ -176,6 +207,13 @@ def test_what_cannot_work_is_said(arguments, message):
     trace = Trace.from_qkv(*(np.ones((1, 8, 1, 2)) for _ in range(3)))
     with pytest.raises(CormError, match=message):
         replay(trace, Corm(window=4, recent=4), **arguments)
+
+
+def test_a_grid_may_be_of_policies_without_numbers():
+    result = sweep(
+        trace_of(tuple(np.ones((5, *rest)) for rest in ((1, 4), (4,), (4,)))), lambda turn: Full(), {"turn": [1, 2]}
+    )
+    assert result.live[:, 0, 0].tolist() == [[1, 2, 3, 4, 5]] * 2
 
 
 def test_a_grid_must_be_one_program():

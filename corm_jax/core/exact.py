@@ -29,6 +29,12 @@ FOREVER = np.iinfo(np.int32).max
 """The last query of a key that is not evicted. So none is evicted by the very last token of the clock."""
 
 
+FAR = 20.0
+"""A logit that exceeds that of the query's own key by more leaves the latter no weight: exp(-FAR) is 2e-9."""
+
+NEXT_TO_0 = 1e-30
+"""The total of a query that sees nothing."""
+
 SHORT = 16
 """Queries that are read at once where windows are short."""
 
@@ -48,6 +54,7 @@ class Block(NamedTuple):
       within: bool ``[tokens, *slots]``, what each may see at all, live or not; None for everything.
       every: bool ``[tokens, *slots]``, what each would see if nothing had ever been evicted, for those who want to know
         the attention to that, too; None for nobody.
+      own: float32 ``[group, tokens, kv_heads]``, with ``every``: the logit of each query's own key.
       outputs: whether somebody wants the weights of the attention: that is one array more of this size.
     """
 
@@ -61,6 +68,7 @@ class Block(NamedTuple):
     queries: Float[Array, "tokens kv_heads group head_dim"] | None = None
     within: Bool[Array, "tokens *slots"] | None = None
     every: Bool[Array, "tokens *slots"] | None = None
+    own: Float[Array, "group tokens kv_heads"] | None = None
     outputs: bool = True
 
     def attended(self, visible: Array) -> Array:
@@ -156,60 +164,79 @@ def _fits(block: Block, found: Settled, room: Room) -> Bool[Array, ""]:
 
 
 def _by_moments(policy, state, block) -> tuple[Settled, Bool[Array, ""]]:
-    """What is evicted if every key is at its moment or not at all; and whether exponentials were numbers.
-
-    These are measured from the largest logit that is seen for certain: then the weights of equal logits are 1, as in
-    any other softmax, and no total is 0. They are no numbers where logits are not, or where one that may be evicted
-    exceeds the others by far.
-    """
+    """What is evicted if every key is at its moment or not at all; and whether exponentials were numbers."""
     slots, t, visible = block.slots, block.clock, block.visible
     when = jnp.where(slots.live, jnp.maximum(policy.moment(state, slots), t[0]), FOREVER)
     due = slots.live & (when <= slots.seen)
-    lost, passes = jnp.zeros_like(due), jnp.int32(1)
-    judges = visible.any((1, 2))[:, None, None]  # not what pads the block, whose clock may be past the end
+    lost, every = jnp.zeros_like(due), None
     if block.softmax is None:
-        return Settled(jnp.where(due, when, FOREVER), lost, state, None, None, passes), jnp.asarray(True)
-    every = None
-    if block.logits is None:
-        softmax, sound = block.softmax, jnp.asarray(True)
-    else:
-        layout, reach = slots.layout, block.attended(visible)
-        shift = layout.most(jnp.minimum(block.logits, jnp.where(reach & (t <= when), jnp.inf, -jnp.inf)))
-        top = layout.spread(jnp.where(jnp.isfinite(shift), shift, 0.0))
-        powers = jnp.exp((jnp.where(reach, block.logits, -jnp.inf) if block.every is None else block.logits) - top)
+        until = jnp.where(due, when, FOREVER)
+        return Settled(until, lost, state, None, None, jnp.int32(1)), jnp.asarray(True)
+    judges = visible.any((1, 2))[:, None, None]  # not what pads the block, whose clock may be past the end
+    if block.logits is not None:
+        powers, least, every = _powers(block, when)
 
-        def softmax(seen):
-            # The least of a power and infinity, or 0, which a CPU adds up twice as fast as what is selected.
-            total = layout.total(jnp.minimum(powers, jnp.where(seen, jnp.inf, 0.0)))
-            return jnp.where(seen, powers, 0.0), jnp.where(total == 0.0, 1.0, total)
+    def attention(evicted):
+        """Weights, their total, and what is seen if these keys are evicted, each at its moment."""
+        last = jnp.where(evicted, when, FOREVER)
+        seen = visible & (t <= last)
+        if block.logits is None:
+            return *block.softmax(block.attended(seen)), seen
+        # The least of a power and infinity, or 0, which a CPU adds up twice as fast as what is selected. Powers are 0
+        # beyond what the queries reach; with ``every``, of keys that are not live they are not.
+        weights = jnp.minimum(powers, jnp.where(t <= jnp.where(slots.live, last, 0), jnp.inf, 0.0))
+        return weights, jnp.maximum(slots.layout.total(weights), NEXT_TO_0), seen
 
-        sound = jnp.isfinite(shift) | ~visible.any((1, 2))[:, None]
-        if block.every is not None:
-            total = layout.total(powers)
-            every, sound = (powers, jnp.where(total == 0.0, 1.0, total)), sound & jnp.isfinite(total)
-
-    def seen_under(evicted):
-        return visible & ~(evicted & (t > when))
+    def verdict(weights, total, seen):
+        """Which keys each query found important, and which are evicted then."""
+        found = policy.important(block.observation(weights, total, seen), slots)
+        return found, due & ~(found & judges & (t <= when)).any(0)
 
     def body(carry):
-        evicted, seen, total, _, passes = carry
-        found = policy.important(block.observation(softmax(block.attended(seen))[0], total, seen), slots)
-        now = due & ~(found & judges & (t <= when)).any(0)
+        evicted, total, *_, passes = carry
+        weights, _, seen = attention(evicted)
+        found, now = verdict(weights, total, seen)
         changed = anywhere((now != evicted).any())
-        seen = seen_under(now)
-        total = jax.lax.cond(changed, lambda: softmax(block.attended(seen))[1], lambda: total)
-        return now, seen, total, changed, passes + 1
+        return now, jax.lax.cond(changed, lambda: attention(now)[1], lambda: total), found, changed, passes + 1
 
-    total = softmax(block.attended(visible))[1]
+    guess = lost if every is None else verdict(*every, block.every)[1]
+    total = first = attention(guess)[1]
+    start = guess, total, visible, *varying((jnp.asarray(True), jnp.int32(0)), slots.position)
+    evicted, total, found, _, passes = jax.lax.while_loop(lambda carry: carry[3], body, start)
+    sound = jnp.asarray(True)
     if block.logits is not None:
-        sound = (sound & jnp.isfinite(total)).all()
-    start = lost, visible, total, *varying((jnp.asarray(True), jnp.int32(0)), slots.position)
-    evicted, seen, total, _, passes = jax.lax.while_loop(lambda carry: carry[3], body, start)
-    weights = softmax(block.attended(seen))[0]
-    state = policy.observe(state, block.observation(weights, total, seen), slots)
-    weights = weights if block.outputs else None
+        sound = (((total >= least) & jnp.isfinite(first)) | ~judges[..., 0]).all()
+    weights = attention(evicted)[0] if block.outputs else None
     every = every and (*every, total / every[1])
-    return Settled(jnp.where(evicted, when, FOREVER), lost, state, weights, total, passes, every), sound
+    until = jnp.where(evicted, when, FOREVER)
+    return Settled(until, lost, policy.noted(state, found, t), weights, total, passes, every), sound
+
+
+def _powers(block, when):
+    """Exponentials of the logits; how much those that count have to come to; and all of them with their total.
+
+    They are measured from the largest logit that is seen for certain: then the weights of equal logits are 1, as in
+    any other softmax, and no total is 0. Where logits are no numbers, or one that may be evicted exceeds the others by
+    far, the total is no number either, or what it has to come to is not.
+
+    With ``every`` they are measured from the logit of each query's own key, which does not depend on the policy, so
+    that a grid of policies shares them. That key is always seen, and if all that are seen are equal, their weights are
+    1. Where the largest logit exceeds it by far, they are measured from that, whose key has to be seen then.
+    """
+    layout, t, reach = block.slots.layout, block.clock, block.attended(block.visible)
+    if block.every is None:
+        logits = jnp.where(reach, block.logits, -jnp.inf)
+        shift = layout.most(jnp.minimum(block.logits, jnp.where(reach & (t <= when), jnp.inf, -jnp.inf)))
+        least = jnp.zeros_like(shift)
+    else:
+        logits = block.logits
+        top = layout.most(logits)
+        far = top - block.own > FAR
+        shift, least = jnp.where(far, top, block.own), jnp.where(far, 1.0, 0.0)
+    number = jnp.isfinite(shift)
+    powers = jnp.exp(logits - layout.spread(jnp.where(number, shift, 0.0)))
+    every = None if block.every is None else (powers, jnp.maximum(layout.total(powers), NEXT_TO_0))
+    return powers, jnp.where(number, least, jnp.nan), every
 
 
 def _by_query(policy, state, fresh, block, room) -> Settled:

@@ -37,12 +37,6 @@ class Observation(NamedTuple):
     values: Float[Array, "*slots head_dim"] | None = None
     queries: Float[Array, "tokens kv_heads group head_dim"] | None = None
 
-    def last(self, found: Bool[Array, "tokens *slots"], never: int) -> Int[Array, "*slots"]:
-        """The clock of the last query for which something holds of a slot; ``never`` where it holds for none."""
-        nth = iota(len(found)).astype(jnp.float32)[:, None, None]  # an integer's maximum takes a CPU twice as long
-        nth = jnp.where(found, nth, -1.0).max(0)
-        return jnp.where(nth >= 0, self.seen.reshape(-1)[0] + nth.astype(jnp.int32), never)
-
     @property
     def mean(self) -> Float[Array, "tokens *slots"]:
         """The mean of alpha over the query heads of a group."""
@@ -52,6 +46,13 @@ class Observation(NamedTuple):
     def probability(self) -> Float[Array, "group tokens *slots"]:
         """alpha, the attention probabilities."""
         return self.weights / self.total
+
+
+def last(found: Bool[Array, "tokens *slots"], seen: Int[Array, "tokens *ones"], never: int) -> Int[Array, "*slots"]:
+    """The clock of the last query for which something holds of a slot; ``never`` where it holds for none."""
+    nth = iota(len(found)).astype(jnp.float32)[:, None, None]  # an integer's maximum takes a CPU twice as long
+    nth = jnp.where(found, nth, -1.0).max(0)
+    return jnp.where(nth >= 0, seen.reshape(-1)[0] + nth.astype(jnp.int32), never)
 
 
 def observed(

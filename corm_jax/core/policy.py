@@ -3,9 +3,11 @@
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from corm_jax.core.observation import Observation
+from corm_jax.core.options import concrete
 from corm_jax.core.slots import PerHead, Slots
 from corm_jax.core.types import CacheSpec, State
 from corm_jax.errors import CormError
@@ -34,7 +36,8 @@ class Traits(NamedTuple):
       moments: in so many queries one after the other, the only moment at which a key can be evicted is known before
         they come, and somebody who finds the key important by then puts it off beyond them. Such a policy has a method
         ``moment(state, slots)``, the clock of that moment for each slot, and, if it needs attention,
-        ``important(observation, slots)``, bool ``[tokens, *slots]``. 0 if there is no such number.
+        ``important(observation, slots)``, bool ``[tokens, *slots]``, and ``noted(state, important, seen)``, the state
+        after that. 0 if there is no such number.
       plain: whether it makes sense for attention of the plain form alone, ``softmax(q . k)`` by any scale, over all
         earlier keys. A step of another form is refused.
       merges: whether what leaves is merged into what stays, by a method `Policy.merged`. The exact recurrence then goes
@@ -137,6 +140,10 @@ class Policy:
         """Which keys each query found important, see ``moments`` of `Traits`."""
         raise NotImplementedError
 
+    def noted(self, state: State, important: Bool[Array, "tokens *slots"], seen: Int[Array, "tokens *ones"]) -> State:
+        """The state after queries at these clocks found these keys important: what `observe` returns then."""
+        raise NotImplementedError
+
 
 def check_policy(policy: Any) -> None:
     """Raises unless this is a policy, and one policy, and what it says of itself can be."""
@@ -158,3 +165,7 @@ def check_policy(policy: Any) -> None:
         raise CormError(f"{name} needs {about.needs!r}: needs must be a tuple of some of {EVERYTHING}")
     if about.positions not in ("original", "cache"):
         raise CormError(f"{name} has positions={about.positions!r}: it must be 'original' or 'cache'")
+    if not (concrete(about.moments) and not np.any(about.moments)):
+        wanted = ("moment", "important", "noted") if "attention" in about.needs else ("moment",)
+        if missing := [method for method in wanted if getattr(type(policy), method) is getattr(Policy, method)]:
+            raise CormError(f"{name} has moments, but no `{missing[0]}`: define it, or say moments=0 in its traits")

@@ -53,6 +53,9 @@ class Wrapper(Policy):
     def important(self, observation: Observation, slots: Slots) -> Bool[Array, "tokens *slots"]:
         return self.policy.important(observation, slots)
 
+    def noted(self, state: State, important: Bool[Array, "tokens *slots"], seen: Int[Array, "tokens *ones"]) -> State:
+        return self.policy.noted(state, important, seen)
+
 
 def innermost(policy: Any) -> Any:
     """The policy inside all wrappers."""

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from corm_jax.core.arrays import ENDLESS, over_group
-from corm_jax.core.observation import Observation
+from corm_jax.core.observation import Observation, last
 from corm_jax.core.options import choice, number, policy
 from corm_jax.core.policy import Policy, Traits
 from corm_jax.core.slots import PerHead, Slots
@@ -66,7 +66,13 @@ class Corm(Policy):
         return jnp.full(spec.slots, NEVER, jnp.int32)
 
     def observe(self, state: Int[Array, "*slots"], observation: Observation, slots: Slots) -> Int[Array, "*slots"]:
-        return jnp.maximum(state, observation.last(self.important(observation, slots), NEVER))
+        return self.noted(state, self.important(observation, slots), observation.seen)
+
+    def noted(
+        self, state: Int[Array, "*slots"], important: Bool[Array, "tokens *slots"], seen: Int[Array, "tokens *ones"]
+    ) -> Int[Array, "*slots"]:
+        """``last``, after queries at these clocks found these keys important."""
+        return jnp.maximum(state, last(important, seen, NEVER))
 
     def moment(self, state: Int[Array, "*slots"], slots: Slots) -> Int[Array, "*slots"]:
         """max(last + w, position + r + 1, w): the clock at which the key goes, unless it is important by then."""
