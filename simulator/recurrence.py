@@ -119,7 +119,7 @@ def _block(policy, layer, scale, steps, capacity, prompt, chunk, block, moments,
         every = own = None
         if shared:  # the same for all policies
             every, newest = causal, jax.lax.dynamic_slice_in_dim(logits, start, block, 3)
-            own = layout.most(jnp.where(jnp.eye(block, dtype=bool)[:, None], newest, -jnp.inf))
+            own = layout.most(jnp.where((iota(block)[:, None] == iota(block))[:, None], newest, -jnp.inf))
         attention = attend if watched else None, logits if shared else None
         one = Block(slots, clock, live & causal, *attention, vectors, every=every, own=own, outputs=errors)
         found = settle(policy, state, fresh, one, None if capacity is None else Room(capacity), moments)
