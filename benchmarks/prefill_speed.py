@@ -3,7 +3,7 @@
     python benchmarks/prefill_speed.py --text FILE [--plan PLAN] [--tokens 2048 8192] [--ours-only] [--json FILE]
 
 The full cache reads in chunks of 256, CORM in those of the plan, in its pools, which may be too small for a longer
-text; for a shorter one, or without a plan, in chunks of 64 and pools of 0.35 of the full cache. Then 48 tokens are
+text; for a shorter one, or without a plan, in chunks of 256 and pools of 0.35 of the full cache. Then 48 tokens are
 decoded at batch 1. transformers (torch, on the CPU) does the same with its own cache, float32, and as many threads, and
 again after NVIDIA's kvpress, if it is installed, has compressed the prompt to as many keys as CORM keeps (SnapKV).
 
@@ -134,7 +134,7 @@ def main() -> None:
 
     for tokens, ids in texts.items():
         room = TURNS * STRETCH
-        pools = (plan.chunk, plan.capacity) if plan and tokens >= plan.tokens else (64, int(0.35 * tokens) + 64 + room)
+        pools = (plan.chunk, plan.capacity) if plan and tokens >= plan.tokens else (256, int(0.35 * tokens) + 256 + room)
         row(tokens, "full", alone(ours, "full", ids, 256, tokens + room, False))
         corm = row(tokens, f"{spec}, pooled", alone(ours, spec, ids, *pools, True))
         if arguments.ours_only:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corm_jax import CacheSpec, Corm, Full, decode, generate, make_cache, parse, step, usage
+from corm_jax import CacheSpec, Corm, Full, begin_prompt, decode, generate, make_cache, parse, step, usage
 from corm_jax.core.layout import Apart, Shared
 from corm_jax.core.slots import Slots
 from corm_jax.core.storing import insert
@@ -69,6 +69,43 @@ def test_two_stores_of_two_heads_each(spec, chunk, capacity):
         assert held[head] == reading.kept
         assert int(cache.overflow[head]) == reading.overflow
         np.testing.assert_allclose(outputs[:, head], reading.outputs, atol=2e-5)
+
+
+@pytest.mark.parametrize("spec", SHARING)
+def test_pages_that_are_not_used_are_not_attended_to(spec, monkeypatch):
+    """Of two texts, one fills more than the part of the pool that is asked for in its last chunks, one does not."""
+    policy, rng = parse(spec), np.random.default_rng(0)
+    shapes = (2, TOKENS, 2, 2, 4), (2, TOKENS, 2, 4), (2, TOKENS, 2, 4)
+    q, k, v = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
+    counts = np.array([[3] * 6, [3, 3, 0, 0, 0, 0]], np.int32)
+    asked = []
+
+    def run(many):
+        monkeypatch.setattr("corm_jax.core.layout.MANY", many)
+
+        def one(q, k, v, counts):
+            def body(cache, xs):
+                start, count = xs
+                part = (jax.lax.dynamic_slice_in_dim(x, start, 3) for x in (q, k, v))
+                output, cache = step(policy, cache, *part, count)
+                few = cache.layout.few(cache.position)
+                return cache, (output, by_head(cache), jnp.asarray(True) if few is None else few)
+
+            cache = begin_prompt(make_cache(policy, CacheSpec(2, 10, 4, stores=1)), 9)
+            return jax.lax.scan(body, cache, (jnp.minimum(3 * jnp.arange(6), TOKENS - 3), counts))[1]
+
+        outputs, position, few = jax.jit(jax.vmap(one))(q, k, v, counts)
+        asked.append(np.asarray(few))
+        return np.asarray(outputs), np.sort(position, -1)
+
+    (outputs, held), (expected, wanted) = run(0), run(math.inf)
+    np.testing.assert_array_equal(held, wanted)
+    real = np.repeat(counts > 0, 3, 1).reshape(2, 6, 3)
+    np.testing.assert_allclose(outputs[real], expected[real], atol=2e-6)
+    assert asked[0][1].all()
+    assert asked[0][0, 0]
+    assert not asked[0][0].all() or spec != "full"
+    assert asked[1].all()
 
 
 @pytest.mark.parametrize("stores", [1, 2, 6])

@@ -30,6 +30,9 @@ from corm_jax.core.arrays import first_by, iota, largest, smallest
 PAGE = 128
 """Slots of a page, unless the cache is small. Does not change results."""
 
+MANY, PART = 40, 0.6
+"""So many pages are not all attended to while no more than this part of them is used. Does not change results."""
+
 
 def product(axes: str, x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:
     """An einsum that is summed in float32, of float32 factors in full precision, of equal 16-bit factors as they are.
@@ -110,9 +113,13 @@ class Layout:
         """The layout of stores that have so many slots more, at their end; fewer, if the number is negative."""
         raise NotImplementedError
 
-    def opened(self, position: Int[Array, "stores slots"]) -> "Opened":
-        """The live keys as many queries attend to them."""
+    def opened(self, position: Int[Array, "stores slots"], part: float = 1.0) -> "Opened":
+        """The live keys as many queries attend to them; room for a part of the slots alone, if so few are live."""
         raise NotImplementedError
+
+    def few(self, position: Int[Array, "stores slots"]) -> Bool[Array, ""] | None:
+        """Whether so few keys are live that the `PART` of the slots is enough; None where it does not pay to ask."""
+        return None
 
 
 class Opened(NamedTuple):
@@ -184,7 +191,7 @@ class Apart(Layout):
     def enlarged(self, slots):
         return self
 
-    def opened(self, position):
+    def opened(self, position, part=1.0):
         return as_it_is(self)
 
 
@@ -340,15 +347,25 @@ class Shared(Layout):
         size = self.whose.shape[-1] + slots
         return replace(self, whose=jnp.pad(self.whose, ((0, 0), (0, max(slots, 0))))[:, :size])
 
-    def opened(self, position):
-        """The live keys gathered into pages that each belong to one head."""
+    def _paged(self, position):
+        """Pages, slots of a page, which slots hold a key of each head, and where each head's pages end."""
         pool, kv_heads = position.size, self.kv_heads(len(position))
         size = min(PAGE, max(pool // kv_heads // 8, 1))
         pages = pool // size + kv_heads  # enough, however slots are shared out: one page a head is not full
-        position, head = position.reshape(-1), self.heads(*position.shape).reshape(-1)
-        owned = (head == iota(kv_heads)[:, None]) & (position >= 0)
-        until = jnp.cumsum(-(-owned.sum(-1, dtype=jnp.int32) // size), dtype=jnp.int32)  # each head's pages end here
-        need = jnp.diff(until, prepend=0)
+        owned = (self.heads(*position.shape) == iota(kv_heads)[:, None, None]) & (position >= 0)
+        owned = owned.reshape(kv_heads, pool)
+        until = jnp.cumsum(-(-owned.sum(-1, dtype=jnp.int32) // size), dtype=jnp.int32)
+        return pages, size, owned, until
+
+    def few(self, position):
+        pages, *_, until = self._paged(position)
+        return until[-1] <= int(PART * pages) if pages >= MANY else None
+
+    def opened(self, position, part=1.0):
+        """The live keys gathered into pages that each belong to one head."""
+        pool, kv_heads = position.size, self.kv_heads(len(position))
+        pages, size, owned, until = self._paged(position)
+        pages, position, need = int(part * pages), position.reshape(-1), jnp.diff(until, prepend=0)
         nth = jax.lax.associative_scan(jnp.add, owned.astype(jnp.int32), axis=1) - 1
         place = jnp.where(owned, size * (until - need)[:, None] + nth, 0).sum(0, dtype=jnp.int32)
         target = jnp.where(position >= 0, place, pages * size)

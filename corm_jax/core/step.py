@@ -21,10 +21,10 @@ from jaxtyping import Array, Float, Int
 from corm_jax.core import attention, storing
 from corm_jax.core import cache as cache_lib
 from corm_jax.core.arguments import check_step
-from corm_jax.core.arrays import EMPTY, ENDLESS, broadcasts, iota, narrow, varying
+from corm_jax.core.arrays import EMPTY, ENDLESS, anywhere, broadcasts, iota, narrow, varying
 from corm_jax.core.exact import FOREVER, Block, Room, alive, settle
 from corm_jax.core.form import Form
-from corm_jax.core.layout import as_it_is
+from corm_jax.core.layout import PART, as_it_is
 from corm_jax.core.observation import observed
 from corm_jax.core.options import concrete, integer
 from corm_jax.core.policy import Policy
@@ -241,9 +241,9 @@ def _seen(policy, form, slots, visible, clock, q, keys):
 class _Open:
     """What a cache holds, newcomers included, as many queries attend to it, and the way back."""
 
-    def __init__(self, cache: LayerCache, since: Array, tokens: int, count: Array, paged: bool = True):
+    def __init__(self, cache: LayerCache, since: Array, tokens: int, count: Array, paged: bool = True, part: float = 1.0):
         self.cache, self.since, self.tokens = cache, since, tokens
-        opened = cache.layout.opened(cache.position) if paged else as_it_is(cache.layout)
+        opened = cache.layout.opened(cache.position, part) if paged else as_it_is(cache.layout)
         take, self.back = opened.take, opened.back
         self.k, self.v, self.state = take(cache.k, rows=True), take(cache.v, rows=True), by_slot(take, cache.state)
         view = replace(cache_lib.slots(cache), layout=opened.layout, twin=None, arrived=tokens)
@@ -265,13 +265,30 @@ def _several(policy, cache, q, k, v, count, form):
     since, tokens = cache.clock.seen, len(q)
     cache = storing.make_room(policy, cache, count, tokens)
     cache = storing.insert_chunk(policy, cache, *storing.stored(k, v, cache.k.dtype), count)
-    held = _Open(cache, since, tokens, count, paged=not policy.traits.merges)
-    output, state = _observed(policy, form, held, q)
-    keep = policy.retain(state, held.slots) | (count == 0)
     if policy.traits.merges:
-        held.cache = storing.merged(policy, held.cache._replace(state=state), held.slots, keep)
-        state = held.cache.state
-    return output, held.closed(keep, state)
+        held = _Open(cache, since, tokens, count, paged=False)
+        output, state = _observed(policy, form, held, q)
+        keep = policy.retain(state, held.slots) | (count == 0)
+        held.cache = storing.merged(policy, cache._replace(state=state), held.slots, keep)
+        return output, held.closed(keep, held.cache.state)
+
+    def attended(part=1.0):
+        held = _Open(cache, since, tokens, count, part=part)
+        output, state = _observed(policy, form, held, q)
+        keep = policy.retain(state, held.slots) | (count == 0)
+        return output, held.back(keep), by_slot(held.back, state)
+
+    few = cache.layout.few(cache.position)
+    if few is None:
+        output, keep, state = attended()
+    else:  # on a GPU the host would have to ask the device which branch to take
+
+        def by_use():
+            return jax.lax.cond(anywhere(~few), attended, partial(attended, PART))
+
+        output, keep, state = jax.lax.platform_dependent(cpu=by_use, default=attended)
+    cache = cache._replace(position=jnp.where(keep, cache.position, EMPTY), state=state)
+    return output, storing.twinned(cache, since, tokens)
 
 
 def _observed(policy, form, held, q):
