@@ -1,9 +1,9 @@
 """How fast a prompt is read, and what memory that takes: full cache, chunks of CORM in pools, transformers, kvpress.
 
-    python benchmarks/prefill_speed.py --text FILE [--plan PLAN] [--tokens 2048 8192] [--ours-only] [--json FILE]
+    python benchmarks/prefill_speed.py --text FILE [--plan PLAN | --pool 0.35] [--tokens 2048 8192] [--ours-only]
 
 The full cache reads in chunks of 256, CORM in those of the plan, in its pools, which may be too small for a longer
-text; for a shorter one, or without a plan, in chunks of 256 and pools of 0.35 of the full cache. Then 48 tokens are
+text; for a shorter one, or without a plan, in chunks of 256 and pools of a share of the full cache. Then 48 tokens are
 decoded at batch 1. transformers (torch, on the CPU) does the same with its own cache, float32, and as many threads, and
 again after NVIDIA's kvpress, if it is installed, has compressed the prompt to as many keys as CORM keeps (SnapKV).
 
@@ -103,6 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--plan", type=Path)
+    parser.add_argument("--pool", type=float, default=0.35)
     parser.add_argument("--tokens", nargs="+", type=int, default=[2048, 8192])
     parser.add_argument("--ours-only", action="store_true")
     parser.add_argument("--json", type=Path)
@@ -134,7 +135,11 @@ def main() -> None:
 
     for tokens, ids in texts.items():
         room = TURNS * STRETCH
-        pools = (plan.chunk, plan.capacity) if plan and tokens >= plan.tokens else (256, int(0.35 * tokens) + 256 + room)
+        pools = (
+            (plan.chunk, plan.capacity)
+            if plan and tokens >= plan.tokens
+            else (256, int(arguments.pool * tokens) + 256 + room)
+        )
         row(tokens, "full", alone(ours, "full", ids, 256, tokens + room, False))
         corm = row(tokens, f"{spec}, pooled", alone(ours, spec, ids, *pools, True))
         if arguments.ours_only:

@@ -241,7 +241,9 @@ def _seen(policy, form, slots, visible, clock, q, keys):
 class _Open:
     """What a cache holds, newcomers included, as many queries attend to it, and the way back."""
 
-    def __init__(self, cache: LayerCache, since: Array, tokens: int, count: Array, paged: bool = True, part: float = 1.0):
+    def __init__(
+        self, cache: LayerCache, since: Array, tokens: int, count: Array, paged: bool = True, part: float = 1.0
+    ):
         self.cache, self.since, self.tokens = cache, since, tokens
         opened = cache.layout.opened(cache.position, part) if paged else as_it_is(cache.layout)
         take, self.back = opened.take, opened.back
