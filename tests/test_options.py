@@ -147,6 +147,16 @@ def test_policies_of_users_are_checked_likewise():
 
     refused("recent must be a whole number from 1", Stricter, recent=np.array([1, -1]))
     refused("more than 2 recent ones", Stricter, recent=np.int64(3))
+    with pytest.raises(TypeError, match="takes 1 positional argument but 2 were given"):
+        Mine(2)  # pyright: ignore
+
+    @cj.policy
+    class Bounded(cj.Full):
+        least: float = number(1.0, "from 0 up", least=0)
+        most: float = number(-1.0, "up to 0", most=0)
+
+    refused("least must be at least 0, not -0.5", Bounded, least=-0.5)
+    refused("most must be at most 0, not 0.5", Bounded, most=0.5)
 
 
 @cj.policy

@@ -71,7 +71,7 @@ def test_two_stores_of_two_heads_each(spec, chunk, capacity):
         np.testing.assert_allclose(outputs[:, head], reading.outputs, atol=2e-5)
 
 
-@pytest.mark.parametrize("spec", SHARING)
+@pytest.mark.parametrize("spec", [*SHARING[:4], "snapkv:budget=6,window=3", "full"])
 def test_pages_that_are_not_used_are_not_attended_to(spec, monkeypatch):
     """Of two texts, one fills more than the part of the pool that is asked for in its last chunks, one does not."""
     policy, rng = parse(spec), np.random.default_rng(0)

@@ -204,10 +204,12 @@ def settled(one: dataclasses.Field, value: Any) -> Any:
         what = f"a whole number from {least} to {most}"
     elif above > -math.inf:
         what = f"above {above:g}" + (f" and at most {most:g}" if most < math.inf else "")
-    elif least > -math.inf or most < math.inf:
+    elif least > -math.inf and most < math.inf:
         what = f"in [{least:g}, {most:g}]"
+    elif least > -math.inf:
+        what = f"at least {least:g}"
     else:
-        what = "a number"
+        what = f"at most {most:g}" if most < math.inf else "a number"
     found = _settled(name, value, kind, what, least, above, most)
     if about.get("static") and (isinstance(found, Tracer) or np.ndim(found)):
         raise CormError(f"{name} shapes what is compiled: it must be one number that is not traced, not {shown(value)}")
