@@ -13,13 +13,13 @@ SPEC.loader.exec_module(launches)
 
 # Instructions of two layers and of what is around them, rectangle and pool; some more than there are.
 MOST = {
-    "full": (155, 180),
-    "corm:window=256,recent=256,group=mean,sinks=4": (160, 180),
-    "h2o:recent=256,budget=512,oneshot=true": (200, 230),
-    "tova:budget=512": (215, 250),
-    "scissorhands:budget=512": (420, 520),
-    "streaming_llm:budget=512": (190, 220),
-    "streaming_llm:budget=512,positions=cache": (215, 245),
+    "full": (150, 170),
+    "corm:window=256,recent=256,group=mean,sinks=4": (155, 175),
+    "h2o:recent=256,budget=512,oneshot=true": (170, 195),
+    "tova:budget=512": (190, 215),
+    "scissorhands:budget=512": (415, 515),
+    "streaming_llm:budget=512": (165, 190),
+    "streaming_llm:budget=512,positions=cache": (200, 225),
 }
 SAMPLING = {"while": 1, "sort": 1, "conditional": 1}
 """Where a token is drawn: the branch for temperatures above 0, and what it does."""

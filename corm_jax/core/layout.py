@@ -245,7 +245,7 @@ class Paged(Layout):
     def logits(self, q, k):
         tokens, kv_heads, group, head_dim = q.shape
         rows = q.transpose(1, 2, 0, 3).reshape(kv_heads, group * tokens, head_dim)
-        # A CPU copies what one index asks for; several in a gather, XLA would rotate the queries anew for each page.
+        # On a CPU a copy for each page: into one gather, XLA fuses the rotation of the queries, once for every page.
         one_by_one = partial(jax.lax.map, lambda head: rows[head])
         rows = jax.lax.platform_dependent(self.head, cpu=one_by_one, default=lambda head: rows[head])
         return product("prd,pcd->prc", rows, k).reshape(-1, group, tokens, k.shape[1]).transpose(1, 2, 0, 3)
@@ -255,12 +255,12 @@ class Paged(Layout):
         rows = weights.transpose(2, 0, 1, 3).reshape(pages, group * tokens, slots)
         each = weighted("prc,pcd->prd", rows, v)
         # No product with what is 0 or 1: NaN stays in its head. A CPU sums over an axis in the middle very slowly.
-        in_place = partial(jax.ops.segment_sum, num_segments=self.count)
-        found = jax.lax.platform_dependent(each, self.head, cpu=in_place, default=self._by_head)
+        found = jax.lax.platform_dependent(
+            each,
+            cpu=lambda each: jax.ops.segment_sum(each, self.head, self.count),
+            default=lambda each: jnp.where(self.owned[..., None, None], each, 0).sum(1),
+        )
         return found.reshape(self.count, group, tokens, -1).transpose(2, 0, 1, 3)
-
-    def _by_head(self, each, head):
-        return jnp.where((head == iota(self.count)[:, None])[..., None, None], each, 0).sum(1)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["whose"], meta_fields=["each"])
