@@ -213,7 +213,7 @@ def _by_moments(policy, state, block) -> tuple[Settled, Bool[Array, ""]]:
 
 
 def _powers(block, when):
-    """Exponentials of the logits, the least total under which they are sound, and, with ``every``, them and their total.
+    """Exponentials of the logits, the least total under which they are sound, and with ``every`` also their total.
 
     They are measured from the largest logit that is seen for certain: then the weights of equal logits are 1, as in
     any other softmax, and no total is 0. Where logits are no numbers, or one that may be evicted exceeds the others by

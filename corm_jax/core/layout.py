@@ -118,7 +118,7 @@ class Layout:
         raise NotImplementedError
 
     def few(self, position: Int[Array, "stores slots"]) -> Bool[Array, ""] | None:
-        """Whether so few keys are live that the `PART` of the slots is enough; None for a small pool, which is read whole."""
+        """Whether so few keys are live that the `PART` of the slots is enough; None for a pool that is read whole."""
         return None
 
 
