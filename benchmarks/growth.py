@@ -19,7 +19,7 @@ from corm_jax.command.inputs import encode, text_from
 from corm_jax.files import write_json
 from corm_jax.model.generation import STRETCH
 from corm_jax.policies.plan import Plan
-from corm_jax.runs.perplexity import read
+from corm_jax.runs.perplexity import read_text
 from corm_jax.terminal.console import progress_bar
 
 
@@ -38,7 +38,7 @@ def main() -> None:
     policy, capacity = cj.parse(plan.policy), [int(size * arguments.grow) for size in plan.capacity]
     with progress_bar() as progress:
         task = progress.add_task(plan.policy, total=len(ids))
-        reading = read(
+        reading = read_text(
             model,
             policy,
             ids,

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from corm_jax import Full, generate
 from corm_jax.command.inputs import encode, text_from
 from corm_jax.model import checkpoint, smollm2
-from corm_jax.runs.perplexity import read
+from corm_jax.runs.perplexity import read_text
 
 
 @click.command()
@@ -42,7 +42,7 @@ def main(text, tokens):
             torch.tensor([ids[:32]]), max_new_tokens=32, do_sample=False, eos_token_id=None, pad_token_id=0
         )
     nll = torch.nn.functional.cross_entropy(logits[:-1].double(), torch.tensor(ids[1:]), reduction="none").numpy()
-    reading = read(model, Full(), ids)
+    reading = read_text(model, Full(), ids)
     same_answer = answer[0, 32:].tolist() == generate(model, Full(), [ids[:32]], max_new_tokens=32).tokens[0]
     question = "Name three rivers."
     chat = their_tokenizer.apply_chat_template(

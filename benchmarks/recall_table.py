@@ -26,7 +26,7 @@ from corm_jax.files import write_json
 from corm_jax.model.prompts import Text, inside
 from corm_jax.policies import keys_of
 from corm_jax.runs.fitting import fitted
-from corm_jax.runs.perplexity import read
+from corm_jax.runs.perplexity import read_text
 
 PAIRS, FILLER, CHUNK = 8, 24, 16
 
@@ -85,7 +85,7 @@ class Asker:
         found = []
         for policy, ids, answer in zip(policies, texts or self.texts, self.answers, strict=True):
             how = {"prompt": len(ids) - answer, "chunk": CHUNK, "capacity": max(map(len, self.texts))}
-            reading = read(self.model, policy, ids, **how)
+            reading = read_text(self.model, policy, ids, **how)
             found.append((reading.nll[-answer:].mean(dtype=np.float64), reading.kept[-1]))
         return np.array(found).T
 

@@ -23,7 +23,7 @@ import numpy as np
 import corm_jax as cj
 from corm_jax.command.inputs import encode, text_from
 from corm_jax.files import write_json
-from corm_jax.runs.perplexity import read
+from corm_jax.runs.perplexity import read_text
 from corm_jax.runs.recording import record
 from corm_jax.traces.trace import Trace
 from simulator.recurrence import FOREVER
@@ -34,7 +34,7 @@ POLICIES = ("corm:window=256,recent=256", "corm:window=256,recent=256,group=mean
 
 def live(model, policy, ids) -> tuple[np.ndarray, np.ndarray]:
     """The model's own: live keys ``[layers, kv_heads, steps]``, and which are left ``[layers, kv_heads, keys]``."""
-    counts = read(model, policy, ids).live.transpose(0, 2, 1)
+    counts = read_text(model, policy, ids).live.transpose(0, 2, 1)
     caches = model.make_caches(policy, batch=1, capacity=len(ids))
     _, caches = cj.prefill(model, policy, caches, [ids], chunk=1)
     position = np.stack([np.asarray(cache.position[0]) for cache in caches])

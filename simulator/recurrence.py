@@ -25,7 +25,7 @@ SEGMENTS = 6
 
 
 @broadcasts
-def read(policy, layer, scale, steps, capacity, prompt, *, chunk, block, moments, fidelity, errors):
+def replay_layer(policy, layer, scale, steps, capacity, prompt, *, chunk, block, moments, fidelity, errors):
     """One layer through a policy.
 
     Args:
@@ -134,8 +134,8 @@ def _block(policy, layer, scale, steps, capacity, prompt, chunk, block, moments,
         step = partial(_chunk, policy, layout, steps, capacity, prompt, chunk, start, attended, vectors)
         (state, until, lost), _ = jax.lax.scan(step, (state, until, lost), chunk * iota(block // chunk))
     rest = causal & (clock <= until)
-    mass = share if shared else layout.total(only(rest)[0]) / full[1]
-    important = over_group(jnp.logical_or, full[0] >= layout.spread(full[1]) / clock.astype(jnp.float32)) & causal
+    mass = share if shared else layout.sum_per_head(only(rest)[0]) / full[1]
+    important = over_group(jnp.logical_or, full[0] >= layout.broadcast(full[1]) / clock.astype(jnp.float32)) & causal
     needed = jnp.maximum(needed, last(important, clock, 0))
     error = None
     if errors:
@@ -158,7 +158,8 @@ def _chunk(policy, layout, steps, capacity, prompt, chunk, start, attend, keys, 
 
     if capacity is not None:
         slots = view((until == FOREVER) & (key < before), None)
-        out = slots.lowest(policy.score(state, slots), slots.total(slots.live) + (seen - before) - capacity, chunk)
+        over = slots.sum_per_head(slots.live) + (seen - before) - capacity
+        out = slots.lowest(policy.score(state, slots), over, chunk)
         until, lost = jnp.where(out, before, until), lost | out
     live = (until == FOREVER) & (key < seen)
     slots, now = view(live, chunk), (start + begin + 1 + iota(chunk))[:, None, None]

@@ -24,7 +24,7 @@ import numpy as np
 
 from corm_jax.core.capacity import per_layer, slots_for
 from corm_jax.core.exact import FOREVER, planned
-from corm_jax.core.options import is_share, numbers_in, whole
+from corm_jax.core.options import at_least, is_share, numbers_in
 from corm_jax.core.policy import Policy
 from corm_jax.core.prompt import prompt_of
 from corm_jax.core.step import counts_in_cache
@@ -32,11 +32,11 @@ from corm_jax.core.wrapper import name_of
 from corm_jax.errors import CormError
 from corm_jax.traces.meta import QKV, Rows
 from corm_jax.traces.trace import Trace
-from simulator.recurrence import read
+from simulator.recurrence import replay_layer
 
 FIDELITIES = ("renormalized", "recorded")
 
-BLOCK = 64
+STEPS_PER_BLOCK = 64
 """Queries whose logits are computed at once, rounded up to a multiple of the chunk. Does not change results."""
 
 
@@ -239,7 +239,7 @@ def _checked(
         raise CormError(
             f"fidelity must be {' or '.join(map(repr, FIDELITIES))}, not {fidelity!r} (live is the model itself)"
         )
-    whole(1, chunk=chunk, **({} if capacity is None else {"capacity": capacity}))
+    at_least(1, chunk=chunk, **({} if capacity is None else {"capacity": capacity}))
     for policy in policies:
         if isinstance(policy, type) or not isinstance(policy, Policy):
             raise CormError(
@@ -272,7 +272,7 @@ def _run(trace, policies, compiled, fidelity, capacity, chunk, prompt, errors, p
 
     layers = []
     for index, policy in enumerate(policies):
-        block, moments = planned(policy) if chunk == 1 else (-(-BLOCK // chunk) * chunk, None)
+        block, moments = planned(policy) if chunk == 1 else (-(-STEPS_PER_BLOCK // chunk) * chunk, None)
         padding = -meta.steps % block
         layer = _padded(trace.layer(index), meta.kv_heads, padding)
         until, lost, needed, mass, error = jax.tree.map(
@@ -308,7 +308,7 @@ def _padded(layer: QKV | Rows, kv_heads: int, padding: int) -> QKV | Rows:
 
 
 _STATIC = ("chunk", "block", "moments", "fidelity", "errors")
-_compiled = jax.jit(read, static_argnames=_STATIC)
+_compiled = jax.jit(replay_layer, static_argnames=_STATIC)
 
 
 @partial(jax.jit, static_argnames=(*_STATIC, "points", "differ"))
@@ -319,7 +319,7 @@ def _compiled_grid(policies, layer, scale, steps, capacity, prompt, *, points, d
     axes = [0 if differs else None for differs in differ]
 
     def one(numbers):
-        return read(structure.unflatten(numbers), layer, scale, steps, capacity, prompt, **static)
+        return replay_layer(structure.unflatten(numbers), layer, scale, steps, capacity, prompt, **static)
 
     return jax.vmap(one, in_axes=(axes,), axis_size=points)(numbers)
 

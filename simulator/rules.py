@@ -462,11 +462,11 @@ def without(rules: Sequence[Rule], live: list[list[int]], t: int, count: int) ->
 
 
 def read_head(rule: Rule, queries: np.ndarray, keys: np.ndarray, values: np.ndarray, **how) -> Reading:
-    """`read` for one head: ``queries [tokens, group, head_dim]``, ``keys, values [tokens, head_dim]``."""
-    return read([rule], queries[:, None], keys[:, None], values[:, None], **how)[0]
+    """`read_layer` for one head: ``queries [tokens, group, head_dim]``, ``keys, values [tokens, head_dim]``."""
+    return read_layer([rule], queries[:, None], keys[:, None], values[:, None], **how)[0]
 
 
-def read(
+def read_layer(
     rules: Sequence[Rule],
     queries: np.ndarray,
     keys: np.ndarray,

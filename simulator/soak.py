@@ -41,7 +41,7 @@ LAYERS, KV_HEADS, GROUP, HEAD_DIM = 2, 4, 2, 4
 TIGHT, ROOMY = 12, TOKENS + CHUNK
 """Slots a head: so few that keys are lost, unless the policy keeps few; and so many that none is."""
 
-WHOLE = {
+RANGES = {
     "window": (1, 6), "recent": (1, 4), "multiple": (1, 3), "patience": (1, 5), "trial": (0, 8), "sinks": (0, 2),
     "seed": (0, 2**16),
 }  # fmt: skip
@@ -226,7 +226,7 @@ def _policy(variant: Variant, rng: np.random.Generator) -> Any:
 
     kind = POLICIES[variant.name]
     names = kind.__dataclass_fields__.keys() - variant.choices
-    numbers: dict[str, Any] = {name: whole(*WHOLE[name]) for name in sorted(names & WHOLE.keys())}
+    numbers: dict[str, Any] = {name: whole(*RANGES[name]) for name in sorted(names & RANGES.keys())}
     if "eager" in names:
         numbers["eager"] = whole(0, 1) == 1
     if "drop" in names:

@@ -22,7 +22,7 @@ The fields are those of the policy's dataclass; as in `simulator.reference.corm_
 end of the prompt (`whole_prompt`), there is also ``prompt``, the number of its tokens.
 """
 
-WHOLE: dict[type, Reference] = {policies.Corm: corm_messages}
+REFERENCES: dict[type, Reference] = {policies.Corm: corm_messages}
 """Specifications that read a head by themselves: CORM's keeps the paper's matrix of messages."""
 
 RULES: dict[type, type[rules.Rule]] = {
@@ -81,10 +81,10 @@ def readings(
     """
     how, heads = {"chunks": chunks, "capacity": capacity}, range(q.shape[1])
     shared = stores is not None and capacity is not None
-    if not shared and (reference := reference or WHOLE.get(type(policy))):
+    if not shared and (reference := reference or REFERENCES.get(type(policy))):
         how |= {"prompt": prompt} if whole_prompt(policy) else {}
         return [reference(q[:, h], k[:, h], v[:, h], **how, **fields_of(policy, h, layer)) for h in heads]
-    return rules.read(
+    return rules.read_layer(
         [rule_of(policy, head, layer, layers) for head in heads], q, k, v, stores=stores, prompt=prompt, **how
     )
 

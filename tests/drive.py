@@ -77,4 +77,4 @@ def in_numpy(policy, q, k, v, counts, *, capacity=None, stores=None, prompts=Non
     """The readings of the specification, head by head."""
     heads = [rule_of(policy, head) for head in range(q.shape[1])]
     how |= {"capacity": capacity, "stores": stores}
-    return rules.read(heads, q, k, v, chunks=counts, prompt=prompts or {}, **how)
+    return rules.read_layer(heads, q, k, v, chunks=counts, prompt=prompts or {}, **how)

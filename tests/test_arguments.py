@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import corm_jax as cj
 from corm_jax.core.capacity import slots_for
 from corm_jax.core.wrapper import Wrapper
-from corm_jax.runs.perplexity import read
+from corm_jax.runs.perplexity import read_text
 from simulator.testing import check_policy
 from tests.drive import at_clock
 from tests.mistakes import refused
@@ -49,9 +49,9 @@ def test_token_ids_are_the_same_however_they_are_spelled(prompts):
 
 
 def test_a_text_is_read_from_any_array():
-    expected = read(MODEL, cj.H2O(recent=2), IDS[0], chunk=2)
+    expected = read_text(MODEL, cj.H2O(recent=2), IDS[0], chunk=2)
     for ids in (np.array(IDS[0]), jnp.array(IDS[0]), tuple(IDS[0])):
-        found = read(MODEL, cj.H2O(recent=2), ids, chunk=np.int32(2), capacity=np.array(8))
+        found = read_text(MODEL, cj.H2O(recent=2), ids, chunk=np.int32(2), capacity=np.array(8))
         np.testing.assert_array_equal(found.nll, expected.nll)
     for wrong, message in (
         (np.array(IDS), r"must be one row, not of shape \(2, 4\)"),
@@ -59,9 +59,9 @@ def test_a_text_is_read_from_any_array():
         ("text", "token ids are whole numbers, not text such as 'text'"),
         ([1, 97], "token id 97 is outside the vocabulary of 97"),
     ):
-        refused(message, read, MODEL, cj.Full(), wrong)
+        refused(message, read_text, MODEL, cj.Full(), wrong)
     for options in ({"chunk": 1.5}, {"capacity": 8.0}, {"prompt": 2.0}, {"overflow": "ignore"}, {"stores": "no"}):
-        refused(next(iter(options)), read, MODEL, cj.Full(), IDS[0], **options)
+        refused(next(iter(options)), read_text, MODEL, cj.Full(), IDS[0], **options)
 
 
 @pytest.mark.parametrize(

@@ -36,12 +36,12 @@ class BelowTheMean(Policy):
         return Shares(jnp.zeros(spec.slots, jnp.float32), OfHead(jnp.zeros(spec.kv_heads, jnp.int32)))
 
     def observe(self, state, observation, slots):
-        asked = slots.total((observation.weights > 0).any(0)) > 0  # [tokens, kv_heads]
+        asked = slots.sum_per_head((observation.weights > 0).any(0)) > 0  # [tokens, kv_heads]
         drawn = state.drawn + observation.probability.mean(0).sum(0)
         return Shares(drawn, OfHead(state.asked.value + asked.sum(0, dtype=jnp.int32)))
 
     def retain(self, state, slots):
-        least = slots.spread(self.least * state.asked.value.astype(jnp.float32) / 1000)
+        least = slots.broadcast(self.least * state.asked.value.astype(jnp.float32) / 1000)
         return slots.live & ((state.drawn >= least) | slots.newest(self.recent))
 
     def score(self, state, slots):

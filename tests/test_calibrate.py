@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from corm_jax import CormError, parse
 from corm_jax.command import cli
 from corm_jax.policies.plan import Plan
-from corm_jax.policies.profile import WHOLE, Profile
+from corm_jax.policies.profile import EVERYTHING, Profile
 from corm_jax.runs import calibrate
 from corm_jax.runs.recording import record
 from corm_jax.traces.trace import Trace
@@ -266,7 +266,7 @@ def test_specs():
         group="any",
         made={"by": "hand"},
     )
-    assert profile.policy().policy.window.tolist() == [[3, WHOLE], [7, 9]]
+    assert profile.policy().policy.window.tolist() == [[3, EVERYTHING], [7, 9]]
     packaged = Profile.load("smollm2-135m")
     assert packaged.policy().policy.window.shape == (30, 3)
     assert repr(parse("corm:profile=smollm2-135m")) == repr(packaged.policy())

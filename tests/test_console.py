@@ -119,7 +119,7 @@ def idle(monkeypatch, model):
     monkeypatch.setattr("corm_jax.command.inputs.load", lambda *_: loaded)
     for name in (
         *(
-            "corm_jax.command.compare.read",
+            "corm_jax.command.compare.read_text",
             "corm_jax.command.compare.fitted",
             "corm_jax.command.generate.stream",
             "corm_jax.runs.recording.resume",
@@ -203,7 +203,7 @@ def test_the_largest_and_the_smallest_that_are_allowed(run, places, tmp_path):
 
 
 def test_what_cannot_fit_into_memory_names_the_bytes(run, places, monkeypatch):
-    monkeypatch.setattr("corm_jax.command.compare.read", lambda *_, **__: pytest.fail("something was allocated"))
+    monkeypatch.setattr("corm_jax.command.compare.read_text", lambda *_, **__: pytest.fail("something was allocated"))
     compare = ("compare", *places["compare"], "--policy", "full")
     code, _, err = run("corm", *compare, "--capacity", 2**31 - 1)
     slots = r"--policy full, --capacity 2147483647: the model and caches of 2,147,483,647 slots a head"
@@ -300,8 +300,10 @@ def test_what_cannot_be_written_at_the_end_is_kept_and_everything_else_done(run,
     kept.mkdir()
     folder.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(kept))
-    read = compare.read
-    monkeypatch.setattr(compare, "read", lambda *a, **o: (folder.exists() and folder.rmdir(), read(*a, **o))[1])
+    read_text = compare.read_text
+    monkeypatch.setattr(
+        compare, "read_text", lambda *a, **o: (folder.exists() and folder.rmdir(), read_text(*a, **o))[1]
+    )
     options = ("--json", folder / "a.json", "--plot", plot, "--policy", "corm:window=4,recent=2")
     code, out, err = run("corm", "compare", *places["compare"], *options)
     assert (code, err.count("\n")) == (2, 1)
@@ -596,5 +598,5 @@ def test_two_commands_share_compiled_programs_and_survive_damaged_ones(places, t
     for path in entries:
         path.write_bytes(path.read_bytes()[:100])
     assert end(start()) == expected
-    assert all(compiled.whole(path) for path in cache.rglob("*-cache"))
+    assert all(compiled.is_complete(path) for path in cache.rglob("*-cache"))
     assert len(list(cache.rglob("*-cache"))) == len(entries)

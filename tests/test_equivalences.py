@@ -100,7 +100,7 @@ def test_blocks_cover_every_slot_once(slots):
     q = jnp.asarray(rng.normal(size=(TOKENS, 2, 2, HEAD_DIM)), jnp.float32)
     k, v = (jnp.asarray(rng.normal(size=(2, slots, HEAD_DIM)), jnp.float32) for _ in range(2))
     visible = jnp.ones((TOKENS, 2, slots), bool)
-    with patch.object(attention, "BLOCK", 64):
+    with patch.object(attention, "KEYS_PER_BLOCK", 64):
         output = jax.jit(lambda *x: attention.attended(Apart(), *x))(q, k, v, visible, visible[0])
     logits = np.einsum("thgd,hcd->thgc", q, k, dtype=np.float64) / HEAD_DIM**0.5
     alpha = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
@@ -152,6 +152,6 @@ def test_attention_nobody_looks_at_goes_block_by_block(seed, share, filled):
     visible = jnp.asarray((rng.random((TOKENS, 2, 200)) < share) & (np.arange(200) < filled))
     seen = jnp.arange(1, TOKENS + 1)
     plain, _ = ATTEND(q, k, v, visible, seen)
-    with patch.object(attention, "BLOCK", 64):
+    with patch.object(attention, "KEYS_PER_BLOCK", 64):
         output = ATTEND_IN_BLOCKS(Apart(), q, k, v, visible, visible.any(0))
     np.testing.assert_allclose(output, plain, atol=2e-6)

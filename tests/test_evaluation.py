@@ -20,7 +20,7 @@ from corm_jax.evaluation.report import report
 from corm_jax.evaluation.rows import FORMAT, Run
 from corm_jax.model.chat import ChatTemplate
 from corm_jax.model.checkpoint import Tokenizer
-from corm_jax.runs.perplexity import read
+from corm_jax.runs.perplexity import read_text
 from tests.models import tiny
 from tests.test_checkpoint import TEXT, byte_level_tokenizer
 
@@ -411,10 +411,10 @@ def test_tasks_that_cannot_be(tokenizer):
 
 @pytest.mark.parametrize("chunk", [1, 4])
 def test_an_answer_is_scored_as_a_text_is(chunk):
-    """Prompt and answer apart, or one text read by `perplexity.read`: the same NLL."""
+    """Prompt and answer apart, or one text read by `perplexity.read_text`: the same NLL."""
     prompt, gold = TEXT_IDS[:40], TEXT_IDS[40:]
     asked = ask(MODEL, POLICY, prompt, 96, chunk)
-    expected = read(MODEL, POLICY, TEXT_IDS, chunk=chunk, prompt=40).nll[39:].mean()
+    expected = read_text(MODEL, POLICY, TEXT_IDS, chunk=chunk, prompt=40).nll[39:].mean()
     for _ in range(2):  # the caches are not used up
         assert answer_nll(MODEL, POLICY, asked, gold, chunk) == pytest.approx(float(expected), abs=1e-5)
 
@@ -428,20 +428,20 @@ def test_an_answer_is_what_generate_writes():
 
 
 def test_agreement():
-    itself = agreement.compare(MODEL, Full(), TEXT_IDS, 30, 4)
+    itself = agreement.measure(MODEL, Full(), TEXT_IDS, 30, 4)
     np.testing.assert_allclose(itself.kl, 0, atol=1e-6)
     assert itself.same.all()
     assert len(itself.kl) == 60
-    found = agreement.compare(MODEL, POLICY, TEXT_IDS, 30, 4)
-    np.testing.assert_allclose(found.nll, read(MODEL, POLICY, TEXT_IDS, chunk=4, prompt=30).nll[29:], atol=1e-5)
+    found = agreement.measure(MODEL, POLICY, TEXT_IDS, 30, 4)
+    np.testing.assert_allclose(found.nll, read_text(MODEL, POLICY, TEXT_IDS, chunk=4, prompt=30).nll[29:], atol=1e-5)
     np.testing.assert_allclose(found.full_nll, itself.nll, atol=1e-5)
     assert (found.kl > -1e-6).all()
     assert found.kl.mean() > 1e-3
-    everything, text = agreement.compare(MODEL, POLICY, TEXT_IDS, None, 4), read(MODEL, POLICY, TEXT_IDS, chunk=4)
+    everything, text = agreement.measure(MODEL, POLICY, TEXT_IDS, None, 4), read_text(MODEL, POLICY, TEXT_IDS, chunk=4)
     np.testing.assert_allclose(everything.nll, text.nll, atol=1e-5)
     np.testing.assert_array_equal(everything.live, text.live)
     with pytest.raises(CormError, match="waits for the end of the prompt"):
-        agreement.compare(MODEL, parse("snapkv"), TEXT_IDS, None, 4)
+        agreement.measure(MODEL, parse("snapkv"), TEXT_IDS, None, 4)
 
 
 def test_the_full_cache_is_read_once_for_several_policies():
@@ -449,9 +449,9 @@ def test_the_full_cache_is_read_once_for_several_policies():
     ids = TEXT_IDS * 4
     kept = [np.asarray(block.log_probability) for block in agreement.blocks(MODEL, Full(), ids, 50, 4)]
     assert len(kept) > 2
-    together, alone = (agreement.compare(MODEL, POLICY, ids, 50, 4, full=full) for full in (kept, None))
+    together, alone = (agreement.measure(MODEL, POLICY, ids, 50, 4, full=full) for full in (kept, None))
     np.testing.assert_allclose(together.kl, alone.kl, atol=1e-6)
-    np.testing.assert_allclose(together.full_nll, read(MODEL, Full(), ids, chunk=4).nll[49:], atol=1e-5)
+    np.testing.assert_allclose(together.full_nll, read_text(MODEL, Full(), ids, chunk=4).nll[49:], atol=1e-5)
 
 
 def test_intervals():

@@ -6,7 +6,7 @@ from hypothesis import given
 
 from corm_jax import Corm, CormError
 from corm_jax.runs.fitting import TOLERANCE, WidestGap, fit_window
-from corm_jax.runs.perplexity import read
+from corm_jax.runs.perplexity import read_text
 from corm_jax.traces.trace import Trace
 from simulator.replay import replay
 from simulator.verify import drive
@@ -32,7 +32,7 @@ def test_the_window_that_fits():
     model, tokens = tiny(), np.random.default_rng(0).integers(0, 97, 200).tolist()
     for keys in (20, 60, 150):
         window = fit_window(model, tokens, keys, Corm(group="mean"))
-        live = read(model, Corm(window=window, recent=window, group="mean"), tokens).usage.live.mean()
+        live = read_text(model, Corm(window=window, recent=window, group="mean"), tokens).usage.live.mean()
         assert live == pytest.approx(keys, rel=2 * TOLERANCE)
     with pytest.raises(CormError, match="a text of 200 tokens cannot end with 201 live keys a head"):
         fit_window(model, tokens, 201, Corm())

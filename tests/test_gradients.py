@@ -65,7 +65,7 @@ def seen_by(readings, counts):
 
 @pytest.mark.parametrize(("spec", "chunk", "stores"), CASES)
 def test_gradients_are_those_of_what_was_seen(spec, chunk, stores, monkeypatch):
-    monkeypatch.setattr(attention, "BLOCK", 8)  # so that those who do not look at attention go block by block
+    monkeypatch.setattr(attention, "KEYS_PER_BLOCK", 8)  # so that those who do not look at attention go block by block
     policy, columns, counts = parse(spec), normal(2), chunks_of(TOKENS, chunk)
     readings = in_numpy(policy, *columns, counts, prompts={0: 12})
     assert min(reading.margin for reading in readings) > 1e-4
@@ -81,7 +81,7 @@ def test_gradients_are_those_of_what_was_seen(spec, chunk, stores, monkeypatch):
 
 def test_forwards_as_well_and_twice(monkeypatch):
     """Block by block: a derivative along a direction is the gradient times it, and there are second derivatives."""
-    monkeypatch.setattr(attention, "BLOCK", 8)
+    monkeypatch.setattr(attention, "KEYS_PER_BLOCK", 8)
     columns = normal(3)
     direction = tuple(np.ones_like(x) for x in columns)
     loss = partial(through_the_cache, Full(), chunk=CHUNKS, stores=None)
@@ -118,7 +118,7 @@ def test_positions_in_the_cache(monkeypatch):
 @pytest.mark.parametrize("stores", [None, 1])
 def test_through_a_model(stores, monkeypatch):
     """The gradients of all weights, where nothing is evicted: by blocks, by pages, and token by token the same."""
-    monkeypatch.setattr(attention, "BLOCK", 8)
+    monkeypatch.setattr(attention, "KEYS_PER_BLOCK", 8)
     model, tokens = tiny(), jnp.asarray(np.random.default_rng(0).integers(0, 97, (2, 20)), jnp.int32)
 
     def loss(model, policy, chunk):

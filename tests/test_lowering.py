@@ -37,7 +37,7 @@ from jax import export
 
 import corm_jax as cj
 from corm_jax.core.exact import planned
-from corm_jax.core.prompt import expect, whole_prompt
+from corm_jax.core.prompt import set_prompt, whole_prompt
 from corm_jax.core.step import counts_in_cache
 from corm_jax.core.types import Clock
 from corm_jax.evaluation import agreement, analysis, asking
@@ -188,7 +188,7 @@ def abstract_caches(model, policy, stores, length, capacity=CAPACITY):
     """Caches before they read so many tokens, of which static fields know what `corm_jax.prefill` would say."""
     made = jax.eval_shape(lambda: model.make_caches(policy, batch=BATCH, capacity=capacity, stores=stores))
     tokens = np.full(BATCH, length, np.int32)
-    caches = expect(policy, replace(made, clock=Clock(0 * tokens, 0 * tokens)), tokens, tokens, chunk=1)
+    caches = set_prompt(policy, replace(made, clock=Clock(0 * tokens, 0 * tokens)), tokens, tokens, chunk=1)
     return jax.eval_shape(lambda: caches)
 
 

@@ -29,8 +29,8 @@ class Pairs(Policy):
         return jnp.ones(spec.slots, jnp.float32)
 
     def retain(self, state, slots):
-        even = slots.only(slots.live & (slots.position % 2 == 0))
-        return even.live & ~even.lowest(even.position, even.total(even.live) - self.keys)
+        even = slots.restrict(slots.live & (slots.position % 2 == 0))
+        return even.live & ~even.lowest(even.position, even.sum_per_head(even.live) - self.keys)
 
     def score(self, state, slots):
         return slots.position

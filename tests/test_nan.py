@@ -169,7 +169,7 @@ def test_a_prompt_of_a_batch_keeps_it_to_itself():
 )
 def test_what_a_query_does_not_see_does_not_reach_it(layout, watched, monkeypatch):
     """Invisible keys may hold anything, in slots that are empty, of another head, or ahead in the chunk."""
-    monkeypatch.setattr(attention, "BLOCK", 16)
+    monkeypatch.setattr(attention, "KEYS_PER_BLOCK", 16)
     rng = np.random.default_rng(0)
     q, k, v = rng.normal(size=(10, 2, 3, 8)), rng.normal(size=(2, 40, 8)), rng.normal(size=(2, 40, 8))
     visible = rng.random((10, 2, 40)) < 0.3

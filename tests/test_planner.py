@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from corm_jax import CormError, parse
 from corm_jax.policies.plan import Plan
-from corm_jax.runs.perplexity import read
+from corm_jax.runs.perplexity import read_text
 from corm_jax.traces.trace import Trace
 from simulator import planner
 from simulator.replay import Replay
@@ -109,9 +109,9 @@ def test_pools_of_their_own_size():
     """A pool for each layer, as large as is needed, reads as rectangles do that hold every key."""
     model, policy = tiny(), parse("corm:window=6,recent=3")
     tokens = np.random.default_rng(0).integers(0, model.config.vocab, 60).tolist()
-    free = read(model, policy, tokens, chunk=4)
+    free = read_text(model, policy, tokens, chunk=4)
     capacity = [int(-(-(layer.sum(-1).max()) // model.config.kv_heads)) + 4 for layer in free.live]
-    pooled = read(model, policy, tokens, chunk=4, capacity=capacity, stores=1)
+    pooled = read_text(model, policy, tokens, chunk=4, capacity=capacity, stores=1)
     np.testing.assert_array_equal(pooled.live, free.live)
     np.testing.assert_allclose(pooled.nll, free.nll, atol=1e-4)
     assert int(pooled.usage.overflow.sum()) == 0

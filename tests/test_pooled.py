@@ -239,6 +239,6 @@ def test_a_large_cache_fills_to_its_last_slot(stores):
 def test_a_number_for_each_head_keeps_its_dtype():
     pool = slots_of(np.arange(3), [0, 1, 1], seen=3)
     for numbers in (jnp.array([3, 5], jnp.int16), jnp.array([0.5, 2.0], jnp.float16)):
-        spread = jax.jit(Slots.spread)(pool, numbers)
+        spread = jax.jit(Slots.broadcast)(pool, numbers)
         assert spread.dtype == numbers.dtype
         assert spread.tolist() == [[float(numbers[0]), float(numbers[1]), float(numbers[1])]]

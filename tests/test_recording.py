@@ -92,14 +92,14 @@ def attention(q, k, v):
 @pytest.mark.parametrize("block", [16, 100, 300])
 def test_the_block_size_does_not_matter(monkeypatch, block):
     expected = list(record(tiny(), TOKENS))
-    monkeypatch.setattr(generation, "BLOCK", block)
+    monkeypatch.setattr(generation, "TOKENS_PER_BLOCK", block)
     for one, other in zip(record(tiny(), TOKENS), expected, strict=True):
         for name, got, wanted in zip(one._fields, one, other, strict=True):
             np.testing.assert_allclose(got, wanted, atol=1e-3, err_msg=name)  # q is sharpened: up to 30
 
 
 def test_all_layers_share_one_program(monkeypatch):
-    monkeypatch.setattr(generation, "BLOCK", 24)
+    monkeypatch.setattr(generation, "TOKENS_PER_BLOCK", 24)
     before = recording._layer._cache_size()
     done = []
     assert len(list(record(tiny(layers=3), TOKENS[:100], progress=done.append))) == 3

@@ -155,7 +155,7 @@ def test_blocks_and_segments_change_nothing(monkeypatch):
     trace = Trace.from_qkv(*(rng.normal(size=(2, 150, heads, 4)) for heads in (4, 2, 2)))
     policies = [Corm(window=20, recent=5), Full()]
     one = replay(trace, policies, capacity=60, chunk=3)
-    monkeypatch.setattr("simulator.replay.BLOCK", 16)
+    monkeypatch.setattr("simulator.replay.STEPS_PER_BLOCK", 16)
     monkeypatch.setattr("simulator.recurrence.SEGMENTS", 3)
     other = replay(trace, policies, capacity=60, chunk=3)
     for name, x, y in zip(one._fields, one, other, strict=True):

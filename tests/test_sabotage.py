@@ -77,7 +77,7 @@ class Impatient(Corm):
 @policy
 class CountsTheLiveAsTheClock(Corm):
     def observe(self, state, observation, slots):
-        live = slots.spread(slots.total(slots.live))
+        live = slots.broadcast(slots.sum_per_head(slots.live))
         return Corm.observe(
             self, state, observation._replace(seen=jnp.broadcast_to(live, observation.visible.shape)), slots
         )
@@ -293,7 +293,7 @@ class NeverStops(SnapKV):
     """Holds the tokens that are generated to the budget, too."""
 
     def retain(self, state, slots):
-        over = slots.total(slots.live) - self.budget
+        over = slots.sum_per_head(slots.live) - self.budget
         return SnapKV.retain(self, state, slots) & ~((slots.seen > slots.prompt) & slots.lowest(slots.position, over))
 
 

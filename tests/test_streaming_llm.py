@@ -43,7 +43,7 @@ def test_positions_in_the_cache_are_those_of_the_specification(spec, chunk, stor
     output, cache, *_ = jax.jit(partial(read, policy, chunk=chunk))(cache, q, k, v, 24, Rotary(FREQUENCIES))
     rules_ = [rule_of(parse(spec), head) for head in range(2)]
     form = rules.Form(frequencies=FREQUENCIES, in_cache=True)
-    expected = rules.read(rules_, q, k, v, chunks=[chunk] * (24 // chunk), form=form)
+    expected = rules.read_layer(rules_, q, k, v, chunks=[chunk] * (24 // chunk), form=form)
     assert not cache.overflow.any()
     head_of, position = np.asarray(cache.layout.heads(*cache.position.shape)), np.asarray(cache.position)
     for head, reading in enumerate(expected):

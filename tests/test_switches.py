@@ -37,7 +37,6 @@ from corm_jax.model.generation import decode
 from corm_jax.runs import calibrate, perplexity, worth
 from corm_jax.traces.meta import QKV
 from simulator import oracle
-from simulator.recurrence import read as recurrence
 from simulator.replay import replay, sweep
 from simulator.synthetic import noise
 from simulator.testing import check_policy
@@ -89,7 +88,7 @@ def decisions():
     grid = {"window": [2, 4], "recent": [1, 3]}
     found["sweep"] = sweep(trace, Corm, grid).until.tolist()
     found["oracle"] = oracle.bounds(trace, replay(trace, Corm(window=4, recent=2))).most.round(3).tolist()
-    reading = perplexity.read(model, parse("h2o:recent=2,budget=6"), list(range(40)), chunk=4)
+    reading = perplexity.read_text(model, parse("h2o:recent=2,budget=6"), list(range(40)), chunk=4)
     found["read"] = reading.live.tolist()
     return json.loads(json.dumps(found))
 

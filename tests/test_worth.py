@@ -15,16 +15,16 @@ IDS = np.random.default_rng(0).integers(0, 97, 200).tolist()
 
 @pytest.fixture(autouse=True, scope="module")
 def _blocks():
-    before, worth.BLOCK = worth.BLOCK, 64
+    before, worth.QUERIES_PER_BLOCK = worth.QUERIES_PER_BLOCK, 64
     yield
-    worth.BLOCK = before
+    worth.QUERIES_PER_BLOCK = before
 
 
 def test_the_ends_are_a_window_and_everything():
     window = parse(f"streaming_llm:sinks={worth.SINKS},budget={worth.SINKS + worth.WINDOW - 1}")  # and the query's own
     for g, policy in ((1, Full()), (0, window)):
         loss, _ = worth.gradient(MODEL, IDS, 150, g)
-        assert loss == pytest.approx(perplexity.read(MODEL, policy, IDS).nll[149:].mean(), abs=1e-5)
+        assert loss == pytest.approx(perplexity.read_text(MODEL, policy, IDS).nll[149:].mean(), abs=1e-5)
 
 
 def through(changes, g):

@@ -21,7 +21,7 @@ from corm_jax.files import check_new, deliver, finish, write_json
 from corm_jax.model.prompts import scored_from
 from corm_jax.policies import keys_of, lacks_window, on_budget, parse
 from corm_jax.runs.fitting import PASSES, fitted
-from corm_jax.runs.perplexity import Reading, read
+from corm_jax.runs.perplexity import Reading, read_text
 from corm_jax.terminal import console
 from corm_jax.terminal.console import COUNT, Budget, Spec, Whole, naming
 from corm_jax.terminal.limits import check_matplotlib
@@ -157,7 +157,7 @@ def _peak_memory() -> dict[str, int]:
 def _read(spec: str, *arguments, **options) -> Reading:
     with naming({"--policy": spec}), console.progress_bar() as progress:
         task = progress.add_task(spec, total=len(arguments[-1]))
-        return read(*arguments, **options, progress=lambda done: progress.update(task, completed=done))
+        return read_text(*arguments, **options, progress=lambda done: progress.update(task, completed=done))
 
 
 def _row(spec: str, reading: Reading, scored_from: int, rows: list[dict[str, Any]]) -> dict[str, Any]:

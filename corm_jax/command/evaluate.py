@@ -30,7 +30,7 @@ from corm_jax.model.llama import Llama
 from corm_jax.model.prompts import scored_from
 from corm_jax.model.tokenizer import Tokenizer
 from corm_jax.policies import parse
-from corm_jax.runs.perplexity import read
+from corm_jax.runs.perplexity import read_text
 from corm_jax.terminal import console
 from corm_jax.terminal.console import COUNT, SEED, Budget, Real, Spec, Whole
 from corm_jax.terminal.tables import Column, print_table
@@ -179,7 +179,7 @@ def perplexity(job: Job, paths, datasets, tokens, prompt, bucket):
 
         def of(policy, document, largest):
             capacity = slots_for(largest, None, longest, job.chunk)
-            reading = read(model, policy, document.prompt, capacity=capacity, chunk=job.chunk, prompt=prompt)
+            reading = read_text(model, policy, document.prompt, capacity=capacity, chunk=job.chunk, prompt=prompt)
             scored = reading.nll[first - 1 :].astype(np.float64)
             parts = [scored[start : start + bucket] for start in range(0, len(scored), bucket)]
             return {"nll": scored.mean(), "nll_by_position": [part.mean() for part in parts]} | memory(reading.usage)
@@ -205,7 +205,7 @@ def agreement(job: Job, paths, datasets, tokens, prompt):
         scored = slice(scored_from(tokenizer, prompt) - prompt, None)
 
         def of(policy, document, largest):
-            found = agreements.compare(model, policy, document.prompt, prompt, job.chunk)
+            found = agreements.measure(model, policy, document.prompt, prompt, job.chunk)
             names = ("kl", "same", "nll", "full_nll")
             means = {name: float(getattr(found, name)[scored].mean(dtype=np.float64)) for name in names}
             return means | memory(found.usage)

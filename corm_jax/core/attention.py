@@ -13,7 +13,7 @@ from corm_jax.core.form import Form
 from corm_jax.core.layout import Apart, Layout, product, weighted
 from corm_jax.core.observation import Observation, observed
 
-BLOCK = 512
+KEYS_PER_BLOCK = 512
 """Slots that many queries attend to at once, where nobody looks at the weights. Does not change results."""
 
 FEW = 8
@@ -67,8 +67,8 @@ def softmax(
     """Weights and their total over each head's slots, NaN where there is no softmax; of nothing: 0, and 1."""
     logits = jnp.where(visible, logits, LEAST)
     top = layout.most(jax.lax.stop_gradient(logits))
-    weights = jnp.exp(logits - layout.spread(jnp.where(top <= LEAST, 0.0, top)))
-    total = layout.total(weights)
+    weights = jnp.exp(logits - layout.broadcast(jnp.where(top <= LEAST, 0.0, top)))
+    total = layout.sum_per_head(weights)
     return weights, jnp.where(total == 0.0, 1.0, total)
 
 
@@ -87,7 +87,7 @@ def attended(
     Nobody sees a slot that is not ``live``.
     """
     arguments = layout, q, k, v, visible, live, form.scale, form.softcap, bias
-    if len(q) <= FEW or k.shape[1] <= BLOCK or bias is not None or not isinstance(layout, Apart):
+    if len(q) <= FEW or k.shape[1] <= KEYS_PER_BLOCK or bias is not None or not isinstance(layout, Apart):
         return _at_once(*arguments)
     return jax.lax.platform_dependent(*arguments, cpu=derived_from(_at_once, _by_blocks), default=_at_once)
 
@@ -120,19 +120,19 @@ def _by_blocks(layout, q, k, v, visible, live, scale, softcap, bias):
 
     def body(carry):
         block, largest, total, summed = carry
-        start = jnp.minimum(block * BLOCK, slots - BLOCK)  # the last block overlaps the one before
-        part = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=BLOCK)
-        own = part(visible, axis=3) & (start + iota(BLOCK) >= block * BLOCK)
-        here = form.of(product("hrd,hcd->hrc", rows, part(k, axis=1)), head_dim).reshape(*heads, BLOCK)
+        start = jnp.minimum(block * KEYS_PER_BLOCK, slots - KEYS_PER_BLOCK)  # the last block overlaps the one before
+        part = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=KEYS_PER_BLOCK)
+        own = part(visible, axis=3) & (start + iota(KEYS_PER_BLOCK) >= block * KEYS_PER_BLOCK)
+        here = form.of(product("hrd,hcd->hrc", rows, part(k, axis=1)), head_dim).reshape(*heads, KEYS_PER_BLOCK)
         here = jnp.where(own, here, LEAST)
         new = jnp.maximum(largest, here.max(-1))
         weights, factor = jnp.exp(here - new[..., None]), jnp.exp(largest - new)
-        found = weighted("hrc,hcd->hrd", weights.reshape(kv_heads, -1, BLOCK), part(v, axis=1))
+        found = weighted("hrc,hcd->hrd", weights.reshape(kv_heads, -1, KEYS_PER_BLOCK), part(v, axis=1))
         summed = summed * factor[..., None] + found.reshape(summed.shape)
         return block + 1, new, total * factor + weights.sum(-1), summed
 
     # What is seen outweighs LEAST / 2 at the start, and what is not seen weighs exp(LEAST - LEAST / 2) = 0.
     empty = jnp.full(heads, LEAST / 2), jnp.zeros(heads), jnp.zeros((*heads, v.shape[-1]))
     start = jnp.int32(0), *varying(tuple(x.astype(jnp.float32) for x in empty), q, k, v, visible)
-    _, _, total, summed = jax.lax.while_loop(lambda carry: carry[0] * BLOCK < used, body, start)
+    _, _, total, summed = jax.lax.while_loop(lambda carry: carry[0] * KEYS_PER_BLOCK < used, body, start)
     return (summed / jnp.where(total == 0.0, 1.0, total)[..., None]).transpose(2, 0, 1, 3)

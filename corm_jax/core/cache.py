@@ -150,7 +150,7 @@ def fresh(policy: Policy, shape: CacheSpec) -> State:
 
 def live_keys(cache: LayerCache) -> Int[Array, " kv_heads"]:
     """How many keys of each head are live, in the cache of one sequence."""
-    return slots(cache).total(slots(cache).live)
+    return slots(cache).sum_per_head(slots(cache).live)
 
 
 def usage(caches: Caches) -> Usage:

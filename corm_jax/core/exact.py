@@ -152,14 +152,14 @@ def alive(block: Block, until: Int[Array, "*slots"], lost: Bool[Array, "*slots"]
     """How many keys of a head are live after each query."""
     there = (until == FOREVER) | (block.clock < until + lost.astype(jnp.int32))
     live = (block.slots.position >= 0) & (block.slots.position < block.clock) & there
-    return block.slots.total(live)
+    return block.slots.sum_per_head(live)
 
 
 def _fits(block: Block, found: Settled, room: Room) -> Bool[Array, ""]:
     """Whether there was always a slot for the newcomers."""
     slots = block.slots
     seen = block.visible & (block.clock <= found.until)
-    needed = slots.layout.merged(room.heads).total(seen.astype(jnp.int32))
+    needed = slots.layout.merged(room.heads).sum_per_head(seen.astype(jnp.int32))
     return (needed <= room.slots).all()
 
 
@@ -185,7 +185,7 @@ def _by_moments(policy, state, block) -> tuple[Settled, Bool[Array, ""]]:
         # The least of a power and infinity, or 0, which a CPU adds up twice as fast as what is selected. Powers are 0
         # beyond what the queries reach; with ``every``, of keys that are not live they are not.
         weights = jnp.minimum(powers, jnp.where(t <= jnp.where(slots.live, last, 0), jnp.inf, 0.0))
-        return weights, jnp.maximum(slots.layout.total(weights), NEXT_TO_0), seen
+        return weights, jnp.maximum(slots.layout.sum_per_head(weights), NEXT_TO_0), seen
 
     def verdict(weights, total, seen):
         """Which keys each query found important, and which are evicted then."""
@@ -234,8 +234,8 @@ def _powers(block, when):
         far = top - block.own > FAR
         shift, least = jnp.where(far, top, block.own), jnp.where(far, 1.0, 0.0)
     number = jnp.isfinite(shift)
-    powers = jnp.exp(logits - layout.spread(jnp.where(number, shift, 0.0)))
-    every = None if block.every is None else (powers, jnp.maximum(layout.total(powers), NEXT_TO_0))
+    powers = jnp.exp(logits - layout.broadcast(jnp.where(number, shift, 0.0)))
+    every = None if block.every is None else (powers, jnp.maximum(layout.sum_per_head(powers), NEXT_TO_0))
     return powers, jnp.where(number, least, jnp.nan), every
 
 
@@ -263,7 +263,7 @@ def _by_query(policy, state, fresh, block, room) -> Settled:
     if block.every is not None:
         every = block.softmax(block.every)
         rest = jnp.where(block.attended(block.visible & (t <= until)), every[0], 0.0)
-        every = *every, block.slots.total(rest) / every[1]
+        every = *every, block.slots.sum_per_head(rest) / every[1]
     return Settled(until, lost, after, weights if block.outputs else None, total, passes, every)
 
 
@@ -281,7 +281,7 @@ def _led(policy, state, fresh, block, room, weights, total):
         if room is not None:
             before = view((until == FOREVER) & (position < t - 1), t)
             stores = replace(before, layout=slots.layout.merged(room.heads))
-            short = stores.total(stores.live) + room.heads - room.slots
+            short = stores.sum_per_head(stores.live) + room.heads - room.slots
             score, head = policy.score(state, before), (slots.head,) if room.heads > 1 else ()
             out = stores.lowest(score, jnp.where(real, short, 0), room.heads, *head)
             until, lost = jnp.where(out, t - 1, until), lost | out

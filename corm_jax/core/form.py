@@ -75,7 +75,8 @@ class Form(NamedTuple):
         self, q: Array, keys: Array, slots: Slots, clock: Int[Array, "tokens 1 1"]
     ) -> tuple[Array, Array, Any]:
         """Queries and keys encoded by their places among the live keys of their head, and the bias for these places."""
-        before = slots.total(slots.live & (slots.position < clock - 1))  # [tokens, kv_heads]
+        before = slots.sum_per_head(slots.live & (slots.position < clock - 1))  # [tokens, kv_heads]
         heads = [self.encoded(q[:, head], before[:, head]) for head in range(q.shape[1])]
         flat = self.encoded(keys.reshape(-1, keys.shape[-1]), slots.place.reshape(-1))
-        return jnp.stack(heads, 1), flat.reshape(keys.shape), self.bias(slots.spread(before), slots.place, slots.layout)
+        bias = self.bias(slots.broadcast(before), slots.place, slots.layout)
+        return jnp.stack(heads, 1), flat.reshape(keys.shape), bias

@@ -58,15 +58,15 @@ class Layout:
         """How many heads have so many stores."""
         raise NotImplementedError
 
-    def spread(self, per_head: Num[Array, "*leading kv_heads"]) -> Num[Array, "*leading stores slots_or_1"]:
+    def broadcast(self, per_head: Num[Array, "*leading kv_heads"]) -> Num[Array, "*leading stores slots_or_1"]:
         """What is said of a head, for each of its slots."""
         raise NotImplementedError
 
-    def total(self, per_slot: Num[Array, "*leading stores slots"]) -> Num[Array, "*leading kv_heads"]:
+    def sum_per_head(self, per_slot: Num[Array, "*leading stores slots"]) -> Num[Array, "*leading kv_heads"]:
         """The sum over each head's slots."""
         raise NotImplementedError
 
-    def least(self, per_slot: Num[Array, "*leading stores slots"]) -> Num[Array, "*leading kv_heads"]:
+    def min_per_head(self, per_slot: Num[Array, "*leading stores slots"]) -> Num[Array, "*leading kv_heads"]:
         """The smallest of each head's slots."""
         raise NotImplementedError
 
@@ -150,13 +150,13 @@ class Apart(Layout):
     def kv_heads(self, stores):
         return stores
 
-    def spread(self, per_head):
+    def broadcast(self, per_head):
         return per_head[..., None]
 
-    def total(self, per_slot):
+    def sum_per_head(self, per_slot):
         return per_slot.sum(-1, dtype=per_slot.dtype)
 
-    def least(self, per_slot):
+    def min_per_head(self, per_slot):
         return per_slot.min(-1)
 
     def most(self, per_slot):
@@ -211,14 +211,14 @@ class Paged(Layout):
         """Whose each page is."""
         return self.head == iota(self.count)[:, None]
 
-    def spread(self, per_head):
+    def broadcast(self, per_head):
         return per_head[..., self.head, None]
 
-    def total(self, per_slot):
+    def sum_per_head(self, per_slot):
         per_page = per_slot.sum(-1, dtype=per_slot.dtype)
         return jnp.where(self.owned, per_page[..., None, :], 0).sum(-1, dtype=per_slot.dtype)
 
-    def least(self, per_slot):
+    def min_per_head(self, per_slot):
         per_page = per_slot.min(-1)[..., None, :]
         return jnp.where(self.owned, per_page, largest(per_page)).min(-1)
 
@@ -284,17 +284,17 @@ class Shared(Layout):
         """Which slots belong to the first, the second, ... of the heads of their store."""
         return self.whose == iota(self.each)[:, None, None]
 
-    def spread(self, per_head):
+    def broadcast(self, per_head):
         """By selection: a sum over a mask would be a launch of its own, and gathers are slow on a CPU."""
         shape = *per_head.shape[:-1], *self.whose.shape
         per_store = per_head.reshape(*per_head.shape[:-1], self.whose.shape[-2], -1, 1)
         each = (jnp.broadcast_to(per_store[..., one, :], shape) for one in range(per_store.shape[-2]))
         return jax.lax.select_n(jnp.broadcast_to(self.whose, shape), *each)
 
-    def total(self, per_slot):
+    def sum_per_head(self, per_slot):
         return self._by_head(jnp.where(self.owned, per_slot[..., None, :, :], 0).sum(-1, dtype=per_slot.dtype))
 
-    def least(self, per_slot):
+    def min_per_head(self, per_slot):
         return self._by_head(jnp.where(self.owned, per_slot[..., None, :, :], largest(per_slot)).min(-1))
 
     def most(self, per_slot):

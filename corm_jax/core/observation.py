@@ -66,7 +66,7 @@ def observed(
     queries: Float[Array, "tokens kv_heads group head_dim"] | None = None,
 ) -> Observation:
     """What a policy gets to see of an attention: of a query without a softmax (its total is NaN), weights of 0."""
-    total = layout.spread(total)
+    total = layout.broadcast(total)
     broken = jnp.isnan(total)
     weights, total = jnp.where(broken, 0.0, weights), jnp.where(broken, 1.0, total)
     return Observation(weights, total, visible, seen, keys, values, queries)

@@ -90,7 +90,7 @@ def integer(name: str, value: Any, least: int = 1, most: int = INT32.max) -> int
     return _one(name, value, int, f"a whole number from {least} to {most}", least=least, most=most)
 
 
-def whole(least: int, **values: Any) -> None:
+def at_least(least: int, **values: Any) -> None:
     """Raises unless every value is one whole number from ``least`` up. See `integer`."""
     for name, value in values.items():
         integer(name, value, least)

@@ -83,7 +83,7 @@ class Policy:
     ...         return cj.Traits(protected=self.first, needs=())
     ...
     ...     def score(self, state, slots):
-    ...         return jnp.where(slots.position < slots.spread(self.first), 2**31 - 1, slots.position)
+    ...         return jnp.where(slots.position < slots.broadcast(self.first), 2**31 - 1, slots.position)
     >>> cj.budget(Sinks(first=2), 64).traits.most
     64
     """

@@ -140,7 +140,7 @@ class ALiBi(Encoding):
         return cls(np.asarray(powers, np.float32).reshape(kv_heads, group))
 
     def bias(self, distance, layout):
-        slope = layout.spread(jnp.asarray(self.slopes, jnp.float32).T)  # [group, stores, slots or 1]
+        slope = layout.broadcast(jnp.asarray(self.slopes, jnp.float32).T)  # [group, stores, slots or 1]
         return -slope[:, None] * distance.astype(jnp.float32)
 
     def check(self, kv_heads, group, head_dim):

@@ -75,7 +75,7 @@ def _with(cache: Any, clock: Clock, **made: Any) -> Any:
     return cache._replace(clock=clock, made=cache.made and replace(cache.made, **made))
 
 
-def expect(
+def set_prompt(
     policy: Policy | Sequence[Policy], caches: Caches, tokens: Int[np.ndarray, " batch"], prompt: Any, chunk: int
 ) -> Caches:
     """The caches of a model that will read so many tokens, ``prompt`` of them a prompt. See `begin_prompt`.

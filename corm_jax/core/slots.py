@@ -36,7 +36,7 @@ class Slots:
     """The slots of one layer of one sequence, as a policy sees them.
 
     A policy computes slot by slot on arrays that end in ``*slots``. Where it needs a head as a whole it goes through
-    `spread`, `total` and the methods below, so that it never has to know how heads share the storage.
+    `broadcast`, `total` and the methods below, so that it never has to know how heads share the storage.
 
     Attributes:
       position: int32 ``[*slots]``, where in the sequence the slot's key stands; `EMPTY` if there is none.
@@ -76,24 +76,24 @@ class Slots:
 
     def newest(self, recent: PerHead) -> Bool[Array, "*slots"]:
         """Which slots hold one of the newest ``recent`` keys (a number, or one for each head)."""
-        return self.position >= self.seen - self.spread(recent)
+        return self.position >= self.seen - self.broadcast(recent)
 
-    def spread(self, per_head: PerHead | Shaped[Array, "... kv_heads"]) -> Shaped[Array, "..."]:
+    def broadcast(self, per_head: PerHead | Shaped[Array, "... kv_heads"]) -> Shaped[Array, "..."]:
         """A number or truth value, or ``[..., kv_heads]`` of them, in a shape that broadcasts against ``[*slots]``."""
         per_head = jnp.asarray(narrow(per_head))
         if per_head.dtype == bool:
-            return self.spread(per_head.astype(jnp.int32)) > 0
-        return self.layout.spread(per_head) if per_head.ndim else per_head
+            return self.broadcast(per_head.astype(jnp.int32)) > 0
+        return self.layout.broadcast(per_head) if per_head.ndim else per_head
 
-    def total(self, per_slot: Shaped[Array, "*leading_and_slots"]) -> Num[Array, "*leading kv_heads"]:
+    def sum_per_head(self, per_slot: Shaped[Array, "*leading_and_slots"]) -> Num[Array, "*leading kv_heads"]:
         """The sum over each head's slots; of truth values their number, int32."""
-        return self.layout.total(per_slot.astype(jnp.int32) if per_slot.dtype == bool else per_slot)
+        return self.layout.sum_per_head(per_slot.astype(jnp.int32) if per_slot.dtype == bool else per_slot)
 
-    def least(self, per_slot: Num[Array, "*leading_and_slots"]) -> Num[Array, "*leading kv_heads"]:
+    def min_per_head(self, per_slot: Num[Array, "*leading_and_slots"]) -> Num[Array, "*leading kv_heads"]:
         """The smallest of each head's slots."""
-        return self.layout.least(per_slot)
+        return self.layout.min_per_head(per_slot)
 
-    def only(self, some: Bool[Array, "*slots"]) -> "Slots":
+    def restrict(self, some: Bool[Array, "*slots"]) -> "Slots":
         """The same with those slots alone; the others count as empty."""
         return replace(self, position=jnp.where(some, self.position, EMPTY))
 
@@ -114,12 +114,12 @@ class Slots:
         rest, found = self.live, jnp.zeros_like(self.live)
         for key, bits in ((ordered(score), 32), (self.position, 31), *((one, 31) for one in further)):
             below, tied = self._below(key, rest, count, bits, straight)
-            found, rest, count = found | below, tied, count - self.total(below)
-        return found | (rest & (self.spread(count) > 0))
+            found, rest, count = found | below, tied, count - self.sum_per_head(below)
+        return found | (rest & (self.broadcast(count) > 0))
 
     def _one_by_one(self, count, most, *keys):
         def one(nth, found):
-            some = self.live & ~found & (self.spread(count) > nth)
+            some = self.live & ~found & (self.broadcast(count) > nth)
             return found | (some & self.layout.first(*(jnp.where(some, key, largest(key)) for key in keys)))
 
         none = varying(jnp.zeros_like(self.live), count, *keys)
@@ -132,15 +132,15 @@ class Slots:
         """
         key = jax.lax.bitcast_convert_type(key, jnp.uint32)
         key = key ^ jnp.uint32(1 << 31) if bits == 32 else key
-        some = self.spread((count > 0) & (self.total(among) >= count))
+        some = self.broadcast((count > 0) & (self.sum_per_head(among) >= count))
 
         def two_bits(step, carry):
             bound, *_ = carry
             shift = jnp.uint32(30) - 2 * jnp.asarray(step, jnp.uint32)
             candidates = bound + (jnp.arange(1, 4, dtype=jnp.uint32)[:, None] << shift)  # no carry: these bits are 0
-            smaller = self.total(among & (key < self.spread(candidates)))
+            smaller = self.sum_per_head(among & (key < self.broadcast(candidates)))
             bound = bound + ((smaller < count).sum(0, dtype=jnp.uint32) << shift)
-            here = self.spread(bound)
+            here = self.broadcast(bound)
             return bound, among & (key < here) & some, among & ((key == here) | ~some)
 
         start = varying((jnp.zeros(self.kv_heads, jnp.uint32), among, among), key, among, count)
@@ -155,7 +155,7 @@ class Slots:
         """
         position, score, head = (x.reshape(1, -1) for x in (self.position, score, self.head))
         layer = replace(self, position=position, layout=Apart())
-        return self.total(layer.lowest(score, count, None, head).reshape(self.position.shape))
+        return self.sum_per_head(layer.lowest(score, count, None, head).reshape(self.position.shape))
 
     def neighbours(
         self, per_slot: Float[Array, "*slots"], radius: int, absent: float

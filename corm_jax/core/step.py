@@ -336,7 +336,7 @@ def _exactly(policy, cache, q, k, v, count, form):
         output = again(layout, every, held.v, seen, found.weights, found.total)
     live = alive(block, found.until, found.lost)
     cache = held.closed(held.slots.live & (found.until == FOREVER), found.state, extra)
-    overflow = cache.overflow + held.slots.total(found.lost)
+    overflow = cache.overflow + held.slots.sum_per_head(found.lost)
     return output.astype(q.dtype), cache._replace(overflow=overflow), live, found.passes
 
 

@@ -94,7 +94,7 @@ def twinned(cache: LayerCache, since: Int[Array, ""], tokens: int) -> LayerCache
     stores, size = cache.position.shape
     slot = size * iota(stores)[:, None] + iota(size)
     there = cache.position == (since + iota(tokens))[:, None, None]
-    found = cache.layout.least(jnp.where(there, slot, stores * size)).T  # [kv_heads, tokens]
+    found = cache.layout.min_per_head(jnp.where(there, slot, stores * size)).T  # [kv_heads, tokens]
     twin = found[:, jnp.clip(cache.position - since, 0, tokens - 1)]
     return cache._replace(twin=jnp.where(cache.position >= since, twin, cache.twin))
 
@@ -123,14 +123,14 @@ def make_room(policy: Policy, cache: LayerCache, count: Int[Array, ""], tokens: 
     if tokens * each > size:
         raise CormError(f"{tokens} new keys do not fit into {size // each} slots: use a smaller chunk or more capacity")
     shared = replace(view, layout=cache.layout.merged(each))
-    short = shared.total(view.live) + count * each - size
+    short = shared.sum_per_head(view.live) + count * each - size
     further = (view.head,) if each > 1 else ()
 
     def lost():
         return shared.lowest(policy.score(cache.state, view), short, tokens * each, *further)
 
     out = jax.lax.cond(anywhere((short > 0).any()), lost, lambda: jnp.zeros_like(view.live))
-    overflow = cache.overflow + view.total(out)
+    overflow = cache.overflow + view.sum_per_head(out)
     cache = merged(policy, cache, view, ~out)
     return cache._replace(position=jnp.where(out, EMPTY, cache.position), overflow=overflow)
 

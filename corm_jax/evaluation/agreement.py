@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from corm_jax.core.cache import usage
 from corm_jax.core.capacity import slots_for
 from corm_jax.core.policy import Policy
-from corm_jax.core.prompt import expect, prompt_of
+from corm_jax.core.prompt import prompt_of, set_prompt
 from corm_jax.core.types import Caches, Usage
 from corm_jax.model.llama import Llama
 from corm_jax.policies import Full
@@ -52,7 +52,7 @@ class Block(NamedTuple):
     caches: Caches
 
 
-def compare(
+def measure(
     model: Llama,
     policy: Policy,
     tokens: Sequence[int],
@@ -93,7 +93,7 @@ def blocks(model: Llama, policy: Policy, tokens: Sequence[int], prompt: int | No
     parts, _, counts = cut(tokens, prompt, model.config.vocab, chunk)
     capacity = slots_for(policy, None, len(tokens), chunk)
     caches = model.make_caches(policy, batch=1, capacity=capacity, tokens=len(tokens))
-    caches = expect(policy, caches, np.array([len(tokens)], np.int32), np.array([prompt], np.int32), chunk)
+    caches = set_prompt(policy, caches, np.array([len(tokens)], np.int32), np.array([prompt], np.int32), chunk)
     for part, count in zip(parts, counts, strict=True):
         block = Block(*_read(model, policy, caches, part[None], count, chunk=chunk))
         yield block

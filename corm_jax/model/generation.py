@@ -18,12 +18,12 @@ from corm_jax.core.arrays import broadcasts, iota
 from corm_jax.core.capacity import capacities, per_layer, slots_for
 from corm_jax.core.options import integer, one_of, real
 from corm_jax.core.policy import Policy
-from corm_jax.core.prompt import check_clock, check_prompt, end_prompt, expect
+from corm_jax.core.prompt import check_clock, check_prompt, end_prompt, set_prompt
 from corm_jax.core.types import Caches, Capacity
 from corm_jax.errors import CacheOverflowError
 from corm_jax.model.llama import Llama
 
-BLOCK = 256
+TOKENS_PER_BLOCK = 256
 """Tokens that go through the model at once, rounded up to a multiple of the chunk. Does not change results."""
 
 STRETCH = 16
@@ -49,7 +49,7 @@ class Blocks(NamedTuple):
         """
         chunk = integer("chunk", chunk)
         rows = prompts_of(prompts, vocab)
-        size = -(-BLOCK // chunk) * chunk
+        size = -(-TOKENS_PER_BLOCK // chunk) * chunk
         lengths = np.array([len(row) for row in rows], np.int32)
         blocks = -(-int(lengths.max()) // size)
         tokens = np.zeros((len(rows), blocks * size), np.int32)
@@ -101,7 +101,7 @@ def prefill(
     check_prompt(policies, capacities(caches), int(lengths.max()))
     check_clock(caches, lengths)
     check = watch(caches, overflow)
-    caches = expect(policies, caches, lengths, lengths, chunk)
+    caches = set_prompt(policies, caches, lengths, lengths, chunk)
     logits = jnp.zeros((len(lengths), config.vocab), jnp.float32)
     for index, count in enumerate(blocks.count):
         logits, caches = _prefill_block(model, policy, caches, logits, blocks.tokens[:, index], count, chunk=chunk)

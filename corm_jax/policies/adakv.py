@@ -37,7 +37,7 @@ class AdaKV(SnapKV):
         return super().traits._replace(independent=False)
 
     def allowed(self, pooled: Float[Array, "*slots"], early: Slots) -> Int[Array, "..."]:
-        live = early.total(early.live)
+        live = early.sum_per_head(early.live)
         even = jnp.broadcast_to(super().allowed(pooled, early), live.shape)
         best = live - early.lowest_of_layer(pooled, live.sum(dtype=jnp.int32) - even.sum(dtype=jnp.int32))  # c_h
         per_mille = jnp.round(1000 * jnp.asarray(self.floor, jnp.float32)).astype(jnp.int32)

@@ -83,15 +83,15 @@ class AdaptiveCorm(Policy):
         found = self.corm.important(observation, slots)
         # Before the first query of the chunk, and after each.
         last = jax.lax.cummax(jnp.concatenate([state.last[None], jnp.where(found, observation.seen, NEVER)]))
-        clock, window = observation.seen - 1, slots.spread(self.window)
+        clock, window = observation.seen - 1, slots.broadcast(self.window)
         dormant = (last[:-1] <= clock - window) & (clock >= window)
-        dormant &= slots.position < clock - slots.spread(self.recent)
+        dormant &= slots.position < clock - slots.broadcast(self.recent)
         return Returns(last[-1], state.count + (found & dormant).sum(0, dtype=jnp.int32))
 
     def retain(self, state: Returns, slots: Slots) -> Bool[Array, "*slots"]:
-        returns = slots.total(jnp.where(slots.live, state.count, 0))
+        returns = slots.sum_per_head(jnp.where(slots.live, state.count, 0))
         whole = (slots.seen - jnp.asarray(self.trial) - 1) // jnp.asarray(self.patience) < returns  # no large products
-        return slots.live & (slots.spread(whole) | self.corm.retain(state.last, slots))
+        return slots.live & (slots.broadcast(whole) | self.corm.retain(state.last, slots))
 
     def score(self, state: Returns, slots: Slots) -> Int[Array, "*slots"]:
         return self.corm.score(state.last, slots)

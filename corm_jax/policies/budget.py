@@ -76,8 +76,9 @@ class Budget(Wrapper):
 
     def retain(self, state: State, slots: Slots) -> Bool[Array, "*slots"]:
         keep = slots.live & self.policy.retain(state, slots)
-        rest = slots.only(keep)
-        over, most = rest.total(rest.live) - self.limit(slots.seen), slots.arrived  # since it held before they came
+        rest = slots.restrict(keep)
+        over = rest.sum_per_head(rest.live) - self.limit(slots.seen)
+        most = slots.arrived  # since it held before they came
         if self.traits.whole_prompt and slots.reading:
             over, most = jnp.where(slots.seen < slots.prompt, 0, over), None
         return keep & ~rest.lowest(self.policy.score(state, rest), over, most)

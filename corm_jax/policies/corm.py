@@ -76,24 +76,26 @@ class Corm(Policy):
 
     def moment(self, state: Int[Array, "*slots"], slots: Slots) -> Int[Array, "*slots"]:
         """max(last + w, position + r + 1, w): the clock at which the key goes, unless it is important by then."""
-        window, recent = slots.spread(self.window), slots.spread(self.recent)
-        eager = slots.spread(self.eager)
+        window, recent = slots.broadcast(self.window), slots.broadcast(self.recent)
+        eager = slots.broadcast(self.eager)
         forgotten = jnp.where(state > 0, jnp.minimum(state, ENDLESS - window) + window, 0)
         old = jnp.minimum(slots.position, ENDLESS - 1 - recent) + recent + 1
         return jnp.maximum(jnp.maximum(forgotten, old), jnp.where(eager, 0, window))
 
     def important(self, observation: Observation, slots: Slots) -> Bool[Array, "tokens *slots"]:
         """Which keys each query found important."""
-        n = observation.seen if self.threshold == "position" else slots.spread(slots.total(observation.visible))
-        least, n = slots.spread(self.multiple).astype(jnp.float32), n.astype(jnp.float32)
+        n = observation.seen
+        if self.threshold == "live":
+            n = slots.broadcast(slots.sum_per_head(observation.visible))
+        least, n = slots.broadcast(self.multiple).astype(jnp.float32), n.astype(jnp.float32)
         if self.group == "any":
             return over_group(jnp.logical_or, observation.weights >= least * observation.total / n)
         ratio = observation.weights * (n / observation.total)  # alpha n
         return over_group(jnp.add, ratio) / len(ratio) >= least
 
     def retain(self, state: Int[Array, "*slots"], slots: Slots) -> Bool[Array, "*slots"]:
-        window = slots.spread(self.window)
-        eager = slots.spread(self.eager)
+        window = slots.broadcast(self.window)
+        eager = slots.broadcast(self.eager)
         minor = (state <= slots.seen - window) & ((slots.seen >= window) | eager)
         return slots.live & (~minor | slots.newest(self.recent))
 

@@ -21,7 +21,7 @@ FORMAT: Format = "corm-jax profile 1"
 PACKAGED = Path(__file__).parent / "profiles"
 """Profiles that have a name and no need for a file."""
 
-WHOLE = 2**30
+EVERYTHING = 2**30
 """A window longer than any text: the head keeps every key."""
 
 
@@ -61,16 +61,16 @@ class Profile:
         for name, table in tables.items():
             for layer, row in enumerate(table):
                 for head, number in enumerate(row):
-                    if not (name == "window" and number is None) and not 1 <= (number or 0) <= WHOLE:
+                    if not (name == "window" and number is None) and not 1 <= (number or 0) <= EVERYTHING:
                         null = ", or null for all keys" if name == "window" else ""
-                        must = f"must be from 1 to {WHOLE}{null}, not {reprlib.repr(number)}"
+                        must = f"must be from 1 to {EVERYTHING}{null}, not {reprlib.repr(number)}"
                         raise CormError(f"{name}.{layer}.{head}: {must}")
-        if not 0 <= self.sinks <= WHOLE:
-            raise CormError(f"sinks: must be from 0 to {WHOLE}, not {reprlib.repr(self.sinks)}")
+        if not 0 <= self.sinks <= EVERYTHING:
+            raise CormError(f"sinks: must be from 0 to {EVERYTHING}, not {reprlib.repr(self.sinks)}")
 
     def policy(self) -> Protect:
         """CORM with these windows."""
-        window = np.array([[WHOLE if w is None else w for w in layer] for layer in self.window], np.int32)
+        window = np.array([[EVERYTHING if w is None else w for w in layer] for layer in self.window], np.int32)
         recent, multiple = np.array(self.recent, np.int32), np.array(self.multiple, np.int32)
         fields: dict[str, Any] = {"window": window, "recent": recent, "multiple": multiple, "group": self.group}
         return protect(Corm(**fields), sinks=self.sinks)

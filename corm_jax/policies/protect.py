@@ -41,17 +41,17 @@ class Protect(Wrapper):
         return slots.live & (self.policy.retain(state, inner) | self._safe(slots))
 
     def moment(self, state: State, slots: Slots) -> Int[Array, "*slots"]:
-        recent = slots.spread(self.recent)
+        recent = slots.broadcast(self.recent)
         old = jnp.minimum(slots.position, ENDLESS - 1 - recent) + recent + 1
         when = jnp.maximum(self.policy.moment(state, slots), old)
-        return jnp.where(slots.position < slots.spread(self.sinks), ENDLESS, when)
+        return jnp.where(slots.position < slots.broadcast(self.sinks), ENDLESS, when)
 
     def score(self, state: State, slots: Slots) -> Num[Array, "*slots"]:
         score = self.policy.score(state, slots)
         return jnp.where(self._safe(slots), largest(score), score)
 
     def _safe(self, slots: Slots) -> Bool[Array, "*slots"]:
-        return slots.newest(self.recent) | (slots.position < slots.spread(self.sinks))
+        return slots.newest(self.recent) | (slots.position < slots.broadcast(self.sinks))
 
 
 def protect(policy: Policy, *, sinks: PerHead = 0, recent: PerHead = 0) -> Protect:

@@ -43,7 +43,7 @@ class Random(Policy):
 
     def score(self, state: UInt[Array, "*slots"], slots: Slots) -> Int[Array, "*slots"]:
         draw = state
-        for number_ in (slots.position, slots.seen, slots.spread(self.seed)):
+        for number_ in (slots.position, slots.seen, slots.broadcast(self.seed)):
             draw = _mix(draw ^ number_.astype(jnp.uint32))
         return jnp.where(slots.newest(self.recent), jnp.iinfo(jnp.int32).max, (draw >> 1).astype(jnp.int32))
 

@@ -72,7 +72,7 @@ class Scissorhands(Policy):
 
     def retain(self, state: UInt[Array, "words *slots"], slots: Slots) -> Bool[Array, "*slots"]:
         least = jnp.maximum(jnp.asarray(self.recent, jnp.int32), 1)
-        live, budget = slots.total(slots.live), jnp.maximum(held(self.budget, slots.seen), least)
+        live, budget = slots.sum_per_head(slots.live), jnp.maximum(held(self.budget, slots.seen), least)
         share = (jnp.asarray(self.drop, jnp.float32) * budget.astype(jnp.float32)).astype(jnp.int32)
         some = jnp.minimum(jnp.maximum(share, live - budget), live - jnp.asarray(self.recent))
         return slots.live & ~slots.lowest(self.score(state, slots), jnp.where(live > budget, some, 0))

@@ -74,7 +74,7 @@ class SnapKV(Policy):
         return Scores(jnp.zeros(spec.slots, jnp.float32), jnp.zeros(spec.slots, jnp.int32))
 
     def observe(self, state: Scores, observation: Observation, slots: Slots) -> Scores:
-        t, begin = observation.seen, slots.prompt - slots.spread(self.window)
+        t, begin = observation.seen, slots.prompt - slots.broadcast(self.window)
         judges = (t > begin) & (t <= slots.prompt)
         attention = jnp.where(judges, observation.mean, 0.0).sum(0)
         scores = self._current(state, slots) + attention
@@ -86,12 +86,12 @@ class SnapKV(Policy):
 
     def verdict(self, scores: Float[Array, "*slots"], slots: Slots) -> Float[Array, "*slots"]:
         """Pooled scores; `GONE` for the keys that do not stay."""
-        early = slots.only(slots.live & self._early(slots))
+        early = slots.restrict(slots.live & self._early(slots))
         absent = GONE if self.pool == "max" else 0.0  # scores are not negative
         around = early.neighbours(scores, self.kernel // 2, absent)
         # In order of size, equal scores add up to equal sums wherever they stand: a tie is one in every program.
         pooled = around.max(0) if self.pool == "max" else jnp.sort(around, axis=0).sum(0) / self.kernel
-        over = early.total(early.live) - self.allowed(pooled, early)
+        over = early.sum_per_head(early.live) - self.allowed(pooled, early)
         return jnp.where(early.lowest(pooled, over), GONE, jnp.where(early.live, pooled, scores))
 
     def allowed(self, pooled: Float[Array, "*slots"], early: Slots) -> Int[Array, "..."]:
@@ -114,4 +114,4 @@ class SnapKV(Policy):
         return jnp.where(state.prompt == slots.prompt, state.score, 0.0)
 
     def _early(self, slots: Slots) -> Bool[Array, "*slots"]:
-        return slots.position < slots.prompt - slots.spread(self.window)
+        return slots.position < slots.prompt - slots.broadcast(self.window)

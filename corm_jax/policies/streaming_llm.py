@@ -36,4 +36,4 @@ class StreamingLLM(Policy):
         return Traits(protected=self.sinks, needs=(), positions=self.positions)
 
     def score(self, state: tuple[()], slots: Slots) -> Int[Array, "*slots"]:
-        return jnp.where(slots.position < slots.spread(self.sinks), jnp.iinfo(jnp.int32).max, slots.position)
+        return jnp.where(slots.position < slots.broadcast(self.sinks), jnp.iinfo(jnp.int32).max, slots.position)

@@ -45,6 +45,7 @@ from corm_jax.core.arrays import broadcasts, iota
 from corm_jax.errors import CormError
 from corm_jax.files import check_writable, whole_file
 from corm_jax.model.llama import Llama
+from corm_jax.policies.corm import NEVER
 from corm_jax.policies.profile import Profile
 from corm_jax.runs.recording import Recorded, record
 from corm_jax.runs.worth import scores, worth
@@ -66,8 +67,6 @@ SHORTEST = 256
 
 SEGMENTS = 4
 """A text is read in so many parts, each over the keys up to its own end, which skips much of the causal half."""
-
-NEVER = np.iinfo(np.int32).min
 
 
 class Cost(NamedTuple):

@@ -19,7 +19,7 @@ from corm_jax.errors import CormError
 from corm_jax.model.generation import prefill
 from corm_jax.model.llama import Llama
 from corm_jax.policies import SELF_SIZED, Corm, lacks_window, on_budget, parse, policy
-from corm_jax.runs.perplexity import read
+from corm_jax.runs.perplexity import read_text
 
 TOLERANCE = 0.02
 """How near to the goal is near enough."""
@@ -76,7 +76,7 @@ def fit_window(
       progress: called with the number of passes done.
 
     Raises:
-      CormError: for a goal outside 1 to the number of tokens, and as `corm_jax.runs.perplexity.read`.
+      CormError: for a goal outside 1 to the number of tokens, and as `corm_jax.runs.perplexity.read_text`.
     """
     if not isinstance(corm, Corm):
         raise CormError(f"a window can be searched for Corm, not for {name_of(corm)}")
@@ -96,7 +96,7 @@ def fit_window(
         if window in found:
             break
         trial = dataclasses.replace(corm, window=window, recent=window)
-        live = float(read(model, trial, tokens, chunk=chunk).usage.live.mean())
+        live = float(read_text(model, trial, tokens, chunk=chunk).usage.live.mean())
         found[window] = abs(live / keys - 1)
         if found[window] <= TOLERANCE:
             break

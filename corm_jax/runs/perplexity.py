@@ -15,7 +15,7 @@ from corm_jax.core.arguments import Tokens, token_ids
 from corm_jax.core.arrays import broadcasts
 from corm_jax.core.capacity import slots_for
 from corm_jax.core.options import integer, one_of
-from corm_jax.core.prompt import check_prompt, expect, prompt_of
+from corm_jax.core.prompt import check_prompt, prompt_of, set_prompt
 from corm_jax.core.types import Capacity, Usage
 from corm_jax.errors import CormError
 from corm_jax.model.generation import OVERFLOW, Blocks, Overflow, Policies, watch
@@ -53,7 +53,7 @@ class Reading(NamedTuple):
         return self.live[:, -1].mean(-1) / self.seen[-1]
 
 
-def read(
+def read_text(
     model: Llama,
     policy: Policies,
     tokens: Tokens,
@@ -88,7 +88,7 @@ def read(
     check_prompt(policy, capacity, prompt := prompt_of(policy, prompt, len(tokens)))
     blocks, targets, counts = cut(tokens, prompt, model.config.vocab, chunk)
     caches = model.make_caches(policy, batch=1, capacity=capacity, stores=stores, tokens=len(tokens))
-    caches = expect(policy, caches, np.array([len(tokens)], np.int32), np.array([prompt], np.int32), chunk)
+    caches = set_prompt(policy, caches, np.array([len(tokens)], np.int32), np.array([prompt], np.int32), chunk)
     check = watch(caches, overflow)
     # A block without tokens changes nothing, but it compiles: the clock starts after it.
     _, _, caches = _score(model, policy, caches, blocks[:1], targets[:1], np.zeros(1, np.int32), chunk=chunk)

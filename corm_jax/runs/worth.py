@@ -34,7 +34,7 @@ from corm_jax.model.llama import Llama
 
 SINKS, WINDOW = 4, 128
 
-BLOCK = 512
+QUERIES_PER_BLOCK = 512
 """Queries whose attention is in memory."""
 
 
@@ -118,8 +118,8 @@ def mixed(layer, x, change, g):
         return jnp.einsum("hgqk,khd->qhgd", weights, v, precision="highest")
 
     blocks = []
-    for start in range(0, tokens, BLOCK):
-        some, end = slice(start, start + BLOCK), min(start + BLOCK, tokens)
+    for start in range(0, tokens, QUERIES_PER_BLOCK):
+        some, end = slice(start, start + QUERIES_PER_BLOCK), min(start + QUERIES_PER_BLOCK, tokens)
         age = position[some, None] - position[:end]
         near = np.r_[: min(SINKS, max(start - WINDOW, 0)), max(start - WINDOW, 0) : end]
         kept = (age[:, near] < WINDOW) | (near < SINKS)

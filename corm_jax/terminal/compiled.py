@@ -57,7 +57,7 @@ def tidy(folder: Path) -> None:
     for path in folder.glob("*-cache"):
         with contextlib.suppress(FileNotFoundError):  # another process tidies too
             state = path.stat()
-            if state.st_mtime >= since and not whole(path):
+            if state.st_mtime >= since and not is_complete(path):
                 path.unlink()
             else:
                 found.append((max(state.st_atime, state.st_mtime), state.st_size, path))
@@ -71,7 +71,7 @@ def tidy(folder: Path) -> None:
     os.utime(mark, (now, now))
 
 
-def whole(path: Path) -> bool:
+def is_complete(path: Path) -> bool:
     """Whether an entry can be unpacked."""
     content = path.read_bytes()
     try:

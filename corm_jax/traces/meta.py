@@ -80,10 +80,10 @@ class Meta:
     def __post_init__(self):
         require(self.kind in ("qkv", "attention"), "kind", "'qkv' or 'attention'", self.kind)
         for name in ("layers", "steps", "q_heads", "kv_heads"):
-            object.__setattr__(self, name, whole(name, getattr(self, name), 1))
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), 1))
         require(self.q_heads % self.kv_heads == 0, "q_heads", f"a multiple of kv_heads={self.kv_heads}", self.q_heads)
         if self.kind == "qkv":
-            object.__setattr__(self, "head_dim", whole("head_dim", self.head_dim, 1))
+            object.__setattr__(self, "head_dim", whole_number("head_dim", self.head_dim, 1))
             scale: Any = (self.head_dim or 1) ** -0.5 if self.scale is None else self.scale
             scale = scale.item() if getattr(scale, "ndim", None) == 0 else scale
             good = isinstance(scale, int | float) and not isinstance(scale, bool) and 0 < scale <= sys.float_info.max
@@ -100,7 +100,7 @@ class Meta:
                 values = values.tolist() if hasattr(values, "tolist") else values
                 require(isinstance(values, list | tuple), name, "a list with one entry a step", values)
                 require(len(values) == self.steps, f"len({name})", f"steps={self.steps}", len(values))
-                check = _text if name == "pieces" else partial(whole, least=0)
+                check = _text if name == "pieces" else partial(whole_number, least=0)
                 checked = tuple(check(f"{name}[{index}]", value) for index, value in enumerate(values))
                 object.__setattr__(self, name, checked)
         rising = all(first < second for first, second in itertools.pairwise(self.positions or ()))
@@ -169,7 +169,7 @@ def _check_rows(where: str, rows: np.ndarray, meta: Meta) -> None:
         )
 
 
-def whole(name: str, value: Any, least: int, most: int = _LARGEST) -> int:
+def whole_number(name: str, value: Any, least: int, most: int = _LARGEST) -> int:
     """A whole number from ``least`` to ``most``.
 
     Raises:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from corm_jax.traces.arrays import DTYPES, TraceError, by_layer, require
-from corm_jax.traces.meta import QKV, Meta, Rows, layer_of, whole
+from corm_jax.traces.meta import QKV, Meta, Rows, layer_of, whole_number
 from corm_jax.traces.storage import Writer, reader
 
 
@@ -46,7 +46,7 @@ class Trace:
         Raises:
           TraceError: for an index out of range; for a file that is damaged or does not hold what ``meta`` says.
         """
-        return self._read(whole("layer", index, 0, self.meta.layers - 1))
+        return self._read(whole_number("layer", index, 0, self.meta.layers - 1))
 
     @classmethod
     def from_qkv(cls, q, k, v, *, heads_first=None, scale=None, model="", tokens=None, pieces=None) -> "Trace":
@@ -135,8 +135,9 @@ class Trace:
           TraceError: for layers or steps that the trace lacks, or none.
         """
         old = self.meta
-        chosen = [whole("layer", i, 0, old.layers - 1) for i in (range(old.layers) if layers is None else layers)]
-        stop = old.steps if steps is None else whole("steps", steps, 1, old.steps)
+        numbers = range(old.layers) if layers is None else layers
+        chosen = [whole_number("layer", i, 0, old.layers - 1) for i in numbers]
+        stop = old.steps if steps is None else whole_number("steps", steps, 1, old.steps)
         cut = {name: getattr(old, name) and getattr(old, name)[:stop] for name in ("tokens", "pieces", "positions")}
 
         def read(index: int) -> QKV | Rows:
