@@ -147,7 +147,7 @@ def _check_traits(name: str, policy: Any) -> None:
     if not isinstance(says, Traits):
         _refuse(name, f"has `traits` of {says!r}: expected a @property that gives corm_jax.Traits(...)")
     for trait, least, meaning in (
-        ("protected", 0, "how many keys of a head `score` never gives up"),
+        ("protected", 0, "how many keys of a head are never evicted"),
         ("recent", 0, "a promise that the newest so many keys stay"),
         ("most", 1, "how many keys of a head stay at most"),
     ):

@@ -73,7 +73,7 @@ class Subject(NamedTuple):
 
     @property
     def few(self) -> int:
-        """A capacity for half of the tokens, or for what the policy never gives up."""
+        """A capacity for half of the tokens, or for the keys that the policy never evicts."""
         return max(TOKENS // 2, int(np.max(self.policy.traits.protected)) + CHUNK)
 
     def cache(self, capacity: int | None = None, prompt: int | np.ndarray = ENDLESS, **batch: int) -> LayerCache:

@@ -158,7 +158,7 @@ WRONG = {
     "count a truth": (lambda: step(count=True), "count must be one whole number"),
     "count several": (lambda: step(count=jnp.array([3])), "count must be one whole number"),
     "count none": (lambda: step(count=None), "count must be one whole number"),
-    "too little room": (lambda: cache_of(cj.Corm()), r"capacity 16 cannot hold .* never gives up.*\(256 keys\)"),
+    "too little room": (lambda: cache_of(cj.Corm()), r"capacity 16 cannot hold .* never evicts.*\(256 keys\)"),
     "too little room in a step": (lambda: step(cj.Corm(), cache_of()), r"capacity 16 cannot hold .* \(256 keys\)"),
     "too little room in a pool": (
         lambda: cache_of(cj.Corm(recent=[5, 28]), stores=1), r"capacity 16 cannot hold .* \(17 keys\)",

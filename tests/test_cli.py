@@ -131,7 +131,7 @@ def test_going_beyond_the_trained_context_is_noted(corm, model, text):
 def test_a_policy_that_cannot_work_stops_all_before_any_is_read(corm, model, monkeypatch):
     monkeypatch.setattr(compare, "read", lambda *_, **__: pytest.fail("a text was read"))
     code, _, err = corm("compare", "--model", model, "--capacity", 20, "--policy", "full", "--policy", "corm")
-    assert (code, "cannot hold the keys that the policy never gives up" in err) == (2, True)
+    assert (code, "cannot hold the keys that the policy never evicts" in err) == (2, True)
 
 
 def test_generate(corm, model, tmp_path):
@@ -199,7 +199,7 @@ def test_an_interrupted_recording_goes_on(corm, model, text, tmp_path, monkeypat
 def test_a_budget_below_what_is_protected_stops_all(corm, model, text):
     code, _, err = corm("compare", "--model", model, "--text", text, "--budget", 20)
     assert (code, err.count("\n")) == (2, 1)
-    assert "a budget of 20 keys is below the 256 that the policy never gives up" in err
+    assert "a budget of 20 keys is below the 256 that the policy never evicts" in err
     code, _, err = corm("compare", "--model", model, "--text", text, "--budget", "1.5")
     assert "a budget must be a whole number of keys from 1 up, or a share in (0, 1], not 1.5" in err
 
@@ -222,7 +222,7 @@ def test_policies_are_listed(corm):
         (["compare", "--text", "{text}", "--tokens", "1"], "'--tokens': '1' is not a whole number from 2"),
         (
             ["compare", "--tokens", "50", "--capacity", "20"],
-            "cannot hold the keys that the policy never gives up, such as its recent ones (256 keys)",
+            "cannot hold the keys that the policy never evicts, such as its recent ones (256 keys)",
         ),
         (["compare", "--text", "{text}", "--tokens", "-5"], "'--tokens': '-5' is not a whole number from 2"),
         (["compare", "--tokens", "50", "--chunk", "0"], "'--chunk': '0' is not a whole number from 1"),

@@ -218,7 +218,7 @@ def test_bfloat16_models_have_bfloat16_caches():
         ({"chunk": 0}, "chunk must be a whole number from 1 to 2147483647, not 0"),
         (
             {"capacity": 4},
-            r"capacity 4 cannot hold the keys that the policy never gives up, such as its recent ones \(5 keys\)",
+            r"capacity 4 cannot hold the keys that the policy never evicts, such as its recent ones \(5 keys\)",
         ),
         ({"capacity": 8, "chunk": 16}, r"capacity 8 cannot hold a chunk \(16 keys\)"),
         (

@@ -344,7 +344,7 @@ def test_a_budget_that_cannot_be():
     refused("per_mille must be a whole number from 0 to 1000, not 99999", cj.Budget, policy=cj.TOVA(), per_mille=99999)
     refused("a budget must be a whole number of keys from 1 up", cj.Budget, policy=cj.TOVA())
     sinks = cj.protect(cj.TOVA(), sinks=np.array([0, 4]))
-    refused("a budget of 3 keys is below the 4 that the policy never gives up", cj.budget, sinks, 3)
+    refused("a budget of 3 keys is below the 4 that the policy never evicts", cj.budget, sinks, 3)
     assert cj.budget(sinks, [1, 4]).tokens.tolist() == [1, 4]
     refused("a budget of 3 keys is below the 4", cj.budget, sinks, [4, 3])
     refused("would protect 2147483652 keys", cj.protect, cj.H2O(recent=2**31 - 1), sinks=5)

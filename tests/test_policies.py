@@ -262,7 +262,7 @@ def test_a_share_grows_with_the_text():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("h2o:recent=64,budget=32", "a budget of 32 keys is below the 64 that the policy never gives up: raise it"),
+        ("h2o:recent=64,budget=32", "a budget of 32 keys is below the 64 that the policy never evicts: raise it"),
         ("tova:sinks=4,recent=32,budget=20", "a budget of 20 keys is below the 36"),
         ("tova:budget=1.5", r"a budget that is a share must be in \(0, 1\], by the thousandth, not 1.5"),
         ("tova:budget=0.0", "must be in"),

@@ -199,7 +199,7 @@ def test_the_logit_scale_of_the_trace_counts():
         ({"chunk": 0}, "chunk must be a whole number from 1 to 2147483647, not 0"),
         ({"chunk": 2.5}, "chunk must be a whole number"),
         ({"capacity": 2**31}, "capacity must be a whole number"),
-        ({"capacity": 3}, "capacity 3 cannot hold the keys that the policy never gives up"),
+        ({"capacity": 3}, "capacity 3 cannot hold the keys that the policy never evicts"),
         ({"capacity": 4, "chunk": 50}, r"capacity 4 cannot hold a chunk \(8 keys\)"),
     ],
 )

@@ -1,1 +1,1 @@
-"""What evicts: slots and who shares them, caches, attention over slots, and the step that uses them."""
+"""Eviction: slots and the heads that share them, caches, attention over slots, and the step that uses them."""

@@ -1,4 +1,4 @@
-"""Conventions of all arrays here: 32 bits, empty slots, leading axes that broadcast, and truths about a whole batch.
+"""Conventions of all arrays here: 32 bits, empty slots, leading axes that broadcast, conditions for a whole batch.
 
 Axis names, here and everywhere: ``batch layer kv_heads group tokens stores slots head_dim vocab``. ``*slots`` stands
 for ``stores slots``, see `corm_jax.core.layout`. Positions count from 0; the clock ``seen`` (the paper's t) is the
@@ -20,17 +20,17 @@ EMPTY = -1
 """The position of a slot that holds no key. Nothing else marks a slot as free."""
 
 ENDLESS = 2**31 - 1
-"""Where the clock ends. As the end of a prompt: unknown, so that all that is read belongs to it."""
+"""The end of the clock. As the end of a prompt it means unknown: every token that is read counts as prompt."""
 
 
 def largest(x: Array) -> Array:
-    """What no finite number of this dtype exceeds."""
+    """The largest finite number of this dtype."""
     limit = jnp.iinfo if jnp.issubdtype(x.dtype, jnp.integer) else jnp.finfo
     return jnp.asarray(limit(x.dtype).max, x.dtype)
 
 
 def smallest(x: Array) -> Array:
-    """What no finite number of this dtype is below."""
+    """The smallest finite number of this dtype."""
     limit = jnp.iinfo if jnp.issubdtype(x.dtype, jnp.integer) else jnp.finfo
     return jnp.asarray(limit(x.dtype).min, x.dtype)
 
@@ -59,12 +59,12 @@ def iota(size: int) -> Int[Array, " {size}"]:
 
 
 def narrow(tree: PyTree[Any]) -> PyTree[Any]:
-    """Arrays of 64-bit numbers as of 32 bits, as JAX has them unless ``JAX_ENABLE_X64`` is set."""
+    """Arrays of 64-bit numbers, converted to 32 bits, as JAX does unless ``JAX_ENABLE_X64`` is set."""
 
     def one(x):
         wide = {"int64": jnp.int32, "uint64": jnp.uint32, "float64": jnp.float32}
         if not isinstance(x, jax.Array | np.generic | np.ndarray) or jax.typeof(x).weak_type:
-            return x  # Python's numbers turn into what they meet
+            return x  # Python numbers take the dtype of the array that they are combined with
         return x.astype(wide[x.dtype.name]) if x.dtype.name in wide else x
 
     return jax.tree.map(one, tree)
@@ -83,15 +83,14 @@ def first_by(*keys: Int[Array, "... slots"]) -> tuple[Int[Array, "..."], ...]:
 
 
 def over_group(operation: Callable[[Array, Array], Array], x: Array) -> Array:
-    """A sum, say, over the leading axis, part by part: XLA on a CPU transposes what it reduces there, and is slow."""
+    """A reduction over the leading axis, part by part: XLA on a CPU would transpose the array, which is slow."""
     return reduce(operation, x)
 
 
 def broadcasts(function: Callable) -> Callable:
-    """Makes a function one in which ranks may differ, whatever ``jax_numpy_rank_promotion`` says.
+    """Allows rank promotion inside a function, whatever ``jax_numpy_rank_promotion`` is.
 
-    Leading axes broadcast over the slots here, on purpose, and in everybody's policies. The setting stays what it is
-    around the call.
+    Here and in policies leading axes broadcast over the slots on purpose. Outside the call the setting is unchanged.
     """
 
     @wraps(function)
@@ -103,7 +102,7 @@ def broadcasts(function: Callable) -> Callable:
 
 
 def varying(start: PyTree[Any], *others: PyTree[Any]) -> Any:
-    """What a loop starts with that goes on with others: under `jax.shard_map` it differs by device wherever they do."""
+    """The start of a loop, marked as varying over the same devices as ``others``, as `jax.shard_map` demands."""
 
     def axes(one):
         return getattr(getattr(jax.typeof(one), "mat", None), "varying", frozenset())
@@ -119,10 +118,11 @@ def varying(start: PyTree[Any], *others: PyTree[Any]) -> Any:
 
 @custom_vmap
 def anywhere(truth: Bool[Array, ""]) -> Bool[Array, ""]:
-    """Whether it holds in any row of the batch, for `jax.lax.cond` and `jax.lax.while_loop`.
+    """Whether a condition is true in any row of the batch, for `jax.lax.cond` and `jax.lax.while_loop`.
 
-    Under `jax.vmap` a condition that differs by row makes the former compute both branches, and the latter copy all
-    that it carries. This one is the same for all rows, so what it decides must do no harm to rows that do not need it.
+    Under `jax.vmap`, a condition that differs by row makes `cond` compute both branches and `while_loop` copy
+    everything that it carries. This condition is the same for all rows, so the branch taken must also be correct for
+    rows in which the condition is false.
 
     >>> jax.vmap(lambda x: jax.lax.cond(anywhere(x > 2), lambda: x + 1, lambda: x))(jnp.array([1, 3])).tolist()
     [2, 4]

@@ -1,4 +1,4 @@
-"""Attention over slots: softmax of each query group over what its head sees, whoever shares the slots."""
+"""Attention over slots: softmax of each query group over the slots that its head sees, in any layout."""
 
 from functools import partial
 from typing import Any
@@ -14,10 +14,10 @@ from corm_jax.core.layout import Apart, Layout, product, weighted
 from corm_jax.core.observation import Observation, observed
 
 KEYS_PER_BLOCK = 512
-"""Slots that many queries attend to at once, where nobody looks at the weights. Does not change results."""
+"""Slots to which many queries attend at once if the policy does not need the weights. Does not change results."""
 
 FEW = 8
-"""So many queries attend to all slots at once, whoever looks."""
+"""Up to this many queries attend to all slots at once. Does not change results."""
 
 PLAIN = Form()
 """Over all earlier keys, ``q . k / sqrt(head_dim)``."""
@@ -43,17 +43,17 @@ def attend(
     but for 16-bit keys and values, whose products are exact and summed in float32. A query that sees nothing returns
     zeros.
 
-    What a query does not see does not reach it: no key of an invisible slot, whatever it holds, and no value as long as
-    it is finite, as those of a cache are (`corm_jax.core.storing.stored`). A query that has no softmax, since a logit
-    that it sees is NaN or +infinity, returns NaN, and policies see that it attended to nothing: weights of 0.
+    A slot that a query does not see has no effect on it: its key may be anything, and its value has to be finite, as
+    the values of a cache are (`corm_jax.core.storing.stored`). If the softmax of a query is undefined, since a logit
+    that it sees is NaN or +infinity, its output is NaN, and the policy observes weights of 0.
 
     The function is differentiable, forwards and backwards, with respect to ``q``, ``k`` and ``v``.
 
     Args:
-      layout: whose the slots are; None if every store belongs to the head of its number.
+      layout: which head each slot belongs to; None if store h belongs to head h.
 
     Returns:
-      The output, in the dtype of ``q``, and what the policy gets to see. ``seen`` only passes through to the latter.
+      The output, in the dtype of ``q``, and the `Observation` for the policy, of which ``seen`` is a part.
     """
     layout = layout or Apart()
     weights, total = softmax(layout, PLAIN.logits(layout, q, k), visible)
@@ -64,7 +64,7 @@ def attend(
 def softmax(
     layout: Layout, logits: Float[Array, "group tokens *slots"], visible: Bool[Array, "tokens *slots"]
 ) -> tuple[Float[Array, "group tokens *slots"], Float[Array, "group tokens kv_heads"]]:
-    """Weights and their total over each head's slots, NaN where there is no softmax; of nothing: 0, and 1."""
+    """Weights and their total over each head's slots: NaN if the softmax is undefined; 0 and 1 if nothing is seen."""
     logits = jnp.where(visible, logits, LEAST)
     top = layout.most(jax.lax.stop_gradient(logits))
     weights = jnp.exp(logits - layout.broadcast(jnp.where(top <= LEAST, 0.0, top)))
@@ -82,9 +82,9 @@ def output(
 def attended(
     layout: Layout, q: Array, k: Array, v: Array, visible: Array, live: Array, form: Form = PLAIN, bias: Any = None
 ) -> Array:
-    """The output alone, float32: on a CPU block by block, which keeps nothing of the size tokens x slots.
+    """The output without weights, float32. On a CPU block by block, so that no array has the size tokens x slots.
 
-    Nobody sees a slot that is not ``live``.
+    ``visible`` is false for slots that are not ``live``.
     """
     arguments = layout, q, k, v, visible, live, form.scale, form.softcap, bias
     if len(q) <= FEW or k.shape[1] <= KEYS_PER_BLOCK or bias is not None or not isinstance(layout, Apart):
@@ -131,7 +131,7 @@ def _by_blocks(layout, q, k, v, visible, live, scale, softcap, bias):
         summed = summed * factor[..., None] + found.reshape(summed.shape)
         return block + 1, new, total * factor + weights.sum(-1), summed
 
-    # What is seen outweighs LEAST / 2 at the start, and what is not seen weighs exp(LEAST - LEAST / 2) = 0.
+    # Logits that are seen exceed LEAST / 2, the start; those that are not weigh exp(LEAST - LEAST / 2) = 0.
     empty = jnp.full(heads, LEAST / 2), jnp.zeros(heads), jnp.zeros((*heads, v.shape[-1]))
     start = jnp.int32(0), *varying(tuple(x.astype(jnp.float32) for x in empty), q, k, v, visible)
     _, _, total, summed = jax.lax.while_loop(lambda carry: carry[0] * KEYS_PER_BLOCK < used, body, start)

@@ -1,8 +1,8 @@
-"""Key-value caches of fixed capacity: what they are made of, and how full they are.
+"""Key-value caches of fixed capacity: how they are made, and how full they are.
 
-Attention does not care in which order keys are stored. So nothing is ever shifted: a key that is evicted only loses its
-position, and a key that comes takes any free slot of its store. Shapes stay static, and one compiled step serves a
-sequence of any length.
+Attention does not depend on the order in which keys are stored. So keys are never moved: eviction only marks a slot as
+free, and a new key is stored in any free slot of its store. Shapes stay static, and one compiled step serves a sequence
+of any length.
 """
 
 from typing import Any, SupportsIndex
@@ -26,19 +26,19 @@ from corm_jax.errors import CormError
 def make_cache(
     policy: Policy, spec: CacheSpec, batch: SupportsIndex | None = None, *, tokens: SupportsIndex | None = None
 ) -> LayerCache:
-    """An empty cache for one layer: of one sequence, or of a batch, each leaf then with a leading ``batch`` axis.
+    """An empty cache for one layer: of one sequence, or of a batch, in which every leaf has a leading ``batch`` axis.
 
     A policy that waits for the end of the prompt has to be told where that is, with `begin_prompt`.
 
     Args:
-      policy: whose state the cache will hold.
-      spec: its shape.
-      batch: how many rows there are; None for one sequence.
-      tokens: how many will be read at most, if that is known. Slots for all of them are enough for any policy.
+      policy: the policy whose state the cache will hold.
+      spec: the shape of the cache.
+      batch: the number of rows; None for one sequence.
+      tokens: an upper bound of the tokens that will be read, if known. Slots for all of them are enough for any policy.
 
     Raises:
-      CormError: for a shape or dtype that cannot be, hyperparameters for another number of heads, or fewer slots than
-        the policy never gives up and there are tokens.
+      CormError: for an impossible shape or dtype, hyperparameters for another number of heads, or fewer slots than the
+        policy protects keys, unless ``tokens`` says that they are enough.
 
     >>> from corm_jax.policies import Full
     >>> make_cache(Full(), CacheSpec(kv_heads=2, capacity=8, head_dim=4), batch=3).k.shape
@@ -101,13 +101,13 @@ def check_heads(policy: Policy, spec: CacheSpec) -> None:
 
 
 def check_protected(policy: Policy, spec: CacheSpec, made: Made | None) -> None:
-    """Raises unless there are slots for what the policy never gives up, or for all tokens."""
+    """Raises unless there are slots for the keys that the policy never evicts, or for all tokens."""
     if not (made and made.enough):
         check_slots(spec.capacity, protected_slots(policy, spec), PROTECTED)
 
 
 def protected_slots(policy: Policy, spec: CacheSpec) -> int:
-    """How many slots a head the keys take that the policy never gives up; 0 if that is traced."""
+    """How many slots a head are needed for the keys that the policy never evicts; 0 if that is traced."""
     protected, stores = policy.traits.protected, spec.slots[0]
     if not concrete(protected):
         return 0
@@ -116,14 +116,14 @@ def protected_slots(policy: Policy, spec: CacheSpec) -> int:
 
 
 def remembers(policy: Any) -> str:
-    """The name of the policy whose state a cache holds: of the one inside those that only pass its state on."""
+    """The name of the policy whose state a cache holds: wrappers that do not change the state do not count."""
     while isinstance(policy, Wrapper) and type(policy).init is Wrapper.init:
         policy = policy.policy
     return type(policy).__name__
 
 
 def slots(cache: LayerCache) -> Slots:
-    """The view of a cache that a policy gets."""
+    """The slots of a cache, as its policy sees them."""
     clock = clock_of(cache)
     reading = clock.stage != "read"
     return Slots(cache.position, clock.seen, clock.prompt, cache.layout, cache.twin, cache.place, reading)

@@ -10,14 +10,14 @@ from corm_jax.core.policy import Policy, check_policy
 from corm_jax.core.types import Caches, Capacity
 from corm_jax.errors import CormError
 
-PROTECTED = "the keys that the policy never gives up, such as its recent ones"
+PROTECTED = "the keys that the policy never evicts, such as its recent ones"
 
 
 def per_layer(policy: Policy | Sequence[Policy], layers: int) -> tuple[Policy, ...]:
-    """One policy a layer: those given, or the one given.
+    """A list with one policy for each layer, made from one policy, or a list that has one for each already.
 
-    The method `Policy.for_layer` says what a layer gets. Hyperparameters ``[layers, kv_heads]`` are one for each layer
-    and head.
+    From one policy, `Policy.for_layer` makes that of each layer. Hyperparameters ``[layers, kv_heads]`` have one number
+    for each layer and head.
 
     >>> from corm_jax.policies import Corm
     >>> [one.window.tolist() for one in per_layer(Corm(window=np.array([[16, 64], [32, 8]])), 2)]
@@ -73,9 +73,9 @@ def several(policy: Policy | Sequence[Policy]) -> Sequence[Policy]:
 def slots_for(
     policy: Policy | Sequence[Policy], capacity: Capacity | None, tokens: SupportsIndex, chunk: SupportsIndex
 ) -> int | tuple[int, ...]:
-    """The capacity to allocate: the one asked for, if it can work, or as much as can be needed.
+    """The capacity to allocate: ``capacity`` if it is possible, or for None as many slots as can be needed.
 
-    That is one slot for every token, or, for policies that say how many keys stay at ``most``, so many and a chunk.
+    That is one slot for every token, or, for policies that keep at ``most`` so many keys, that number and a chunk.
     """
     tokens, chunk, policies = integer("tokens", tokens), integer("chunk", chunk), several(policy)
     for one in policies:

@@ -1,13 +1,13 @@
-"""The exact recurrence, a block of queries at once: what one token after the other decides, without a loop over tokens.
+"""The exact recurrence, a block of queries at once: the decisions of one token after the other, without that loop.
 
 What a query sees depends on earlier queries only. So the evictions of the recurrence are the one fixed point of
 
     guess when each key is evicted; attend under that guess, all queries of the block at once; derive the evictions
 
-and each pass settles at least one more query for good. The last pass only confirms. Where a policy knows beforehand at
-which moment of the block a key can be evicted (`corm_jax.core.types.Traits`), a pass asks whether somebody found the
-key important by then, and the exponentials are computed once. Any other policy is led through the block's attention
-query by query: its own `observe` and `retain`, which are cheap beside it.
+and each pass makes at least one more query final. The last pass only confirms. If a policy knows in advance the clock
+at which a key can be evicted (``moments`` of `corm_jax.core.policy.Traits`), a pass only checks whether some query
+found the key important by then, and the exponentials are computed once. For any other policy, `observe` and `retain`
+are called query by query with the block's attention, which is cheap compared with the attention itself.
 """
 
 from dataclasses import replace
@@ -26,11 +26,11 @@ from corm_jax.core.slots import Slots
 from corm_jax.core.types import State, by_slot
 
 FOREVER = np.iinfo(np.int32).max
-"""The last query of a key that is not evicted. So none is evicted by the very last token of the clock."""
+"""The last query of a key that is not evicted. So the very last token of the clock evicts nothing."""
 
 
 FAR = 20.0
-"""A logit that exceeds that of the query's own key by more leaves the latter no weight: exp(-FAR) is 2e-9."""
+"""If a logit exceeds that of the query's own key by more than this, the own key has no weight: exp(-FAR) is 2e-9."""
 
 NEXT_TO_0 = 1e-30
 """The total of a query that sees nothing."""
@@ -45,17 +45,18 @@ class Block(NamedTuple):
     Attributes:
       slots: these keys; ``seen`` is the clock after the block. The block's own keys are among them.
       clock: int32 ``[tokens, 1, 1]``, that of each query.
-      visible: bool ``[tokens, *slots]``, what each would see if nothing were evicted; nothing, where it is no query.
+      visible: bool ``[tokens, *slots]``, which each query would see if nothing were evicted; none for padding.
       softmax: of a mask such as ``visible``: weights ``[group, tokens, *slots]`` and their totals, see
-        `corm_jax.core.attention.softmax`. None where the policy does not look at attention.
-      logits: float32 ``[group, tokens, *slots]``, if ``softmax`` is their softmax; with ``every``, -infinity beyond it.
+        `corm_jax.core.attention.softmax`. None if the policy does not need attention.
+      logits: float32 ``[group, tokens, *slots]``, if ``softmax`` is their softmax; -infinity outside ``every``.
       keys, values: ``[*slots, head_dim]``, or None.
       queries: ``[tokens, kv_heads, group, head_dim]``, or None.
-      within: bool ``[tokens, *slots]``, what each may see at all, live or not; None for everything.
-      every: bool ``[tokens, *slots]``, what each would see if nothing had ever been evicted, for those who want to know
-        the attention to that, too; None for nobody.
+      within: bool ``[tokens, *slots]``, the slots that each query may see by the form of the attention, live or not;
+        None for all.
+      every: bool ``[tokens, *slots]``, which each query would see if nothing had ever been evicted: then the attention
+        of the full cache is computed as well. None if that is not wanted.
       own: float32 ``[group, tokens, kv_heads]``, with ``every``: the logit of each query's own key.
-      outputs: whether somebody wants the weights of the attention: that is one array more of this size.
+      outputs: whether the weights of the attention are returned, which takes one more array of this size.
     """
 
     slots: Slots
@@ -72,27 +73,27 @@ class Block(NamedTuple):
     outputs: bool = True
 
     def attended(self, visible: Array) -> Array:
-        """Those of some keys that the queries may see at all."""
+        """Those of the visible slots that the queries may see by the form of the attention."""
         return visible if self.within is None else visible & self.within
 
     def observation(self, weights: Array, total: Array, visible: Array) -> Observation:
-        """What a policy gets to see."""
+        """The observation of the policy."""
         held = self.keys, self.values, self.queries
         return observed(self.slots.layout, weights, total, visible, self.clock, *held)
 
 
 class Settled(NamedTuple):
-    """What came of a block.
+    """The result of a block.
 
     Attributes:
       until: int32 ``[*slots]``, the clock of the last query that could attend to the key; `FOREVER` if it stays.
       lost: bool ``[*slots]``, whether it was evicted for want of a slot.
       state: the policy's state after the block.
-      weights, total: of the block's attention, as its ``softmax`` returns them; None where no policy looks at it, and
-        weights where nobody wants them.
-      passes: int32 scalar, how often the block attended.
-      every: weights and total of the attention to ``every`` of the block, and the share of it that falls on what each
-        query could attend to; None if nobody asked.
+      weights, total: of the block's attention, as its ``softmax`` returns them; None if the policy does not need
+        attention, and weights are None without ``outputs`` of the block.
+      passes: int32 scalar, the number of attention passes.
+      every: weights and total of the attention to ``every`` of the block, and the share of it that falls on the keys
+        which each query could still attend to; None without ``every``.
     """
 
     until: Int[Array, "*slots"]
@@ -118,11 +119,11 @@ def settle(
 
     Args:
       policy, state: the rule, and its state ``[..., *slots]`` before the block.
-      fresh: the state of a key that has just arrived, broadcastable.
+      fresh: the state of a new key, broadcastable.
       block: the queries and keys.
-      room: how many keys fit; None if there is room for all.
-      moments: whether every key's moment is known, that is, the block is no longer than the policy's ``moments``; None
-        if that shows only when it runs.
+      room: how many keys can be stored; None if there are slots for all.
+      moments: whether the block is no longer than the policy's ``moments``, so that it is known in advance when each
+        key can be evicted; None if that is known only at run time.
     """
     by_query = partial(_by_query, policy, state, fresh, block, room)
     if moments is False:
@@ -139,7 +140,7 @@ def settle(
 
 
 def planned(policy: Any) -> tuple[int, bool | None]:
-    """How many queries to read at once under a policy whose numbers are known, and whether their moments are, too."""
+    """How many queries to read at once under a policy whose numbers are known, and ``moments`` of `settle`."""
     about = policy.traits
     if not concrete(about.moments):
         return about.block, None
@@ -156,7 +157,7 @@ def alive(block: Block, until: Int[Array, "*slots"], lost: Bool[Array, "*slots"]
 
 
 def _fits(block: Block, found: Settled, room: Room) -> Bool[Array, ""]:
-    """Whether there was always a slot for the newcomers."""
+    """Whether there was always a free slot for the new keys."""
     slots = block.slots
     seen = block.visible & (block.clock <= found.until)
     needed = slots.layout.merged(room.heads).sum_per_head(seen.astype(jnp.int32))
@@ -164,7 +165,7 @@ def _fits(block: Block, found: Settled, room: Room) -> Bool[Array, ""]:
 
 
 def _by_moments(policy, state, block) -> tuple[Settled, Bool[Array, ""]]:
-    """What is evicted if every key is at its moment or not at all; and whether exponentials were numbers."""
+    """The evictions if each key is evicted at its moment or not at all, and whether all exponentials were finite."""
     slots, t, visible = block.slots, block.clock, block.visible
     when = jnp.where(slots.live, jnp.maximum(policy.moment(state, slots), t[0]), FOREVER)
     due = slots.live & (when <= slots.seen)
@@ -172,23 +173,23 @@ def _by_moments(policy, state, block) -> tuple[Settled, Bool[Array, ""]]:
     if block.softmax is None:
         until = jnp.where(due, when, FOREVER)
         return Settled(until, lost, state, None, None, jnp.int32(1)), jnp.asarray(True)
-    judges = visible.any((1, 2))[:, None, None]  # not what pads the block, whose clock may be past the end
+    judges = visible.any((1, 2))[:, None, None]  # not padding, whose clock may be past the end
     if block.logits is not None:
         powers, least, every = _powers(block, when)
 
     def attention(evicted):
-        """Weights, their total, and what is seen if these keys are evicted, each at its moment."""
+        """Weights, their total, and the slots that are seen if these keys are evicted, each at its moment."""
         last = jnp.where(evicted, when, FOREVER)
         seen = visible & (t <= last)
         if block.logits is None:
             return *block.softmax(block.attended(seen)), seen
-        # The least of a power and infinity, or 0, which a CPU adds up twice as fast as what is selected. Powers are 0
-        # beyond what the queries reach; with ``every``, of keys that are not live they are not.
+        # min(power, infinity or 0): a CPU sums this twice as fast as a selection. Powers are 0 for slots that the
+        # queries cannot reach; with ``every``, they are not 0 for keys that are no longer live.
         weights = jnp.minimum(powers, jnp.where(t <= jnp.where(slots.live, last, 0), jnp.inf, 0.0))
         return weights, jnp.maximum(slots.layout.sum_per_head(weights), NEXT_TO_0), seen
 
     def verdict(weights, total, seen):
-        """Which keys each query found important, and which are evicted then."""
+        """Which keys each query found important, and which keys are evicted in consequence."""
         found = policy.important(block.observation(weights, total, seen), slots)
         return found, due & ~(found & judges & (t <= when)).any(0)
 
@@ -215,13 +216,14 @@ def _by_moments(policy, state, block) -> tuple[Settled, Bool[Array, ""]]:
 def _powers(block, when):
     """Exponentials of the logits, the least total under which they are sound, and with ``every`` also their total.
 
-    They are measured from the largest logit that is seen for certain: then the weights of equal logits are 1, as in
-    any other softmax, and no total is 0. Where logits are no numbers, or one that may be evicted exceeds the others by
-    far, the total is no number either, or what it has to come to is not.
+    The largest logit that is certainly seen is subtracted first: then equal logits have weights of 1, as in any other
+    softmax, and no total is 0. If a logit is not finite, or if that of a key which may be evicted is much larger than
+    the others, the total is not finite or below the least total, and the block is read query by query instead.
 
-    With ``every`` they are measured from the logit of each query's own key, which does not depend on the policy, so
-    that a grid of policies shares them. That key is always seen, and if all that are seen are equal, their weights are
-    1. Where the largest logit exceeds it by far, they are measured from that, whose key has to be seen then.
+    With ``every`` the logit of each query's own key is subtracted instead, which does not depend on the policy, so that
+    a grid of policies shares the exponentials. The own key is always seen, and if all logits that are seen are equal,
+    their weights are 1. Where the largest logit is larger by more than `FAR`, that one is subtracted, and the least
+    total is 1: its key has to be seen.
     """
     layout, t, reach = block.slots.layout, block.clock, block.attended(block.visible)
     if block.every is None:
@@ -268,7 +270,7 @@ def _by_query(policy, state, fresh, block, room) -> Settled:
 
 
 def _led(policy, state, fresh, block, room, weights, total):
-    """A policy led through given attention, query by query: ``until``, ``lost`` and its state."""
+    """Calls the policy query by query with given attention. Returns ``until``, ``lost`` and the state."""
     slots = block.slots
     position = slots.position
 

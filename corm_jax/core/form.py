@@ -1,4 +1,4 @@
-"""The form of an attention: how positions enter it, its scale, a soft cap, and what a query may see at all."""
+"""The form of an attention: how positions enter it, its scale, a soft cap, a window and a mask."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,17 +12,17 @@ from corm_jax.core.slots import Slots
 
 
 class Form(NamedTuple):
-    """What a model's attention is beside ``softmax(q . k / sqrt(head_dim))`` over all earlier keys.
+    """How a model's attention differs from ``softmax(q . k / sqrt(head_dim))`` over all earlier keys.
 
         logit  =  cap(scale q . k) + bias(distance),      cap(x) = softcap tanh(x / softcap)
 
     Attributes:
-      encoding: how positions enter; None if queries and keys come with them.
+      encoding: how positions enter; None if queries and keys are encoded already.
       scale: of ``q . k``; None for ``1 / sqrt(head_dim)``.
       softcap: logits stay within plus and minus this; None for no such cap.
       window: a query sees itself and the ``window - 1`` positions before it; None for all.
-      mask: a function ``(query, key) -> bool`` of two positions, arrays that broadcast, that says what else a query
-        sees of what lies before it; None for all.
+      mask: a function ``(query, key) -> bool`` of two positions, arrays that broadcast: whether the query may see the
+        earlier key; None for all.
     """
 
     encoding: Encoding | None = None
@@ -33,7 +33,7 @@ class Form(NamedTuple):
 
     @property
     def beyond(self) -> list[str]:
-        """What makes it another than ``softmax(q . k)``, by some scale, over all earlier keys, rotated or not."""
+        """The names of the parts that a plain softmax of scaled products over all earlier keys does not have."""
         names = [name for name in ("softcap", "window", "mask") if getattr(self, name) is not None]
         biased = self.encoding is not None and type(self.encoding).bias is not Encoding.bias
         return names + [f"bias of {type(self.encoding).__name__}"] * biased
@@ -44,7 +44,7 @@ class Form(NamedTuple):
         return found if bias is None else found + bias
 
     def of(self, products: Array, head_dim: int) -> Array:
-        """Products of queries and keys, by the scale, within the cap."""
+        """Logits from products of queries and keys: scaled, then capped."""
         found = products * (head_dim**-0.5 if self.scale is None else jnp.float32(self.scale))
         if self.softcap is None:
             return found
@@ -56,7 +56,7 @@ class Form(NamedTuple):
         return q if self.scale is None else q.astype(jnp.float32) * (jnp.float32(self.scale) * q.shape[-1] ** 0.5)
 
     def within(self, query: Int[Array, "tokens 1 1"], key: Int[Array, "*slots"]) -> Bool[Array, "tokens *slots"] | None:
-        """What the queries at some positions may see of keys at others, or before them; None for everything."""
+        """Whether the queries at some positions may see keys at other positions; None if they may see all."""
         found = None if self.window is None else query - key < jnp.asarray(self.window, jnp.int32)
         if self.mask is not None:
             allowed = jnp.broadcast_to(self.mask(query, key), jnp.broadcast_shapes(query.shape, key.shape))
@@ -64,11 +64,11 @@ class Form(NamedTuple):
         return found
 
     def encoded(self, x: Float[Array, "tokens *heads head_dim"], position: Int[Array, " tokens"]) -> Array:
-        """Queries or keys of these positions, as attention takes them."""
+        """Queries or keys, encoded by these positions."""
         return x if self.encoding is None else self.encoding.rotate(x, position)
 
     def bias(self, query: Int[Array, "tokens ..."], key: Int[Array, "*slots"], layout: Layout) -> Array | None:
-        """What is added to the logits of queries at these positions; None for nothing."""
+        """The bias that is added to the logits of queries at these positions; None for none."""
         return None if self.encoding is None else self.encoding.bias(query - key, layout)
 
     def in_cache(

@@ -1,20 +1,20 @@
-"""Layouts: whose keys the slots of a layer hold, and what hangs on that.
+"""Layouts: which head each slot of a layer belongs to, and everything that depends on it.
 
-Slots lie in stores, ``[stores, slots]``: each head has a store of its own, or several heads share one. What depends on
-that is here, behind one protocol: what a head's slots come to, what a head says of each of its slots, the products of
-attention, and how many queries get to see what is held. Caches, attention, policies and replay use it, and do
-not know which layout they have.
+Slots are in stores, ``[stores, slots]``: each head has a store of its own, or several heads share one. What depends on
+this is here, behind one protocol: reductions over a head's slots, the broadcast of a number per head to its slots, the
+products of attention, and the arrangement of keys for many queries. Caches, attention, policies and replay use the
+protocol, and work with any layout.
 
 ======== ============================ ======== ============================================================
-layout   whose is a slot              stores   used for
+layout   head of a slot               stores   used for
 ======== ============================ ======== ============================================================
 `Apart`  that of its store            kv_heads caches with slots for each head, and replay
 `Shared` ``whose [stores, slots]``    any      pools: one store a layer, or one for each device
 `Paged`  ``head [stores]``            any      chunks of queries on a pool whose keys are gathered by head
 ======== ============================ ======== ============================================================
 
-The layout of a cache says nothing of other stores than those that are there. So it is right for some of them, too, on a
-device that has a part of the heads.
+A layout describes its stores one by one. So it is also right for some of the stores, on a device that has a part of the
+heads.
 """
 
 from dataclasses import dataclass, replace
@@ -31,14 +31,14 @@ PAGE = 128
 """Slots of a page, unless the cache is small. Does not change results."""
 
 MANY, PART = 40, 0.6
-"""So many pages are not all attended to while no more than this part of them is used. Does not change results."""
+"""From this many pages on, only this part of them is attended to while that is enough. Does not change results."""
 
 
 def product(axes: str, x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:
-    """An einsum that is summed in float32, of float32 factors in full precision, of equal 16-bit factors as they are.
+    """An einsum with sums in float32: of float32 factors in full precision, or of 16-bit factors of one dtype.
 
-    Without being told so, a GPU rounds float32 factors to the 11 bits of TF32, which turns about one verdict of
-    alpha >= 1/t in 20,000.
+    By default a GPU rounds float32 factors to the 11 bits of TF32, which changes about one verdict of alpha >= 1/t in
+    20,000.
     """
     if x.dtype != y.dtype or x.dtype.itemsize != 2:
         x, y = x.astype(jnp.float32), y.astype(jnp.float32)
@@ -47,19 +47,19 @@ def product(axes: str, x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[
 
 
 def weighted(axes: str, weights: Float[Array, "..."], v: Float[Array, "..."]) -> Float[Array, "..."]:
-    """A sum of values by weights, which get the dtype of the values if that has 16 bits."""
+    """A weighted sum of values. Weights are converted to the dtype of the values if that has 16 bits."""
     return product(axes, weights.astype(v.dtype) if v.dtype.itemsize == 2 else weights, v)
 
 
 class Layout:
-    """What all layouts do. ``stores`` and ``slots`` are those of the arrays that they are given."""
+    """The protocol of all layouts. ``stores`` and ``slots`` are those of the arrays that are given."""
 
     def kv_heads(self, stores: int) -> int:
-        """How many heads have so many stores."""
+        """How many heads this many stores belong to."""
         raise NotImplementedError
 
     def broadcast(self, per_head: Num[Array, "*leading kv_heads"]) -> Num[Array, "*leading stores slots_or_1"]:
-        """What is said of a head, for each of its slots."""
+        """A number for each head, broadcast to its slots."""
         raise NotImplementedError
 
     def sum_per_head(self, per_slot: Num[Array, "*leading stores slots"]) -> Num[Array, "*leading kv_heads"]:
@@ -75,22 +75,22 @@ class Layout:
         raise NotImplementedError
 
     def first(self, *keys: Int[Array, "stores slots"]) -> Bool[Array, "stores slots"]:
-        """The slot of each head that comes first: by the first key, then the next, then its place in the store.
+        """The first slot of each head in the order of the first key, then the next, then the place in the store.
 
-        What is compared is not computed twice, so that a key which is rounded otherwise then cannot be missed.
+        The keys are computed once: if XLA computed one twice, rounded differently, no slot would be found.
         """
         raise NotImplementedError
 
     def heads(self, stores: int, slots: int) -> Int[Array, "stores slots"]:
-        """Whose key each slot holds."""
+        """The head that each slot belongs to."""
         raise NotImplementedError
 
     def aligned(self, position: Int[Array, "stores slots"]) -> Bool[Array, ""]:
-        """Whether a slot holds the same token in every head."""
+        """Whether slot i holds the same token in every head, for all i."""
         raise NotImplementedError
 
     def given(self, slot: Int[Array, "stores newcomers"], head: Int[Array, "stores newcomers"]) -> "Layout":
-        """The layout after these slots of each store were given to keys of these heads; none beyond the last slot."""
+        """The layout after these slots of each store were given to these heads. Indices out of bounds are ignored."""
         raise NotImplementedError
 
     def logits(
@@ -106,30 +106,30 @@ class Layout:
         raise NotImplementedError
 
     def merged(self, each: int) -> "Layout":
-        """The layout in which so many heads count as one: those that share a store."""
+        """The layout in which the ``each`` heads that share a store count as one head."""
         raise NotImplementedError
 
     def enlarged(self, slots: int) -> "Layout":
-        """The layout of stores that have so many slots more, at their end; fewer, if the number is negative."""
+        """The layout after ``slots`` slots were added at the end of each store; removed, if the number is negative."""
         raise NotImplementedError
 
     def opened(self, position: Int[Array, "stores slots"], part: float = 1.0) -> "Opened":
-        """The live keys as many queries attend to them; room for a part of the slots alone, if so few are live."""
+        """The live keys, arranged for many queries; with ``part`` below 1, in only that part of the pages."""
         raise NotImplementedError
 
     def few(self, position: Int[Array, "stores slots"]) -> Bool[Array, ""] | None:
-        """Whether so few keys are live that the `PART` of the slots is enough; None for a pool that is read whole."""
+        """Whether the live keys fit into the `PART` of the pages; None if all pages are always attended to."""
         return None
 
 
 class Opened(NamedTuple):
-    """Keys for many queries to attend to.
+    """Keys arranged for many queries.
 
     Attributes:
       layout: in which every store belongs to one head.
       take: ``[..., stores, slots] -> [..., stores', slots']``; with ``rows=True`` both have one more axis at the end.
-        What belongs to no slot is filled up with ``absent``.
-      back: ``[..., stores', slots'] -> [..., stores, slots]``; what it says of empty slots has no meaning.
+        Entries without a slot are ``absent``.
+      back: ``[..., stores', slots'] -> [..., stores, slots]``; the result for empty slots is arbitrary.
     """
 
     layout: Any
@@ -208,7 +208,7 @@ class Paged(Layout):
 
     @property
     def owned(self) -> Bool[Array, "kv_heads stores"]:
-        """Whose each page is."""
+        """Whether each page belongs to each head."""
         return self.head == iota(self.count)[:, None]
 
     def broadcast(self, per_head):
@@ -245,7 +245,7 @@ class Paged(Layout):
     def logits(self, q, k):
         tokens, kv_heads, group, head_dim = q.shape
         rows = q.transpose(1, 2, 0, 3).reshape(kv_heads, group * tokens, head_dim)
-        # On a CPU a copy for each page: into one gather, XLA fuses the rotation of the queries, once for every page.
+        # On a CPU page by page: XLA would fuse the rotation of the queries into a gather, once for every page.
         one_by_one = partial(jax.lax.map, lambda head: rows[head])
         rows = jax.lax.platform_dependent(self.head, cpu=one_by_one, default=lambda head: rows[head])
         return product("prd,pcd->prc", rows, k).reshape(-1, group, tokens, k.shape[1]).transpose(1, 2, 0, 3)
@@ -254,7 +254,8 @@ class Paged(Layout):
         group, tokens, pages, slots = weights.shape
         rows = weights.transpose(2, 0, 1, 3).reshape(pages, group * tokens, slots)
         each = weighted("prc,pcd->prd", rows, v)
-        # No product with what is 0 or 1: NaN stays in its head. A CPU sums over an axis in the middle very slowly.
+        # Not a product with a matrix of 0 and 1, which would spread NaN to other heads. A CPU sums over a middle axis
+        # very slowly.
         found = jax.lax.platform_dependent(
             each,
             cpu=lambda each: jax.ops.segment_sum(each, self.head, self.count),
@@ -266,10 +267,10 @@ class Paged(Layout):
 @partial(jax.tree_util.register_dataclass, data_fields=["whose"], meta_fields=["each"])
 @dataclass(frozen=True)
 class Shared(Layout):
-    """Any head of a store may use any of its slots. Each store serves equally many heads, which follow each other.
+    """Any head of a store may use any of its slots. All stores have equally many heads, which follow each other.
 
     Attributes:
-      whose: int32 ``[stores, slots]``, whose each slot is, counted from the first head of its store.
+      whose: int32 ``[stores, slots]``, the head of each slot, counted from the first head of its store.
       each: how many heads share a store.
     """
 
@@ -285,7 +286,7 @@ class Shared(Layout):
         return self.whose == iota(self.each)[:, None, None]
 
     def broadcast(self, per_head):
-        """By selection: a sum over a mask would be a launch of its own, and gathers are slow on a CPU."""
+        """By selection: a sum over a mask would be a separate launch, and gathers are slow on a CPU."""
         shape = *per_head.shape[:-1], *self.whose.shape
         per_store = per_head.reshape(*per_head.shape[:-1], self.whose.shape[-2], -1, 1)
         each = (jnp.broadcast_to(per_store[..., one, :], shape) for one in range(per_store.shape[-2]))

@@ -1,4 +1,4 @@
-"""What a policy gets to see of an attention."""
+"""What a policy observes of the attention of a step."""
 
 from typing import NamedTuple
 
@@ -10,21 +10,21 @@ from corm_jax.core.layout import Layout
 
 
 class Observation(NamedTuple):
-    """What the newest queries saw: their attention over the slots, before any eviction.
+    """The attention of the newest queries over the slots, before any eviction.
 
-    Probabilities are kept as softmax computes them, ``alpha = weights / total``. Comparisons such as alpha >= 1/n are
-    then exact where ties are (n equal logits give weights 1 and total n), and a policy that needs only comparisons
-    costs no second pass over the exponentials. A fused attention that returns the logsumexp fits as
-    ``weights = exp(logits - logsumexp), total = 1``. Queries that only pad a ragged batch have zero weights. So have
-    those without a softmax (a logit is NaN or +infinity): probabilities are numbers, whatever the model computes. No
-    gradient goes through an observation.
+    Probabilities are stored as softmax computes them, ``alpha = weights / total``. Comparisons such as alpha >= 1/n are
+    then exact for ties (n equal logits give weights 1 and total n), and a policy that only compares needs no second
+    pass over the exponentials. A fused attention that returns the logsumexp fits as
+    ``weights = exp(logits - logsumexp), total = 1``. Queries that only pad a ragged batch have weights of 0. So have
+    queries whose softmax is undefined (a logit is NaN or +infinity): probabilities are always numbers. An observation
+    has no gradient.
 
     Attributes:
       weights: float32 ``[group, tokens, *slots]``.
       total: float32, broadcastable against ``weights``: the sum over the slots of each head.
       visible: bool ``[tokens, *slots]``, which slots the query could attend to.
       seen: int32, broadcastable against ``visible``: the clock at each query (its position + 1).
-      keys, values: ``[*slots, head_dim]``, what the slots hold; None where a trace does not tell.
+      keys, values: ``[*slots, head_dim]``, what the slots hold; None if a trace does not have them.
       queries: ``[tokens, kv_heads, group, head_dim]``, with the scale of the attention in them: their logits are
         ``q . k / sqrt(head_dim)``. None likewise.
     """
@@ -49,7 +49,7 @@ class Observation(NamedTuple):
 
 
 def last(found: Bool[Array, "tokens *slots"], seen: Int[Array, "tokens *ones"], never: int) -> Int[Array, "*slots"]:
-    """The clock of the last query for which something holds of a slot; ``never`` where it holds for none."""
+    """For each slot, the clock of the last query for which ``found`` is true; ``never`` if there is none."""
     nth = iota(len(found)).astype(jnp.float32)[:, None, None]  # an integer's maximum takes a CPU twice as long
     nth = jnp.where(found, nth, -1.0).max(0)
     return jnp.where(nth >= 0, seen.reshape(-1)[0] + nth.astype(jnp.int32), never)
@@ -65,7 +65,7 @@ def observed(
     values: Float[Array, "*slots head_dim"] | None = None,
     queries: Float[Array, "tokens kv_heads group head_dim"] | None = None,
 ) -> Observation:
-    """What a policy gets to see of an attention: of a query without a softmax (its total is NaN), weights of 0."""
+    """The `Observation` of an attention. A query whose softmax is undefined (its total is NaN) gets weights of 0."""
     total = layout.broadcast(total)
     broken = jnp.isnan(total)
     weights, total = jnp.where(broken, 0.0, weights), jnp.where(broken, 1.0, total)

@@ -13,34 +13,35 @@ from corm_jax.core.types import CacheSpec, State
 from corm_jax.errors import CormError
 
 EVERYTHING = ("attention", "keys", "values", "queries")
-"""What a policy may need beside positions: attention probabilities, and the keys, values and queries themselves."""
+"""Everything that a policy may need beside positions: attention probabilities, keys, values and queries."""
 
 
 class Traits(NamedTuple):
-    """What a policy says of itself, before it has seen anything. `simulator.testing` holds it to that.
+    """What a policy declares about itself, independent of any text. `simulator.testing` checks the declaration.
 
     Attributes:
-      protected: how many keys of a head `Policy.score` holds back to the last: the least capacity that makes sense.
-      recent: the newest so many keys of a head are never evicted.
-      most: so many keys of a head are live at most after an eviction, which determines the capacity of caches; None if
+      protected: how many keys of a head `Policy.score` scores above all others: a cache needs more slots than that.
+      recent: how many of the newest keys of a head are never evicted.
+      most: how many keys of a head are live at most after an eviction, which determines the cache's capacity; None if
         that depends on the text.
-      needs: what it looks at beside positions, of `EVERYTHING`. What is not needed costs nothing: it is not computed
-        under `jax.jit`.
-      positions: ``"cache"`` if keys are to be rotated by their place among those of their head that are live, not by
-        their place in the text, ``"original"``.
-      whole_prompt: whether it keeps every key until the prompt has been read, and has to be told where the prompt ends.
-      independent: whether what a head keeps hangs on that head alone, as long as there are free slots. Heads of such a
-        policy may be on different devices.
-      twins: whether it asks for `Slots.mean_over_heads`, which takes no sort if the cache notes where each head has the
-        same token.
-      moments: in so many queries one after the other, the only moment at which a key can be evicted is known before
-        they come, and somebody who finds the key important by then puts it off beyond them. Such a policy has a method
-        ``moment(state, slots)``, the clock of that moment for each slot, and, if it needs attention,
+      needs: what the policy observes beside positions, some of `EVERYTHING`. What is not needed costs nothing: it is
+        not computed under `jax.jit`.
+      positions: ``"cache"`` if keys are to be rotated by their place among the live keys of their head; ``"original"``
+        if by their position in the text.
+      whole_prompt: whether the policy keeps every key until the prompt has been read; the cache then has to be told
+        where the prompt ends.
+      independent: whether the keys that a head keeps depend on that head alone, as long as there are free slots. The
+        heads of such a policy may be on different devices.
+      twins: whether the policy calls `Slots.mean_over_heads`. The cache then records in which slot each head holds the
+        same token, which makes a sort unnecessary.
+      moments: a number of queries. Before so many queries are read, the one clock at which each key can be evicted is
+        known, and a query that finds the key important before that clock puts it off until after these queries. Such a
+        policy has a method ``moment(state, slots)``, that clock for each slot, and, if it needs attention,
         ``important(observation, slots)``, bool ``[tokens, *slots]``, and ``noted(state, important, seen)``, the state
-        after that. 0 if there is no such number.
-      plain: whether it makes sense for attention of the plain form alone, ``softmax(q . k)`` by any scale, over all
-        earlier keys. A step of another form is refused.
-      merges: whether what leaves is merged into what stays, by a method `Policy.merged`. The exact recurrence then goes
+        after these verdicts. 0 if there is no such number.
+      plain: whether the policy supports only attention of the plain form, ``softmax(q . k)`` by any scale, over all
+        earlier keys. A step with attention of another form is refused.
+      merges: whether evicted keys are merged into others, by a method `Policy.merged`. The exact recurrence then reads
         token by token.
       block: queries that the exact recurrence reads at once, see `corm_jax.core.exact`. Does not change results.
     """
@@ -90,7 +91,7 @@ class Policy:
 
     @property
     def traits(self) -> Traits:
-        """What it says of itself, in one place."""
+        """What the policy declares about itself, in one place."""
         return Traits()
 
     def init(self, spec: CacheSpec) -> State:
@@ -102,11 +103,11 @@ class Policy:
         return state
 
     def retain(self, state: State, slots: Slots) -> Bool[Array, "*slots"]:
-        """Which slots to keep. What is said of empty slots does not matter."""
+        """Which slots to keep. The result for empty slots is ignored."""
         return slots.live
 
     def score(self, state: State, slots: Slots) -> Num[Array, "*slots"]:
-        """How much each key is worth: without a free slot the lowest is evicted, among equals the oldest.
+        """A number for each key: without a free slot the key with the lowest is evicted, among equals the oldest.
 
         NaN is as low as -infinity.
         """
@@ -120,11 +121,11 @@ class Policy:
         slots: Slots,
         keep: Bool[Array, "*slots"],
     ) -> tuple[Float[Array, "*slots head_dim"], Float[Array, "*slots head_dim"], State]:
-        """Keys, values and state after the live slots that are not to be kept have been merged into others.
+        """Keys, values and state after the live slots outside ``keep`` have been merged into others.
 
-        That is called, if `Traits.merges`, before keys leave, whether `retain` does not keep them or a slot is wanted.
-        What it makes of slots that are not kept does not matter. A newcomer that `retain` refuses leaves at the door:
-        its own query, or chunk, has attended to it, and nobody else.
+        It is called, if `Traits.merges`, before keys are evicted, by `retain` or for want of a free slot. The result
+        for slots outside ``keep`` is ignored. A new key that `retain` does not keep is evicted in the step that adds
+        it: only the queries of its own chunk have attended to it.
         """
         raise NotImplementedError
 
@@ -133,7 +134,7 @@ class Policy:
         return self
 
     def moment(self, state: State, slots: Slots) -> Int[Array, "..."]:
-        """The clock of each slot's moment, see ``moments`` of `Traits`."""
+        """The clock at which each slot's key can be evicted, see ``moments`` of `Traits`."""
         raise NotImplementedError
 
     def important(self, observation: Observation, slots: Slots) -> Bool[Array, "tokens *slots"]:

@@ -45,7 +45,7 @@ class Rope(NamedTuple):
         if self.kind == "divisors":
             base = base / np.asarray(self.divisors, np.float32)
         if self.kind == "llama3":
-            # 0 where the wavelength is so long that it is stretched whole, 1 where so short that it stays
+            # 0 for long wavelengths, which are divided by the factor; 1 for short ones, which stay
             turns = self.original_context * base / (2 * math.pi)
             kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
             kept = np.clip(kept, 0.0, 1.0)
@@ -79,19 +79,19 @@ def rotate(
 class Encoding:
     """How positions enter attention: queries and keys are rotated, a bias is added to the logits, both, or neither.
 
-    Those that inherit change what they are for, and are pytrees: `Rotary`, `ALiBi`.
+    Subclasses are pytrees and override one of the methods: `Rotary`, `ALiBi`.
     """
 
     def rotate(self, x: Float[Array, "tokens *heads head_dim"], position: Int[Array, " tokens"]) -> Array:
-        """Queries or keys of the tokens at these positions, as attention takes them."""
+        """Queries or keys, encoded by these positions."""
         return x
 
     def bias(self, distance: Int[Array, "tokens *slots"], layout: Layout) -> Float[Array, "group tokens *slots"] | None:
-        """What is added to the logits where a query stands so far behind a key; None for nothing."""
+        """The bias that is added to the logits at these distances between query and key; None for none."""
         return None
 
     def check(self, kv_heads: int, group: int, head_dim: int) -> None:
-        """Raises unless it is one for heads of this shape."""
+        """Raises unless the encoding fits heads of this shape."""
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["frequencies"], meta_fields=[])

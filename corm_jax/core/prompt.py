@@ -20,17 +20,19 @@ from corm_jax.errors import CormError
 
 
 def begin_prompt(cache: Any, tokens: Any) -> Any:
-    """The cache, told that the next ``tokens`` tokens are a prompt. A policy that waits for its end evicts there.
+    """Declares that the next ``tokens`` tokens are a prompt. A policy that waits for its end evicts there.
 
-    That is for a model of your own, which calls `corm_jax.step`: `corm_jax.prefill` does it for the models of this
-    package. The prompt may be read in any number of steps; keys are evicted after the step in which it ends.
+    It is for models of your own, which call `corm_jax.step`: for the models of this package `corm_jax.prefill` does it.
+    The prompt may be read in any number of steps; keys are evicted after the step in which it ends.
+
+    Returns the cache with another clock.
 
     Args:
       cache: a `LayerCache`, or the `Caches` of a model.
       tokens: how many, a whole number from 1 up; for a batch also ``[batch]``. May be traced.
 
     Raises:
-      CormError: for another number, or other numbers of them than rows.
+      CormError: for another number, or an array with another number of rows than the cache.
 
     >>> from corm_jax import CacheSpec, SnapKV, make_cache
     >>> cache = make_cache(SnapKV(budget=4, window=2), CacheSpec(kv_heads=1, capacity=16, head_dim=8))
@@ -51,10 +53,10 @@ def begin_prompt(cache: Any, tokens: Any) -> Any:
 
 
 def end_prompt(cache: Any) -> Any:
-    """The `LayerCache` or the `Caches`, told that the prompt has been read to its end, in all rows of a batch.
+    """Declares that the prompt has been read, in all rows of a batch. Returns the `LayerCache` or the `Caches`.
 
-    That only makes the steps that follow cheaper: they are compiled without the verdict on a prompt. `begin_prompt`
-    begins another one.
+    It only makes the following steps cheaper: they are compiled without the eviction at the end of a prompt.
+    `begin_prompt` begins another prompt.
     """
     clock = replace(_clock_in(cache, "end_prompt"), stage="read")
     return _with(cache, clock, roomy=False, block=None, moments=None)
@@ -69,7 +71,7 @@ def _clock_in(cache: Any, what: str) -> Clock:
 
 
 def _with(cache: Any, clock: Clock, **made: Any) -> Any:
-    """The cache, or the caches, at this clock, and with that known of them."""
+    """The cache, or the caches, with this clock, and with these fields of `Made` replaced."""
     if isinstance(cache, Caches):
         return Caches(tuple(_with(one, clock, **made)._replace(clock=None) for one in cache.layers), clock)
     return cache._replace(clock=clock, made=cache.made and replace(cache.made, **made))
@@ -78,10 +80,10 @@ def _with(cache: Any, clock: Clock, **made: Any) -> Any:
 def set_prompt(
     policy: Policy | Sequence[Policy], caches: Caches, tokens: Int[np.ndarray, " batch"], prompt: Any, chunk: int
 ) -> Caches:
-    """The caches of a model that will read so many tokens, ``prompt`` of them a prompt. See `begin_prompt`.
+    """The caches of a model that will read ``tokens`` tokens, of which the first ``prompt`` are a prompt.
 
-    What is known of the numbers is looked at here, so that the programs of the exact recurrence can do without what
-    cannot happen. Those that read in chunks are the same for any numbers.
+    Since the numbers are known here, the programs of the exact recurrence leave out what cannot happen. Programs that
+    read in chunks are the same for all numbers.
     """
     end = np.asarray(caches.clock.seen).astype(np.int64) + tokens
     caches = begin_prompt(caches, prompt)
@@ -97,15 +99,15 @@ def set_prompt(
 
 
 def whole_prompt(policy: Policy | Sequence[Policy]) -> bool:
-    """Whether it keeps, in some layer, every key until the prompt has been read."""
+    """Whether the policy of some layer keeps every key until the prompt has been read."""
     return any(one.traits.whole_prompt for one in several(policy))
 
 
 def prompt_of(policy: Policy | Sequence[Policy], prompt: SupportsIndex | None, tokens: int) -> int:
-    """How many of a text's tokens are the prompt: as said, or `ENDLESS` if unknown and of no use to the policy.
+    """How many of a text's tokens are the prompt; `ENDLESS` for None, if the policy does not need to know.
 
     Raises:
-      CormError: for a prompt that is longer than the text, or none for a policy that waits for its end.
+      CormError: for a prompt longer than the text, or None for a policy that waits for the end of the prompt.
     """
     if prompt is None:
         for one in several(policy):

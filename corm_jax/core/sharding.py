@@ -1,7 +1,7 @@
-"""How a cache lies on several devices: which axis of each array a mesh splits.
+"""Caches on several devices: which axis of each array is split over which axis of a mesh.
 
-Over the batch each device has some rows. Over heads it has some stores, each whole, and the heads that these serve:
-under `jax.shard_map` it then steps through a layer of fewer heads.
+If the batch is split, each device has some of the rows. If heads are split, each device has some of the stores and
+their heads; under `jax.shard_map` it computes a layer with fewer heads.
 """
 
 import math

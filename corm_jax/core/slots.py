@@ -1,4 +1,4 @@
-"""The slots of one layer as a policy sees them: whose they are, what they hold, and which of them score lowest.
+"""The slots of one layer as a policy sees them: their heads, their keys, and the keys with the lowest scores.
 
 Selection takes a fixed number of passes over the slots, and does not sort: a few keys are found one by one, many by a
 threshold, whose bits are found two at a time.
@@ -16,7 +16,7 @@ from corm_jax.core.arrays import EMPTY, anywhere, iota, largest, narrow, ordered
 from corm_jax.core.layout import Apart
 
 FEW = 4
-"""Up to so many keys are found one by one."""
+"""Up to this many keys are found one by one."""
 
 PerHead: TypeAlias = Any
 """A number, or one for each head: of Python, NumPy or JAX, and possibly traced.
@@ -35,19 +35,20 @@ PerHead: TypeAlias = Any
 class Slots:
     """The slots of one layer of one sequence, as a policy sees them.
 
-    A policy computes slot by slot on arrays that end in ``*slots``. Where it needs a head as a whole it goes through
-    `broadcast`, `total` and the methods below, so that it never has to know how heads share the storage.
+    A policy computes slot by slot on arrays that end in ``*slots``. For what concerns a head as a whole it calls
+    `broadcast`, `sum_per_head` and the methods below, so that it does not depend on how heads share the storage.
 
     Attributes:
       position: int32 ``[*slots]``, where in the sequence the slot's key stands; `EMPTY` if there is none.
       seen: int32 scalar, the clock: tokens read so far.
-      prompt: int32 scalar, the clock at which the prompt ends; `ENDLESS` if nobody said.
-      layout: whose slots they are.
+      prompt: int32 scalar, the clock at which the prompt ends; `ENDLESS` if that is unknown.
+      layout: which head each slot belongs to.
       twin, place: int32 ``[kv_heads, *slots]`` and ``[*slots]``, or None, see `corm_jax.core.types.LayerCache`.
-      reading: whether the prompt may still be read, or end just now. Static: a step after it computes no verdict on it.
-      arrived: so many keys of a head came at most since the policy last evicted all that it wanted to; None if that is
-        unknown. Static: a budget that held before takes so many passes at most. Who keeps what a policy inside would
-        evict says None.
+      reading: whether the prompt may still be read, or end in this step. Static: later steps skip the work that is done
+        at the end of a prompt.
+      arrived: how many keys of a head were added at most since the policy last evicted all that it wanted to; None if
+        unknown. Static: a budget that held before then evicts at most so many. A wrapper that keeps keys which the
+        policy inside would evict sets None.
     """
 
     position: Any  # unchecked, since JAX builds such objects of whatever it has
@@ -71,7 +72,7 @@ class Slots:
 
     @property
     def head(self) -> Int[Array, "*slots"]:
-        """Whose key each slot holds."""
+        """The head whose key each slot holds."""
         return self.layout.heads(*self.position.shape)
 
     def newest(self, recent: PerHead) -> Bool[Array, "*slots"]:
@@ -94,7 +95,7 @@ class Slots:
         return self.layout.min_per_head(per_slot)
 
     def restrict(self, some: Bool[Array, "*slots"]) -> "Slots":
-        """The same with those slots alone; the others count as empty."""
+        """The same slots, of which only ``some`` count as live."""
         return replace(self, position=jnp.where(some, self.position, EMPTY))
 
     def lowest(
@@ -102,14 +103,14 @@ class Slots:
     ) -> Bool[Array, "*slots"]:
         """Which live slots are among the ``count`` of their head that score lowest, among equals the oldest first.
 
-        NaN is as low as -infinity. ``count`` may differ by head; ``most``, if given, is what none exceeds. Where two
-        keys of a head may have one score and one position, ``further`` numbers, from 0 up, say which comes first.
+        NaN is as low as -infinity. ``count`` may differ by head; ``most``, if given, is an upper bound of it. If two
+        keys of a head can have the same score and the same position, ``further`` numbers, from 0 up, break the tie.
         """
         count = jnp.broadcast_to(jnp.asarray(count, jnp.int32), (self.kv_heads,))
         if most is not None and most <= FEW:
             return self._one_by_one(count, most, ordered(score), self.position, *further)
-        # Whole numbers for one token decoded: a straight line. A loop works with one copy of the score, which XLA may
-        # round otherwise each time that it is worked out.
+        # Whole numbers in a decode step: no loop. For floats a loop carries one copy of the score; without it XLA may
+        # compute the score several times, rounded differently.
         straight = self.arrived == 1 and not self.reading and not jnp.issubdtype(score.dtype, jnp.floating)
         rest, found = self.live, jnp.zeros_like(self.live)
         for key, bits in ((ordered(score), 32), (self.position, 31), *((one, 31) for one in further)):
@@ -126,9 +127,9 @@ class Slots:
         return one(0, none) if most == 1 else jax.lax.fori_loop(0, most, one, none)
 
     def _below(self, key, among, count, bits, straight):
-        """The slots whose key is below the ``count``-th smallest of their head ``among`` some, and those that have it.
+        """Slots whose key is below the ``count``-th smallest of their head ``among`` some, and slots that equal it.
 
-        None are below, and all have it, where there are fewer than so many.
+        For a head with fewer than ``count`` slots the first set is empty and the second has all of them.
         """
         key = jax.lax.bitcast_convert_type(key, jnp.uint32)
         key = key ^ jnp.uint32(1 << 31) if bits == 32 else key
@@ -160,9 +161,9 @@ class Slots:
     def neighbours(
         self, per_slot: Float[Array, "*slots"], radius: int, absent: float
     ) -> Float[Array, "neighbours *slots"]:
-        """What a head's live keys hold that stand at most ``radius`` positions away, each slot's own key included.
+        """The values of the head's live keys that are at most ``radius`` positions away, each slot's own key included.
 
-        In no particular order, and filled up with ``absent`` to 2 ``radius`` + 1 of them.
+        They are in no particular order, and filled up with ``absent`` to 2 ``radius`` + 1 values.
         """
         position = jnp.where(self.live, self.position, largest(self.position))
         order = self._order(self.head, position)
@@ -176,11 +177,11 @@ class Slots:
         return self._restored(jnp.stack(found), order)
 
     def mean_over_heads(self, per_slot: Num[Array, "*slots"]) -> Num[Array, "*slots"]:
-        """The mean, over the heads of the layer, of what each says of the token whose key a slot holds.
+        """The mean, over the heads of the layer, of the values that belong to the same token.
 
-        It goes by position: heads may hold different tokens, in whatever slots. 0 stands for a head that does not hold
-        the token, and for what is not a number (NaN), so that no head spoils the mean of the others. It is for
-        decisions: no gradient goes through it.
+        Tokens are matched by position: heads may hold different tokens, in any slots. A head that does not hold the
+        token counts as 0, and so does NaN, so that one head cannot make the mean of the others NaN. The result is for
+        decisions: it has no gradient.
         """
         if not jnp.issubdtype(per_slot.dtype, jnp.floating):
             per_slot = per_slot.astype(jnp.float32)
@@ -198,7 +199,7 @@ class Slots:
             parts = [jnp.where(position[index] == position, here[index], 0) for index in same]
             return self._restored(jnp.stack(parts).mean(0), order)
 
-        def by_slot():  # as a rule all heads hold the same tokens in the same slots
+        def by_slot():  # the usual case: all heads hold the same tokens in the same slots
             return jnp.broadcast_to(per_slot.mean(0, keepdims=True), per_slot.shape)
 
         return jax.lax.cond(anywhere(~self.layout.aligned(self.position)), by_position, by_slot)
@@ -208,6 +209,6 @@ class Slots:
         return jax.lax.sort((*(key.reshape(-1) for key in keys), index), num_keys=len(keys))[-1]
 
     def _restored(self, ordered_: Shaped[Array, "*leading all_slots"], order: Int[Array, " all_slots"]) -> Array:
-        """What stands in this order, slot by slot again."""
+        """Values in this order, back in the order of the slots."""
         found = jnp.zeros_like(ordered_).at[..., order].set(ordered_)
         return found.reshape(*ordered_.shape[:-1], *self.position.shape)

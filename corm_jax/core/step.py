@@ -1,11 +1,11 @@
 """Tokens through one layer of one sequence: insert, attend, observe, evict.
 
-One token a step is a straight line: a slot is chosen, and attention runs over the slots as they are. Several tokens are
-stored in free slots first, too. The exact recurrence needs no slots for keys that it evicts within a block: where slots
-may be lacking, the block gets some of its own, and what stays moves to others at its end.
+A step of one token has no loop: a slot is chosen, and attention runs over the slots as they are. Several tokens are
+stored in free slots first as well. The exact recurrence needs no slots for keys that it evicts within a block: if there
+may be too few slots, the block gets additional ones, and the keys that stay are moved out of them at its end.
 
-A layer's keys depend on the layers below, never on what this layer has evicted. So a model can project a whole block of
-tokens at once and leave only attention and eviction to the loop over chunks here.
+The keys of a layer depend on the layers below, never on what this layer has evicted. So a model can project a whole
+block of tokens at once, and only attention and eviction go through the loop over chunks here.
 """
 
 from collections.abc import Callable
@@ -50,25 +50,25 @@ def step(
 ) -> tuple[Float[Array, "tokens kv_heads group head_dim"], LayerCache]:
     """One chunk through one layer of one sequence: insert, attend, observe, evict.
 
-    Numbers that are not finite stay in their row of a batch and in their head. A query that sees a key or a value that
-    is not finite gets NaN (see `attend`, `corm_jax.core.storing.stored`); queries before it do not, nor do those after
-    the key's eviction. To other heads it matters only where heads share: the slots of a store that overflows, Ada-KV's
-    budget, and TOVA's mean, in which it counts as 0.
+    Numbers that are not finite affect only their row of a batch and their head. A query that sees a key or a value that
+    is not finite gets NaN (see `attend`, `corm_jax.core.storing.stored`); earlier queries do not, nor do queries after
+    the key has been evicted. They affect other heads only through what heads share: the slots of a store that
+    overflows, Ada-KV's budget, and TOVA's mean, in which they count as 0.
 
-    The outputs are differentiable with respect to ``q``, ``k``, ``v`` and what the cache holds; which keys are evicted
-    is not, and counts as given.
+    The outputs are differentiable with respect to ``q``, ``k``, ``v`` and the contents of the cache. The decisions
+    which keys are evicted count as constants.
 
     Args:
-      policy, cache: the rule, and what it has kept so far, as `corm_jax.make_cache` returns it. If the policy waits for
-        the end of the prompt, `corm_jax.begin_prompt` has to say how many tokens that has.
+      policy, cache: the rule, and the cache that `corm_jax.make_cache` or the step before returned. If the policy waits
+        for the end of the prompt, call `corm_jax.begin_prompt` first.
       q, k, v: the chunk's queries, keys and values, at positions ``cache.clock.seen + (0, 1, ...)``. Each query sees
         the live keys and, causally, the chunk.
-      count: how many of them are real, from 0 to all; the rest pads a ragged batch, and changes nothing. So do tokens
-        beyond the end of the clock, 2^31 - 1. A traced count that is not in that range counts as its nearest end.
+      count: how many of the tokens are real, from 0 to all; the rest pads a ragged batch, and has no effect. Tokens
+        beyond the end of the clock, 2^31 - 1, have none either. A traced count outside the range is clipped to it.
       encoding: how positions enter, such as `corm_jax.Rotary` or `corm_jax.ALiBi`, if queries and keys come without
         them. None if the model has encoded them already; a policy that counts ``positions`` within the cache needs one.
       scale, softcap, window, mask: the form of the attention, see `corm_jax.core.form.Form`. Numbers may be traced.
-        What a query may not see is held all the same: it takes its slot, and draws no attention.
+        A key that a query may not see is in the cache all the same: it takes a slot, and gets no attention.
 
     Returns:
       The outputs, in the dtype of ``q``, and the cache.
@@ -112,12 +112,13 @@ def read(
     Int[Array, "chunks kv_heads"],
     Int[Array, " blocks"],
 ]:
-    """A block of tokens through one layer, as `step` after `step` of ``chunk`` tokens would read it.
+    """Reads a block of tokens through one layer, with the result of one `step` after another of ``chunk`` tokens each.
 
-    Single tokens, the exact recurrence, are read many at once, see `corm_jax.core.exact`.
+    With ``chunk=1``, the exact recurrence, many tokens are read at once all the same, see `corm_jax.core.exact`.
 
-    Arguments as for `step`; ``chunk`` divides the number of tokens. Returns the outputs, the cache, the number of live
-    keys after each chunk, and how often each block of the exact recurrence attended, or each chunk: once.
+    The arguments are those of `step`; ``chunk`` divides the number of tokens. Returns the outputs, the cache, the
+    number of live keys after each chunk, and the number of attention passes for each block of the exact recurrence
+    (for chunks: 1).
     """
     tokens, chunk = q.shape[0], integer("chunk", chunk)
     if tokens % chunk:
@@ -163,14 +164,14 @@ def look(
     window: Any = None,
     mask: Callable[[Array, Array], Array] | None = None,
 ) -> tuple[Float[Array, "tokens kv_heads group head_dim"], LayerCache]:
-    """Reads a chunk without storing it: it attends, and the policy observes that of the keys that are held.
+    """Reads a chunk without storing it: its queries attend, and the policy observes their attention to the live keys.
 
-    That is a second look at a context, as KVzip takes it (arXiv 2505.23416): a model reads something again, or a
-    question about it, and its attention tells which keys matter. Each query sees the live keys and, causally, the
-    chunk, as in `step`. Afterwards the cache holds what it held, at the same clock; only the policy's state of it is
-    another. Nothing is evicted before the next `step`.
+    KVzip (arXiv 2505.23416) reads a context a second time in this way: a model reads it again, or a question about it,
+    and the attention shows which keys are needed. Each query sees the live keys and, causally, the chunk, as in `step`.
+    Afterwards the cache has the same keys and the same clock; only the state of the policy has changed. Nothing is
+    evicted before the next `step`.
 
-    Arguments, and what raises, as for `step`; the chunk takes no slots.
+    Arguments and errors are those of `step`; the chunk takes no slots.
 
     Returns:
       The outputs, in the dtype of ``q``, and the cache.
@@ -208,12 +209,12 @@ def _checked(policy, cache, q, k, v, count, form):
 
 
 def _varying(cache: LayerCache, *others: Any) -> LayerCache:
-    """The cache as loops carry it. The clock differs by device only where rows do."""
+    """The cache as loops carry it. The clock varies over devices only where rows do."""
     return varying(cache._replace(clock=None), *others)._replace(clock=cache.clock)
 
 
 def _one(policy, cache, q, k, v, count, form):
-    """One token: a straight line, without loops, sorts, or copies of what is held."""
+    """One token, without loops, sorts, or copies of the cache."""
     real, clock = count > 0, (cache.clock.seen + 1)[None, None, None]
     k, v = storing.stored(k, v, cache.k.dtype)
     cache = storing.insert(policy, cache, k[:, 0], v[:, 0], real)
@@ -230,7 +231,7 @@ def _one(policy, cache, q, k, v, count, form):
 
 
 def _seen(policy, form, slots, visible, clock, q, keys):
-    """What the queries see of what is visible, queries and keys at their places, and the bias of these."""
+    """The slots that the queries see, queries and keys encoded by their positions, and the bias of the logits."""
     within = form.within(clock - 1, slots.position)
     seen = visible if within is None else visible & within
     if counts_in_cache(policy):
@@ -239,7 +240,7 @@ def _seen(policy, form, slots, visible, clock, q, keys):
 
 
 class _Open:
-    """What a cache holds, newcomers included, as many queries attend to it, and the way back."""
+    """The keys of a cache, new ones included, laid out for many queries, and the way back."""
 
     def __init__(
         self, cache: LayerCache, since: Array, tokens: int, count: Array, paged: bool = True, part: float = 1.0
@@ -255,7 +256,7 @@ class _Open:
         self.visible = self.slots.live & (self.slots.position < self.clock) & real
 
     def closed(self, keep: Array, state: Any, extra: int = 0) -> LayerCache:
-        """The cache with the keys that are to be kept, without ``extra`` slots at the end of its stores."""
+        """The cache with only the keys in ``keep``, and without ``extra`` slots at the end of its stores."""
         position = jnp.where(self.back(keep), self.cache.position, EMPTY)
         cache = self.cache._replace(position=position, state=by_slot(self.back, state))
         cache = storing.shrunk(cache, extra) if extra else cache
@@ -263,7 +264,7 @@ class _Open:
 
 
 def _several(policy, cache, q, k, v, count, form):
-    """A chunk: room is made before, and keys are evicted after it."""
+    """A chunk: slots are freed before it, and keys are evicted after it."""
     since, tokens = cache.clock.seen, len(q)
     cache = storing.make_room(policy, cache, count, tokens)
     cache = storing.insert_chunk(policy, cache, *storing.stored(k, v, cache.k.dtype), count)
@@ -294,7 +295,7 @@ def _several(policy, cache, q, k, v, count, form):
 
 
 def _observed(policy, form, held, q):
-    """What a chunk of queries finds in an open cache, and the policy's state after that."""
+    """The output of a chunk of queries over an open cache, and the policy's state after it."""
     layout = held.slots.layout
     seen, q, keys, bias = _seen(policy, form, held.slots, held.visible, held.clock, q, held.k)
     if watched(policy):
@@ -310,7 +311,7 @@ def _observed(policy, form, held, q):
 
 
 def _exactly(policy, cache, q, k, v, count, form):
-    """A block, as if read token by token. Where slots may be lacking, it gets some of its own as long as it lasts."""
+    """A block, as if read token by token. If there may be too few slots, it has additional ones until its end."""
     made, spec, since, tokens = cache.made, cache_lib.spec(cache), cache.clock.seen, len(q)
     stores, size = cache.position.shape
     room = None if made and made.roomy else Room(size, spec.kv_heads // stores)
@@ -349,10 +350,10 @@ def _as_found(layout, every, v, seen, weights, total):
 
 
 def watched(policy: Any) -> bool:
-    """Whether it looks at the attention."""
+    """Whether the policy needs the attention."""
     return "attention" in policy.traits.needs
 
 
 def counts_in_cache(policy: Any) -> bool:
-    """Whether keys have positions by their place within the cache, see `corm_jax.core.policy.Traits`."""
+    """Whether keys are rotated by their place within the cache, see `corm_jax.core.policy.Traits`."""
     return policy.traits.positions == "cache"

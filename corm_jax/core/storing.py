@@ -1,4 +1,4 @@
-"""Storing keys and values in the slots of a cache, and making room for them. The only code that writes slots."""
+"""Storing keys and values in the slots of a cache, and freeing slots for them. The only code that writes slots."""
 
 from dataclasses import replace
 from typing import Any
@@ -23,8 +23,9 @@ def stored(
 ) -> tuple[Float[Array, "kv_heads tokens head_dim"], Float[Array, "kv_heads tokens head_dim"]]:
     """Keys and values as a cache holds them.
 
-    A cache holds no value that is not finite: what a query sees is all that it meets, and NaN times a weight of 0 would
-    be NaN. The key of such a value becomes NaN instead, so that those who see it get NaN, and nobody else does.
+    All values in a cache are finite. Otherwise a value that a query does not see would still affect it, since NaN times
+    a weight of 0 is NaN. Where a value is not finite, its key becomes NaN instead: the queries that see the key get
+    NaN, and no others.
     """
     k, v = k.astype(dtype), v.astype(dtype)
     sound = jnp.isfinite(v).all(-1, keepdims=True)
@@ -40,13 +41,13 @@ def insert(
 ) -> LayerCache:
     """Stores one key and value of each head, if they are ``real``, and moves the clock on.
 
-    They take free slots. Where there is none, the key with the policy's lowest `score` is evicted, of those that share
-    the store; among equals the oldest, then that of the first head. Each such loss is counted in ``overflow``.
+    They are stored in free slots. If a store has none, the key with the lowest `score` in it is evicted; among equals
+    the oldest, then that of the first head. Each such eviction is counted in ``overflow``.
     """
     since, clock = clock_of(cache).seen, clock_of(cache).after(real)
     view = replace(slots(cache), seen=clock.seen)
     kv_heads, (stores, size) = len(cache.overflow), cache.position.shape
-    # Free slots have the lowest score, and the lowest position. The slot tells apart what is equal in all the rest.
+    # Free slots have the lowest score and the lowest position. The number of the slot breaks the remaining ties.
     score = jnp.where(view.live, ordered(policy.score(cache.state, view)), jnp.iinfo(jnp.int32).min)
     position, slot = cache.position, jnp.broadcast_to(iota(size), cache.position.shape)
     taken, found = jnp.zeros_like(view.live), []
@@ -68,7 +69,7 @@ def insert(
 
 
 def merged(policy: Policy, cache: LayerCache, slots: Slots, keep: Bool[Array, "*slots"]) -> LayerCache:
-    """The cache with those of some live slots that are not kept merged into others, if the policy does that."""
+    """The cache after the live slots outside ``keep`` have been merged into others, if the policy merges keys."""
     if not policy.traits.merges:
         return cache
     k, v, state = policy.merged(cache.k, cache.v, cache.state, slots, keep)
@@ -88,7 +89,7 @@ def _written(cache, k, v, slot):
 
 
 def twinned(cache: LayerCache, since: Int[Array, ""], tokens: int) -> LayerCache:
-    """The cache, in which the keys of at most so many tokens, read ``since`` then, know their twins, if any do."""
+    """The cache with `LayerCache.twin` for the keys of at most ``tokens`` tokens, read from the clock ``since`` on."""
     if cache.twin is None:
         return cache
     stores, size = cache.position.shape
@@ -100,10 +101,9 @@ def twinned(cache: LayerCache, since: Int[Array, ""], tokens: int) -> LayerCache
 
 
 def _placed(cache: LayerCache, since: Int[Array, ""], tokens: int) -> LayerCache:
-    """The cache, whose live keys know their places, if they have any, after so many tokens came, ``since`` then.
+    """The cache with `LayerCache.place` of its live keys, after ``tokens`` tokens from the clock ``since`` on.
 
-    The places that the keys had are in order already, with gaps where keys were evicted. So they are counted, not
-    sorted.
+    The earlier places are in order already, with gaps where keys were evicted. So they are counted, not sorted.
     """
     if cache.place is None:
         return cache
@@ -116,7 +116,7 @@ def _placed(cache: LayerCache, since: Int[Array, ""], tokens: int) -> LayerCache
 
 
 def make_room(policy: Policy, cache: LayerCache, count: Int[Array, ""], tokens: int) -> LayerCache:
-    """Evicts for want of slots, so that ``count`` keys of each head, ``tokens`` at most, can come. See `insert`."""
+    """Evicts keys until ``count`` keys of each head, ``tokens`` at most, can be stored. See `insert`."""
     view = replace(slots(cache), seen=clock_of(cache).seen + count)
     stores, size = cache.position.shape
     each = len(cache.overflow) // stores
@@ -156,7 +156,7 @@ def insert_chunk(
 
 
 def enlarged(cache: LayerCache, slots: int) -> LayerCache:
-    """The cache with so many empty slots more at the end of each store."""
+    """The cache with ``slots`` more empty slots at the end of each store."""
 
     def more(x, value=0, rows=False):
         axis = x.ndim - (2 if rows else 1)
@@ -173,7 +173,7 @@ def enlarged(cache: LayerCache, slots: int) -> LayerCache:
 
 
 def shrunk(cache: LayerCache, slots: int) -> LayerCache:
-    """The cache without the last so many slots of each store. Their keys move to free ones, which are enough."""
+    """The cache without the last ``slots`` slots of each store, whose keys move to free slots before them."""
     (stores, _), cut = cache.position.shape, cache.position.shape[1] - slots
     store, head = iota(stores)[:, None], cache.layout.heads(*cache.position.shape)
     slot = _free_for(cache.position[:, cut:] >= 0, cache.position[:, :cut])
@@ -195,7 +195,7 @@ def shrunk(cache: LayerCache, slots: int) -> LayerCache:
 
 
 def _free_for(some: Bool[Array, "stores newcomers"], position: Int[Array, "stores slots"]) -> Int[Array, "..."]:
-    """A free slot for each of some newcomers; beyond the last slot for the others, and where there is none left."""
+    """A free slot for each new key in ``some``; an index out of bounds for the others, and if none is free."""
     free = _first(position < 0, some.shape[1])
     nth = jnp.cumsum(some, -1, dtype=jnp.int32) - 1
     there = some & (nth < (position < 0).sum(-1, keepdims=True, dtype=jnp.int32))
@@ -203,9 +203,9 @@ def _free_for(some: Bool[Array, "stores newcomers"], position: Int[Array, "store
 
 
 def _first(free: Bool[Array, "stores slots"], count: int) -> Int[Array, "stores {count}"]:
-    """Where the first ``count`` free slots are; anywhere, of those beyond the last.
+    """Indices of the first ``count`` free slots; if fewer are free, the remaining indices are arbitrary.
 
-    First the run of slots that holds each of them, then its place in the run: no sort, and little to add up.
+    First the run of slots that holds each of them is found, then its place in the run: no sort, and short sums.
     """
     runs = jnp.pad(free, ((0, 0), (0, -free.shape[1] % RUN))).reshape(len(free), -1, RUN)
     size = runs.sum(-1, dtype=jnp.int32)

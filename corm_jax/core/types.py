@@ -16,13 +16,13 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from corm_jax.core.layout import Layout
 
 State: TypeAlias = PyTree[Any]
-"""What a policy remembers: a pytree of arrays ``[..., *slots]``, one part for each slot, and of `OfHead`."""
+"""The state of a policy: a pytree of arrays ``[..., *slots]``, one part for each slot, and of `OfHead`."""
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["value"], meta_fields=[])
 @dataclass(frozen=True)
 class OfHead:
-    """A part of a policy's state that belongs to a head, not to a slot: it outlives the keys.
+    """A part of a policy's state that belongs to a head, not to a slot: it stays when keys are evicted.
 
     Attributes:
       value: an array ``[..., kv_heads]``.
@@ -32,7 +32,7 @@ class OfHead:
 
 
 def by_slot(function: Callable[..., Any], state: State, *others: State) -> State:
-    """A function of each part of a state that belongs to slots, and of the same part of others; the rest as it is."""
+    """Applies a function to each part of a state that belongs to slots, beside the same part of other states."""
 
     def one(part, *more):
         return part if isinstance(part, OfHead) else function(part, *more)
@@ -75,9 +75,9 @@ class Clock:
 
     Attributes:
       seen: int32 scalar, tokens read so far.
-      prompt: int32 scalar, how many there are when the prompt has been read; `ENDLESS` if nobody said.
-      stage: ``"unknown"`` if nobody said where the prompt ends, ``"reading"`` from then on, ``"read"`` after it. It is
-        static, so that a mistake shows while a program is traced.
+      prompt: int32 scalar, the clock at which the prompt ends; `ENDLESS` if that is unknown.
+      stage: ``"unknown"`` if the end of the prompt is unknown, ``"reading"`` while the prompt is read, ``"read"``
+        afterwards. It is static, so that mistakes are found while a program is traced.
     """
 
     seen: Any  # unchecked, since JAX builds such objects of whatever it has
@@ -85,22 +85,22 @@ class Clock:
     stage: str = "unknown"
 
     def after(self, count: Int[Array, ""] | Bool[Array, ""] | int) -> "Clock":
-        """The clock when so many tokens more were read."""
+        """The clock after ``count`` more tokens."""
         return replace(self, seen=self.seen + jnp.asarray(count, jnp.int32))
 
 
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class Made:
-    """What is known of a cache without its arrays. It is static, so that a mistake shows while a program is traced.
+    """What is known of a cache without its arrays. It is static: mistakes are found while a program is traced.
 
     Attributes:
       policy: the name of the policy whose state the cache holds.
-      kv_heads: how many heads the layer has; a device may have a part of them. 0 if nobody said.
+      kv_heads: how many heads the layer has; a device may have a part of them. 0 if unknown.
       enough: whether there are slots for all tokens that will be read, though fewer than the policy protects keys.
-      roomy: whether there are slots for all tokens of the prompt: none of them overflows.
-      block: queries that the exact recurrence reads at once; None for what the policy says.
-      moments: whether that many are within the policy's ``moments``; None if nobody looked.
+      roomy: whether there are slots for all tokens of the prompt, so that none overflows.
+      block: queries that the exact recurrence reads at once; None for the policy's own number.
+      moments: whether ``block`` is within the policy's ``moments``; None if that was not checked.
     """
 
     policy: str
@@ -114,7 +114,7 @@ class Made:
 class LayerCache(NamedTuple):
     """One layer's keys and values in a fixed number of slots, with the policy's state beside them.
 
-    Position is data, slot is storage: a key may sit in any slot of its store. In a batch every leaf has a leading
+    Position is data, slot is storage: a key may be in any slot of its store. In a batch every leaf has a leading
     ``batch`` axis, and each row its own clock.
 
     Attributes:
@@ -123,12 +123,12 @@ class LayerCache(NamedTuple):
       position: int32 ``[*slots]``, `EMPTY` where no key is.
       state: the policy's state.
       overflow: int32 ``[kv_heads]``, keys that were evicted because no slot was free.
-      layout: whose slots they are.
+      layout: which head each slot belongs to.
       twin: int32 ``[kv_heads, *slots]``, for a policy with `twins`: in which slot, counted over all
-        stores, each head has or had the token whose key a slot holds. None for others.
+        stores, each head holds or held the token whose key the slot holds. None for others.
       place: int32 ``[*slots]``, for a policy that counts ``positions`` within the cache: how many keys of its head
         stood before the slot's key when tokens were last stored. None for others.
-      made: what is known of it without its arrays. None if that is nothing.
+      made: what is known of it without its arrays. None if nothing is.
       clock: where the sequence stands. None in `Caches`, which hold it once for all layers.
     """
 

@@ -1,13 +1,13 @@
 """Ada-KV: SnapKV with budgets that differ from head to head (arXiv 2407.11550).
 
 The heads of a layer share one budget. Of b = B - w keys a head beside the window, the ``heads`` b that score highest in
-the whole layer would stay; c_h of them belong to head h (section 3.3, algorithm 1). Part of the budget is dealt out
-evenly all the same, so that no head is left without:
+the whole layer would stay; c_h of them belong to head h (section 3.3, algorithm 1). A part of the budget is divided
+evenly among the heads, so that every head keeps some:
 
     b_h  =  round((1 - floor) c_h + floor b),     floor = 0.2  (the paper's alpha)
 
-Within a head, the b_h keys with the highest pooled scores stay, and the window. Rounding may miss the layer's budget by
-half a key a head.
+Within a head, the b_h keys with the highest pooled scores stay, and the window. By rounding, a layer may keep up to
+half a key a head more or less than its budget.
 """
 
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ class AdaKV(SnapKV):
         each head.
     """
 
-    floor: PerHead = number(0.2, "share of the budget that is dealt out evenly", least=0, most=1)
+    floor: PerHead = number(0.2, "share of the budget that is divided evenly among the heads", least=0, most=1)
 
     @property
     def traits(self) -> Traits:

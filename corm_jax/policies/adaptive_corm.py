@@ -1,20 +1,21 @@
-"""Adaptive CORM: a head that comes back to keys which CORM would have let go keeps everything.
+"""Adaptive CORM: a head that returns to keys which CORM would have evicted keeps everything.
 
-CORM (`corm_jax.policies.corm`) loses for good what nobody asked for during w queries. Few heads ever ask for such
-dormant keys, and those that do carry recall. They show it while reading: with m well above 1 a key is important only at
-a sharp look, ``alpha_t[i] >= m/t``, and
+CORM (`corm_jax.policies.corm`) loses for good what was important to none of w queries. Call such a key dormant. Few
+heads ever attend to dormant keys again, and recall depends on those that do. They can be recognised while a text is
+read: with m well above 1 a key is important only where attention is concentrated on it, ``alpha_t[i] >= m/t``, and
 
     return_t[i]  =  important_t[i]  and CORM would have evicted i at clock t - 1:
                     last[i] <= t - 1 - w  and  position[i] < t - 1 - r  and  t - 1 >= w
 
-Every head keeps everything during a trial of so many tokens. Each return, those of the trial too, pays for p queries
-more; several dormant keys that one query finds are as many returns:
+Every head keeps everything during a trial of so many tokens. Each return, also one during the trial, prolongs that by
+p queries; a query that returns to several dormant keys counts as several returns:
 
     evict as CORM does, unless   t  <=  trial + p * (returns to the keys that are live, by all queries so far)
 
-A head that cannot pay loses its dormant keys, and with them their returns, so that it hardly ever stops to evict again.
+Once a head evicts, the returns to the evicted keys no longer count, so it rarely goes back to keeping everything.
 Not from a paper: it is the online counterpart of RazorAttention (arXiv 2407.15891) and DuoAttention (arXiv 2410.10819),
-which find such heads beforehand. A budget, or a full cache, takes the least recently important key, as in CORM.
+which find such heads beforehand. On a budget, or without a free slot, the least recently important key is evicted, as
+in CORM.
 """
 
 from typing import NamedTuple
@@ -32,7 +33,7 @@ from corm_jax.policies.corm import NEVER, Corm
 
 
 class Returns(NamedTuple):
-    """Of each slot's key: when it was last important, and how often it was returned to."""
+    """For each slot's key: when it was last important, and how many returns to it there were."""
 
     last: Int[Array, "*slots"]
     count: Int[Array, "*slots"]
@@ -40,14 +41,14 @@ class Returns(NamedTuple):
 
 @policy
 class AdaptiveCorm(Policy):
-    """Keep everything in heads that come back to dormant keys, and in the others do as CORM.
+    """Keep everything in heads that return to dormant keys, and evict in the others as CORM does.
 
     Args:
       window: w, in queries. A number, or one for each head.
       recent: r, in tokens. Likewise.
       multiple: m; a key is important at alpha >= m/t, in the mean over the query heads of its group. Likewise.
       patience: p, in queries. Likewise. The larger, the more heads keep everything.
-      trial: in tokens, from 0 up. Likewise. Heads need some w to show what they are: below about 3 w recall suffers.
+      trial: in tokens, from 0 up. Likewise. A head needs a few w to return to anything: below about 3 w recall suffers.
 
     >>> import jax
     >>> jax.tree.leaves(AdaptiveCorm())
@@ -55,10 +56,10 @@ class AdaptiveCorm(Policy):
     """
 
     window: PerHead = number(256, "w: queries whose verdict counts", least=1)
-    recent: PerHead = number(128, "r: newest keys that never go", least=1)
+    recent: PerHead = number(128, "r: newest keys that are never evicted", least=1)
     multiple: PerHead = number(16, "m: how many times 1/t of the attention makes a key important", least=1)
-    patience: PerHead = number(5, "p: queries that a head may take for each return to a dormant key", least=1)
-    trial: PerHead = number(768, "tokens before a head has to come back to any", least=0)
+    patience: PerHead = number(5, "p: queries by which each return to a dormant key puts off eviction", least=1)
+    trial: PerHead = number(768, "tokens during which every head keeps everything", least=0)
 
     @property
     def traits(self) -> Traits:
@@ -66,7 +67,7 @@ class AdaptiveCorm(Policy):
 
     @property
     def corm(self) -> Corm:
-        """What a head does that does not come back."""
+        """The rule of heads that do not return to dormant keys."""
         return Corm(
             window=self.window,
             recent=self.recent,

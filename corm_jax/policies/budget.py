@@ -1,9 +1,9 @@
 """A budget: any policy, made to keep at most so many keys of a head.
 
-After the policy itself has decided which keys stay, those that it ranks lowest are evicted until the budget holds. That
-makes a fixed-size policy of one that only ranks (H2O, TOVA, StreamingLLM), and puts a bound on one that decides (CORM).
-A query attends to the budget and to the tokens of its own chunk; a cache needs room for both. Under a policy that keeps
-the whole prompt until it has been read, the budget holds from then on.
+After the policy itself has decided which keys stay, the keys with the lowest scores are evicted until the budget holds.
+A policy that only scores keys (H2O, TOVA, StreamingLLM) thereby keeps a fixed number, and one that decides by itself
+(CORM) keeps at most that many. A query attends to the keys on the budget and to the tokens of its own chunk; a cache
+needs slots for both. Under a policy that keeps the whole prompt until it has been read, the budget holds from then on.
 """
 
 import dataclasses
@@ -36,8 +36,8 @@ from corm_jax.errors import CormError
 class Budget(Wrapper):
     """A policy on a budget: see `budget`, which makes it.
 
-    A step evicts at most as many keys of a head as it adds, which is enough for a budget that held before. Single
-    tokens do not catch up with a budget that is lowered in the middle of a text.
+    A step evicts at most as many keys of a head as it adds, which is enough if the budget held before. If a budget is
+    lowered in the middle of a text, steps of one token do not bring the cache down to it.
 
     Attributes:
       policy: the policy.
@@ -62,7 +62,7 @@ class Budget(Wrapper):
         if np.any(tokens + per_mille == 0):
             raise CormError("a budget must be a whole number of keys from 1 up, or a share such as 0.25, not 0")
         if low := first_below(np.where(per_mille > 0, INT32.max, tokens), self.policy.traits.protected):
-            raise CormError(f"a budget of {low[0]} keys is below the {low[1]} that the policy never gives up: raise it")
+            raise CormError(f"a budget of {low[0]} keys is below the {low[1]} that the policy never evicts: raise it")
 
     @property
     def traits(self) -> Traits:
@@ -102,7 +102,7 @@ def budget(policy: Policy, size: PerHead) -> Policy:
         thousandth. A number, or one for each head.
 
     Raises:
-      CormError: for another size, or fewer keys than the policy never gives up.
+      CormError: for another size, or fewer keys than the policy never evicts.
 
     >>> from corm_jax.policies import H2O, SnapKV
     >>> budget(H2O(recent=128), 256).tokens, budget(H2O(recent=128), 0.25).per_mille

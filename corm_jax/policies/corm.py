@@ -1,4 +1,4 @@
-"""CORM: a key that none of the last w queries found important goes (arXiv 2404.15949).
+"""CORM: a key that none of the last w queries found important is evicted (arXiv 2404.15949).
 
 With ``alpha_t[i]`` the attention of query t to key i over the keys still live, t counting from 1:
 
@@ -9,12 +9,13 @@ With ``alpha_t[i]`` the attention of query t to key i over the keys still live, 
 The paper (section 4, algorithm 1) keeps a w x n matrix of messages, whose row t says which keys query t found
 important, and evicts the columns that are all zero. One integer a key says the same: a column of the last w rows is
 empty exactly if ``last[i] <= t - w``. The paper leaves grouped-query attention, chunked prompts and full caches open;
-the options below and the overflow rule (the least recently important key goes first, the newest r never) fill that in.
+the options below and the overflow rule (the least recently important key is evicted first, the newest r never are)
+answer these questions.
 With a ``multiple`` m above the paper's 1 fewer keys are important, which makes room for a wider window.
 
 Verdicts are float32: ``weight >= m total / t``, where the weights of equal logits are 1 and their total is exact,
 so that exact ties are ties as long as t < 2^24. Beyond, t is rounded to 24 bits, by at most 6e-8 of itself, which is no
-more than alpha is rounded: a verdict hangs on it only where alpha t / m is as near to 1.
+more than alpha is rounded: it changes a verdict only where alpha t / m is that near to 1.
 """
 
 import jax.numpy as jnp
@@ -52,7 +53,7 @@ class Corm(Policy):
     """
 
     window: PerHead = number(256, "w: queries whose verdict counts", least=1)
-    recent: PerHead = number(256, "r: newest keys that never go", least=1)
+    recent: PerHead = number(256, "r: newest keys that are never evicted", least=1)
     multiple: PerHead = number(1, "m: how many times 1/n of the attention makes a key important", least=1)
     threshold: str = choice("position", "live", help="a key is important at alpha >= m / (tokens seen | keys live)")
     group: str = choice("any", "mean", help="important to any query head of the group | in their mean")
@@ -75,7 +76,7 @@ class Corm(Policy):
         return jnp.maximum(state, last(important, seen, NEVER))
 
     def moment(self, state: Int[Array, "*slots"], slots: Slots) -> Int[Array, "*slots"]:
-        """max(last + w, position + r + 1, w): the clock at which the key goes, unless it is important by then."""
+        """max(last + w, position + r + 1, w): the clock at which the key is evicted, unless it is important by then."""
         window, recent = slots.broadcast(self.window), slots.broadcast(self.recent)
         eager = slots.broadcast(self.eager)
         forgotten = jnp.where(state > 0, jnp.minimum(state, ENDLESS - window) + window, 0)

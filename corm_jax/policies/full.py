@@ -1,6 +1,6 @@
 """The full cache: every key stays. The baseline of every table.
 
-Without a free slot the oldest key goes, so that a capped full cache is a sliding window.
+Without a free slot the oldest key is evicted, so that a full cache with too few slots is a sliding window.
 """
 
 import jax.numpy as jnp

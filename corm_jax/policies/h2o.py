@@ -1,14 +1,14 @@
 """H2O: heavy hitters and a recent window (arXiv 2306.14048).
 
-Every key accumulates the attention that it gets (section 4, algorithm 1), and whoever has least goes:
+Every key accumulates the attention that it gets (section 4, algorithm 1), and the key with the least is evicted:
 
     S[i]  =  sum over queries t of alpha_t[i]        (the mean over a group under grouped-query attention)
 
 The newest ``recent`` are exempt; the paper's runs split a budget B in halves, ``recent`` = B / 2. An evicted key's
 score is forgotten. A raw sum favours early keys, which more queries have seen: ``attention=mean`` divides it by the
 key's age. The released code leaves one key neither candidate nor recent, and lets evicted keys come back on ties; this
-follows the paper. The sum is float32, exact to the 2^24th part of itself: of a key that has drawn millions of
-queries' whole attention, one query more or less is no longer noticed.
+follows the paper. The sum is float32, exact to the 2^24th part of itself: where a key has drawn the whole attention of
+millions of queries, one query more no longer changes the sum.
 """
 
 import jax.numpy as jnp
@@ -29,11 +29,11 @@ class H2O(Policy):
     Without a budget (`corm_jax.budget`) nothing is evicted before the slots run out.
 
     Args:
-      recent: newest keys that never go. A number, or one for each head.
+      recent: newest keys that are never evicted. A number, or one for each head.
       attention: ``"sum"`` of what a key has drawn, or its ``"mean"``: the sum over the key's age in queries.
     """
 
-    recent: PerHead = number(256, "newest keys that never go; the paper: half of the budget", least=0)
+    recent: PerHead = number(256, "newest keys that are never evicted; the paper: half of the budget", least=0)
     attention: str = choice("sum", "mean", help="attention summed | divided by the key's age")
 
     @property

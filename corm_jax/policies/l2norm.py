@@ -1,8 +1,8 @@
-"""L2 norm: keys of low norm draw attention, so those of high norm go (arXiv 2406.11430).
+"""L2 norm: keys of low norm draw attention, so those of high norm are evicted (arXiv 2406.11430).
 
 The norm is known before any query comes: nothing is observed but the keys themselves. On a budget, the key with the
-largest norm goes (section 4). The paper leaves the first two layers whole; give those `Full`, one policy a layer.
-In layer 0 a token's keys all have one norm, up to the rounding of its rotation, which then decides who goes.
+largest norm is evicted (section 4). The paper does not evict in the first two layers; give those `Full`, one policy a
+layer. In layer 0 all keys of one token have the same norm, up to the rounding of their rotation, which then decides.
 """
 
 import jax.numpy as jnp

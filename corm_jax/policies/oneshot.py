@@ -29,7 +29,7 @@ class Oneshot(Wrapper):
 
 
 def oneshot(policy: Policy) -> Oneshot:
-    """A policy that attends over the whole prompt first, evicts once at its end, and then goes on as always.
+    """A policy that attends over the whole prompt first, evicts once at its end, and from then on as usual.
 
     The cache has to hold the prompt, and has to be told where it ends: `corm_jax.prefill` does that, and in a model of
     your own `corm_jax.begin_prompt`.

@@ -17,7 +17,7 @@ from corm_jax.errors import CormError
 
 @policy
 class Protect(Wrapper):
-    """A policy that neither drops nor gives up the first ``sinks`` and the newest ``recent`` keys: see `protect`."""
+    """A policy that never evicts the first ``sinks`` and the newest ``recent`` keys: see `protect`."""
 
     sinks: PerHead = number(0, "first tokens that are never evicted", least=0)
     recent: PerHead = number(0, "newest tokens that are never evicted", least=0)
@@ -37,7 +37,7 @@ class Protect(Wrapper):
         )
 
     def retain(self, state: State, slots: Slots) -> Bool[Array, "*slots"]:
-        inner = replace(slots, arrived=None)  # what it would evict may stay, and be too much ever after
+        inner = replace(slots, arrived=None)  # keys that it would evict stay: its budget may not have held before
         return slots.live & (self.policy.retain(state, inner) | self._safe(slots))
 
     def moment(self, state: State, slots: Slots) -> Int[Array, "*slots"]:

@@ -1,12 +1,14 @@
 """PyramidKV: SnapKV with budgets that fall from layer to layer (arXiv 2406.02069).
 
-Attention spreads over many keys in the first layers and gathers on few in the last. So of b = B - w keys beside the
-window the last layer gets the 20th part and the first as much more, in an arithmetic sequence (section 4.2, beta = 20):
+Attention is spread over many keys in the first layers and concentrated on few in the last. So the last layer gets a
+20th of the b = B - w keys beside the window, the first layer as much above the mean as the last is below it, and the
+layers between an arithmetic sequence (section 4.2, beta = 20):
 
     low = b // 20,   high = 2 b - low,   b_l = high - (high - low) l / (L - 1)      (layers l = 0 ... L - 1)
 
 The b_l sum to L b. The released code floors each and loses some keys; here the sums b_0 + ... + b_l are floored, so
-that exactly L b are left. A layer that gets more than the prompt has keeps all of it, and no other gets the rest.
+that exactly L b keys stay. A layer that gets more than the prompt has keeps the whole prompt; no other layer gets the
+rest.
 """
 
 import jax.numpy as jnp
@@ -50,8 +52,8 @@ class PyramidLayer(SnapKV):
         layer, last = jnp.asarray(self.layer, jnp.int32), jnp.asarray(self.layers, jnp.int32) - 1
         low = b // 20
         high = 2 * b - low
-        # b_l as a difference of floored sums: sum to l = l high - ceil((high - low) l (l - 1) / 2 / (L - 1)). What
-        # divides evenly is taken out of the products, which then stay far below 2^31.
+        # b_l as a difference of floored sums: sum to l = l high - ceil((high - low) l (l - 1) / 2 / (L - 1)). The part
+        # that L - 1 divides is handled apart, so that the products stay far below 2^31.
         each, rest = jnp.divmod(high - low, jnp.maximum(last, 1))
         below, up_to = (-(-rest * (at * (at - 1) // 2) // jnp.maximum(last, 1)) for at in (layer, layer + 1))
         return jnp.where(last > 0, high - each * layer - (up_to - below), b)

@@ -1,7 +1,7 @@
-"""Random: any key may go. The control that every policy has to beat.
+"""Random: keys are evicted at random. The control that every policy has to beat.
 
-Who goes is drawn anew at every step, from a hash of the seed, the clock, the key's position, and its first coordinate,
-so that heads and layers draw each for itself. The same seed gives the same evictions.
+The key to evict is drawn anew at every step, from a hash of the seed, the clock, the key's position, and its first
+coordinate, so that every head of every layer has a draw of its own. The same seed gives the same evictions.
 """
 
 import jax
@@ -23,11 +23,11 @@ class Random(Policy):
 
     Args:
       seed: of the draw. A number, or one for each head.
-      recent: newest keys that never go.
+      recent: newest keys that are never evicted.
     """
 
     seed: PerHead = number(0, "another seed, another draw", least=0)
-    recent: PerHead = number(1, "newest keys that never go", least=0)
+    recent: PerHead = number(1, "newest keys that are never evicted", least=0)
 
     @property
     def traits(self) -> Traits:

@@ -1,4 +1,4 @@
-"""A recorder: the full cache, which also holds the query of each token. For any model that calls `corm_jax.step`.
+"""A recorder: a full cache that also holds the query of each token. For any model that calls `corm_jax.step`.
 
 A model records a trace by reading a text under this policy: nothing in it has to change.
 
@@ -27,7 +27,7 @@ from corm_jax.errors import CormError
 class Recorder(Policy):
     """Keep every key, and note the query of its token beside it.
 
-    A trace says nothing of a soft cap, a window, a mask or a bias, so attention of such a form is refused.
+    A trace cannot hold a soft cap, a window, a mask or a bias, so attention of such a form is refused.
 
     Args:
       group: query heads per key-value head; static, since the state has room for them.

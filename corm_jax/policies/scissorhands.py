@@ -1,4 +1,4 @@
-"""Scissorhands: what was unimportant to most of the last queries goes, many at a time (arXiv 2305.17118).
+"""Scissorhands: the keys that were unimportant to most of the last queries are evicted together (arXiv 2305.17118).
 
 When more than B keys are live, count for each key the queries among the last w that gave it less than 1/t, and drop
 the m = ``drop`` B keys with the highest counts; the newest ``recent`` are exempt (section 4, algorithm 2):
@@ -33,14 +33,14 @@ class Scissorhands(Policy):
       budget: B, the most keys that stay; or a share of the tokens seen, never below ``recent``. A number, or one for
         each head.
       window: w, in queries; static, since the state has a bit for each.
-      recent: r, newest keys that never go. Likewise.
+      recent: r, newest keys that are never evicted. Likewise.
       drop: m / B, the share of the budget that is dropped at once. Likewise.
     """
 
     budget: PerHead = size(512, "B: keys that stay at most, or a share of those seen")
     window: int = static(400, "w: queries whose verdict counts", least=1, most=2**20)
-    recent: PerHead = number(10, "r: newest keys that never go", least=0)
-    drop: PerHead = number(0.5, "share of the budget that goes at once", above=0, most=1)
+    recent: PerHead = number(10, "r: newest keys that are never evicted", least=0)
+    drop: PerHead = number(0.5, "share of the budget that is evicted at once", above=0, most=1)
 
     def __post_init__(self):
         if low := first_below(self.budget, self.recent):

@@ -6,16 +6,17 @@ paid to it and to its neighbours (section 4), and the B - w that score highest s
     S[i]  =  sum over t in (N - w, N] of alpha_t[i]      (the mean over a group under grouped-query attention)
     keep i  if  S'[i] = max over |j - i| <= kernel / 2 of S[j]  is among the B - w highest      (j, i < N - w)
 
-Nothing goes while the prompt is read, and no token that is generated later ever does. The paper's listing leaves the
-pooling open and its experiments pool the maximum (LongBench: w = 32, kernel 7); ``pool=mean`` is the released code's
-default. That code scores every query head by itself; here a group has one score before it is pooled, which for the
-maximum is not the same.
+No key is evicted while the prompt is read, and no key of a token that is generated later is ever evicted. The paper's
+listing leaves the pooling open and its experiments pool the maximum (LongBench: w = 32, kernel 7); ``pool=mean`` is the
+default of the released code. That code scores every query head by itself; here a group has one score before scores are
+pooled, which for the maximum is not the same.
 
-The paper knows one prompt. A later one of the same text, such as the next turn of a conversation, is judged like the
-first: nothing goes while it is read, and then its own last w queries, or all of them if there are fewer, choose anew
-among all keys before the last w that are still there. What was scored before is forgotten.
+The paper treats one prompt. A later prompt in the same cache, such as the next turn of a conversation, is treated like
+the first: no key is evicted while it is read, and then its own last w queries, or all of them if there are fewer,
+choose anew among all keys before the last w that are still live. Earlier scores are discarded.
 
-State: one score a slot, since the cache knows N before the last w queries come, and the N to which it belongs.
+State: one score per slot suffices: N is known in advance, so the attention of the last w queries is summed as it
+arrives. Beside it stands the N for which it was summed.
 """
 
 from functools import partial
@@ -37,7 +38,7 @@ GONE = -1.0
 
 
 class Scores(NamedTuple):
-    """Of each slot's key: its score, `GONE` if it does not stay, and the end of the prompt whose queries gave it."""
+    """For each slot's key: its score, `GONE` if it is evicted, and the end of the prompt that gave the score."""
 
     score: Float[Array, "*slots"]
     prompt: Int[Array, "*slots"]
@@ -56,7 +57,7 @@ class SnapKV(Policy):
     """
 
     budget: PerHead = size(512, "B: keys of the prompt that stay, or a share of them")
-    window: PerHead = number(32, "w: last queries of the prompt, which judge and stay", least=1)
+    window: PerHead = number(32, "w: last queries of the prompt, which give the scores and whose keys stay", least=1)
     kernel: int = static(7, "positions that are pooled, an odd number", least=1, most=2**10)
     pool: str = choice("max", "mean", help="how scores of neighbours are pooled")
 
@@ -80,7 +81,7 @@ class SnapKV(Policy):
         scores = self._current(state, slots) + attention
         if slots.reading:
             ends = ((t == slots.prompt) & (t <= slots.seen)).any()
-            verdict = partial(jnp.where, ends)  # no other row of a batch
+            verdict = partial(jnp.where, ends)  # only in those rows of a batch whose prompt ends here
             scores = jax.lax.cond(anywhere(ends), lambda: verdict(self.verdict(scores, slots), scores), lambda: scores)
         return Scores(scores, jnp.broadcast_to(slots.prompt, scores.shape))
 
@@ -89,7 +90,7 @@ class SnapKV(Policy):
         early = slots.restrict(slots.live & self._early(slots))
         absent = GONE if self.pool == "max" else 0.0  # scores are not negative
         around = early.neighbours(scores, self.kernel // 2, absent)
-        # In order of size, equal scores add up to equal sums wherever they stand: a tie is one in every program.
+        # Sorted before they are added, equal scores give equal sums in any order: ties are ties in every program.
         pooled = around.max(0) if self.pool == "max" else jnp.sort(around, axis=0).sum(0) / self.kernel
         over = early.sum_per_head(early.live) - self.allowed(pooled, early)
         return jnp.where(early.lowest(pooled, over), GONE, jnp.where(early.live, pooled, scores))

@@ -1,12 +1,12 @@
 """StreamingLLM: attention sinks and a recent window (arXiv 2309.17453).
 
-The first few tokens draw attention whatever they say, so a window alone breaks down once they leave it. Keep them,
-and the newest keys; of the others the oldest goes (section 3.2). A budget of B keys leaves the ``sinks`` and the newest
-B - ``sinks``.
+The first few tokens draw attention whatever they are, so a window alone fails as soon as they are evicted. Keep them,
+and the newest keys; of the others the oldest is evicted (section 3.2). On a budget of B keys, the ``sinks`` and the
+newest B - ``sinks`` stay.
 
-The authors rotate queries and keys by their place in the cache, 0 to B - 1, so that a model never meets a distance that
-it was not trained on: ``positions=cache``. Most ports keep the positions of the text, another method: the default here,
-since a recorded trace holds keys that are rotated already.
+The authors rotate queries and keys by their place in the cache, 0 to B - 1, so that no distance occurs on which the
+model was not trained: ``positions=cache``. Most ports rotate by position in the text, which is another method. It is
+the default here, since the keys of a recorded trace are rotated already.
 """
 
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ class StreamingLLM(Policy):
       positions: rotate by position in the text (``"original"``) or in the cache (``"cache"``).
     """
 
-    sinks: PerHead = number(4, "first tokens that never go", least=0)
+    sinks: PerHead = number(4, "first tokens that are never evicted", least=0)
     positions: str = choice("original", "cache", help="rotate keys by position in the text | in the cache")
 
     @property

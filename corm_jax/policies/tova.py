@@ -1,4 +1,4 @@
-"""TOVA: the token that the last query attended to least goes (arXiv 2401.06104).
+"""TOVA: the token that the last query attended to least is evicted (arXiv 2401.06104).
 
     a[i]  =  mean over all heads of the layer of the newest query's attention to token i
 
