@@ -1,6 +1,6 @@
 """The specification: eviction rules in plain NumPy loops, written from the papers.
 
-Slow on purpose. Nothing here knows of JAX, slots or batches; each function reads one sequence through one
+Slow on purpose. There is no JAX here, no slots and no batches; each function reads one sequence through one
 key-value head and reports which keys survive. The tests hold the JAX code against it, decision for decision.
 
 Axis names: ``tokens`` (queries and keys, in order), ``group`` (the query heads that share the key-value head),
@@ -25,9 +25,9 @@ class Reading(NamedTuple):
     Attributes:
       kept: after each chunk, the indices (from 0) of the live keys.
       outputs: float64 ``[tokens, group, head_dim]``, the attention outputs.
-      overflow: how many keys went because no slot was free.
+      overflow: how many keys were evicted because no slot was free.
       margin: the smallest ``|alpha / threshold - 1|`` met, over comparisons that were not exact ties. A test that
-        compares with float32 arithmetic skips readings that hang on rounding.
+        compares with float32 arithmetic skips readings in which rounding can change a decision.
     """
 
     kept: list[set[int]]
@@ -39,7 +39,7 @@ class Reading(NamedTuple):
 def stored(keys: np.ndarray, values: np.ndarray) -> np.ndarray:
     """The keys as a cache holds them: where a value is not finite, neither is its key (NaN).
 
-    So a query that meets such a value finds out by its logit, and no other does: see `attention`.
+    So the output of a query that sees such a value is NaN, and that of no other query is: see `attention`.
 
     Args:
       keys, values: ``[tokens, ..., head_dim]``.
@@ -65,8 +65,8 @@ def attention(
     ``logit``, if given, says what becomes of the product ``q . k`` of a key; otherwise it is divided by
     ``sqrt(head_dim)``.
 
-    A query that has no softmax, since one of its logits is NaN or +infinity, attended to nothing: every probability is
-    0, and its output is NaN. Where all logits are -infinity there is nothing to attend to: the output is 0.
+    If one of the logits is NaN or +infinity, the softmax is undefined: every probability is 0, and the output is NaN.
+    If all logits are -infinity, every probability and the output are 0.
     """
     scale = 1.0 / math.sqrt(len(query))
     logit = logit or (lambda i, product: scale * product)

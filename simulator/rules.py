@@ -16,7 +16,7 @@ from simulator.reference import Reading, attention, important_keys, stored
 
 
 class Rule:
-    """Keep everything; without room the oldest key goes. The base of all others.
+    """Keep everything; without a free slot the oldest key is evicted. The base of all other rules.
 
     Attributes:
       prompt: the clock at which the prompt ends; infinity if nobody said.
@@ -29,40 +29,40 @@ class Rule:
     waits = False
 
     def begins(self, prompt: float) -> None:
-        """A prompt is about to be read, which ends at this clock. Several may follow each other."""
+        """Called before a prompt is read that ends at this clock. Several prompts may follow each other."""
         self.prompt = prompt
 
     def arrives(self, i: int, key: np.ndarray) -> None:
-        """Key i was read."""
+        """Called when key i is added."""
 
     def attended(self, t: int, head: int, rows: list[list[dict[int, float]]]) -> None:
-        """Query t was answered: ``rows[head][query head of the group] = {key: probability}``, of all heads."""
+        """Called after query t attended: ``rows[head][query head of the group] = {key: probability}``, of all heads."""
 
     def keeps(self, live: list[int], t: int) -> list[int]:
         """Which of the live keys stay after clock t."""
         return live
 
     def order(self, i: int, t: int) -> float:
-        """Who goes first: the lowest, among equals the oldest. NaN is as low as -infinity."""
+        """The order of eviction: the lowest first, among equals the oldest. NaN is as low as -infinity."""
         return i
 
     def exempt(self, i: int, t: int) -> bool:
-        """Whether key i goes only after all that are not exempt."""
+        """Whether key i is evicted only after all keys that are not exempt."""
         return False
 
     def without(self, live: list[int], t: int, count: int) -> list[int]:
-        """The live keys without the first ``count`` to go."""
+        """The live keys without the ``count`` that are first in the order of eviction."""
         return without([self], [live], t, count)[0]
 
 
 class Corm(Rule):
-    """CORM (arXiv 2404.15949), section 4: what none of the last w queries found important goes, the newest r stay.
+    """CORM (arXiv 2404.15949), section 4: evict what none of the last w queries found important; the newest r stay.
 
     One number a key, ``last``, the clock at which it was last found important (never: -infinity):
 
         if t >= w:  evict every i with  last[i] <= t - w  and  pos[i] <= t - r
 
-    That says what the paper's matrix says in `simulator.reference.corm_messages`.
+    This is equivalent to the paper's matrix in `simulator.reference.corm_messages`.
     """
 
     def __init__(self, *, window, recent, multiple=1, threshold="position", group="any", eager=False):
@@ -88,10 +88,10 @@ class Corm(Rule):
 
 
 class AdaptiveCorm(Corm):
-    """CORM for heads that do not come back to what it would have let go; the others keep everything.
+    """CORM for heads that do not return to keys which CORM would have evicted; the other heads keep everything.
 
-    A return is a query at clock t that finds a key important which CORM, asked at clock t - 1, would not have kept.
-    Each return to a key that is still there pays for ``patience`` queries, the first ``trial`` are free.
+    A return is a query at clock t that finds a key important which CORM would not have kept at clock t - 1. A head
+    keeps everything for the first ``trial`` tokens, and for ``patience`` queries more per return to a key that is live.
     """
 
     def __init__(self, *, window, recent, multiple, patience, trial):
@@ -111,7 +111,7 @@ class AdaptiveCorm(Corm):
 
 
 class StreamingLLM(Rule):
-    """StreamingLLM (arXiv 2309.17453), section 3.2: the first tokens and the newest. `read` knows their positions."""
+    """StreamingLLM (arXiv 2309.17453), section 3.2: the first tokens and the newest stay. See `read_layer`."""
 
     def __init__(self, *, sinks, positions):
         self.sinks = sinks
@@ -121,7 +121,7 @@ class StreamingLLM(Rule):
 
 
 class H2O(Rule):
-    """H2O (arXiv 2306.14048), algorithm 1: the least accumulated attention goes, the newest are exempt."""
+    """H2O (arXiv 2306.14048), algorithm 1: evict the least accumulated attention; the newest are exempt."""
 
     def __init__(self, *, recent, attention):
         self.recent, self.attention = recent, attention
@@ -139,7 +139,7 @@ class H2O(Rule):
 
 
 class Scissorhands(Rule):
-    """Scissorhands (arXiv 2305.17118), algorithm 2: above B keys, drop m of those most often unimportant of late."""
+    """Scissorhands (arXiv 2305.17118), algorithm 2: above B keys, evict the m most often unimportant."""
 
     def __init__(self, *, budget, window, recent, drop):
         self.budget, self.window, self.recent, self.drop = budget, window, recent, drop
@@ -181,7 +181,7 @@ class TOVA(Rule):
 
 
 class L2Norm(Rule):
-    """L2 norm (arXiv 2406.11430), section 4: the key with the largest norm goes."""
+    """L2 norm (arXiv 2406.11430), section 4: the key with the largest norm is evicted."""
 
     def __init__(self):
         self.norm: dict[int, float] = {}
@@ -219,10 +219,10 @@ class Random(Rule):
 class SnapKV(Rule):
     """SnapKV (arXiv 2404.14469), section 4: the prompt's last queries score its keys, each with its neighbours.
 
-    The paper knows one prompt. A later one of the same text (the next turn of a conversation) is judged like the first:
-    while it is read nothing goes; its own last queries, at most the window, score anew every key that is still there
-    and stands before the window, be it of this prompt, of an earlier one, or generated; what was scored before is
-    forgotten. A prompt shorter than the window has fewer judges, and the window reaches back beyond its beginning.
+    The paper treats one prompt. A later one in the same cache (the next turn of a conversation) is treated like the
+    first: nothing is evicted while it is read; its own last queries, at most the window, score anew every live key
+    before the window, be it of this prompt, of an earlier one, or generated; earlier scores are discarded. If a prompt
+    is shorter than the window, fewer queries give scores, and the window includes keys from before the prompt.
     """
 
     waits = True
@@ -257,7 +257,7 @@ class SnapKV(Rule):
         return self.beside()
 
     def beside(self):
-        """What the budget leaves beside the window: B - w."""
+        """How many keys the budget allows beside the window: B - w."""
         return max(allowance(self.budget, self.prompt) - self.window, 0)
 
     def order(self, i, t):
@@ -267,7 +267,7 @@ class SnapKV(Rule):
         return i >= self.prompt - self.window
 
     def window_of(self, head):
-        """The window by which the keys of a head are judged."""
+        """The window whose queries give the scores of a head."""
         return self.window
 
     def _pooled(self, head, live):
@@ -299,7 +299,7 @@ class PyramidKV(SnapKV):
 class AdaKV(SnapKV):
     """Ada-KV (arXiv 2407.11550), algorithm 1: the heads of a layer compete for one budget, above a common floor.
 
-    The budget of the layer is the sum of what its heads bring along. ``shares`` are the budget and the window of each
+    The budget of the layer is the sum of the budgets of its heads. ``shares`` are the budget and the window of each
     head of the layer, where they differ; each head judges by its own window.
     """
 
@@ -324,7 +324,7 @@ class AdaKV(SnapKV):
 
 
 class Oneshot(Rule):
-    """Another rule, which is not asked before the prompt has been read."""
+    """Another rule, which evicts nothing before the prompt has been read."""
 
     waits = True
 
@@ -343,7 +343,7 @@ class Oneshot(Rule):
 
 
 class Protect(Rule):
-    """Another rule, which neither drops nor gives up the first ``sinks`` and the newest ``recent`` keys."""
+    """Another rule, which never evicts the first ``sinks`` and the newest ``recent`` keys."""
 
     def __init__(self, rule: Rule, *, sinks, recent):
         self.rule, self.sinks, self.recent, self.waits = rule, sinks, recent, rule.waits
@@ -362,7 +362,7 @@ class Protect(Rule):
 
 
 class Budget(Rule):
-    """Another rule, and after it who is to go first, until at most so many keys are left.
+    """Another rule, after which keys are evicted in its order until at most so many are left.
 
     If the other rule keeps all keys until the prompt has been read, the budget holds from then on.
     """
@@ -420,11 +420,11 @@ class Form:
     in_cache: bool = False
 
     def rotated(self, x: np.ndarray, place: int) -> np.ndarray:
-        """A query or key as it is at some place."""
+        """A query or key, encoded by a position."""
         return x if self.frequencies is None else rotated(x, place, self.frequencies)
 
     def attend(self, head: int, queries, keys, values, live: Sequence[int], index: int) -> list:
-        """`attention` of each query of a group at position ``index``, over what it sees of the live keys."""
+        """`attention` of each query of a group at position ``index``, over those of the live keys that it sees."""
         place = {i: place if self.in_cache else i for place, i in enumerate(live)}
         seen = [i for i in live if index - i < self.window and self.mask(index, i)]
         found = []
@@ -443,7 +443,7 @@ class Form:
 
 
 def without(rules: Sequence[Rule], live: list[list[int]], t: int, count: int) -> list[list[int]]:
-    """The live keys of some heads, without the first ``count`` of all of them to go; among equals the first head's."""
+    """The live keys of some heads without the first ``count`` of all by eviction order, of equals the first head's."""
     live = [list(keys) for keys in live]
     for _ in range(count):
         ranked = []
@@ -488,10 +488,10 @@ def read_layer(
       chunks, capacity: as in `simulator.reference.corm_messages`.
       stores: the heads share so many sets of slots, equally many heads each, ``capacity`` for each head; None: each
         has its own.
-      prompt: the clock at which the prompt ends, if anybody said; or, for several prompts, that of each by the clock at
-        which it begins, where a chunk must begin too.
+      prompt: the clock at which the prompt ends, infinity if unknown; for several prompts, the end of each by the clock
+        at which it begins, where a chunk must begin too.
       form: that of the attention.
-      start: what the clock shows before the first of these tokens: of earlier ones no key is left.
+      start: the clock before the first of these tokens, if earlier tokens were read and none of their keys is live.
     """
     prompts = prompt if isinstance(prompt, Mapping) else {start: prompt}
     tokens, heads, group, _ = queries.shape
