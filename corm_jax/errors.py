@@ -10,8 +10,8 @@ class CheckpointError(CormError):
 
 
 class CheckpointWarning(UserWarning):
-    """What a checkpoint does not say, or says twice, and what is assumed: the commands print it as a note."""
+    """A setting that a checkpoint lacks, or has twice, and the assumed value. The commands print it as a note."""
 
 
 class CacheOverflowError(CormError):
-    """A key went because no slot was free, and the caller asked for an error instead (``overflow="error"``)."""
+    """A key was evicted because no slot was free, and the caller chose ``overflow="error"``."""

@@ -1,8 +1,8 @@
 """Files that appear whole or not at all, and results that are not lost.
 
 One rule holds for everything that commands write: **nothing that exists is replaced, unless it is a file and the user
-says --overwrite**. What is written to a device or a pipe goes into it. `check_new` asks before the work. If the place
-has become unusable by the end of it, `deliver` keeps the result elsewhere and says where.
+gives --overwrite**. Devices and pipes are written to, not replaced. `check_new` checks the rule before the work. If a
+result cannot be written after the work, `deliver` keeps it elsewhere and raises an error that names the place.
 """
 
 import errno
@@ -24,11 +24,11 @@ from typing import Any, TypeVar
 from corm_jax.errors import CormError
 
 ROOM = 2**20
-"""Bytes that must be free where a result is to be written, before the work for it begins."""
+"""Bytes that must be free in the folder of a result before the work for it begins."""
 
 
 def cache_folder() -> Path:
-    """Where models and compiled programs are kept: ``$XDG_CACHE_HOME/corm-jax``, by default ``~/.cache/corm-jax``."""
+    """The folder of models and compiled programs: ``$XDG_CACHE_HOME/corm-jax``, by default ``~/.cache/corm-jax``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "corm-jax"
 
 
@@ -36,13 +36,13 @@ def cache_folder() -> Path:
 def whole_file(path: Path, replace: bool = True) -> Iterator[Path]:
     """A temporary path whose file becomes ``path`` once the block ends without an error.
 
-    It lies beside ``path``, or beside the file to which a link of that name points. A device or a pipe is written to.
+    It is beside ``path``, or, if that is a link, beside the file to which it points. A device or a pipe is written to.
 
     Args:
-      replace: False to leave alone a file that has appeared at ``path`` meanwhile.
+      replace: False to raise an error if a file has appeared at ``path`` in the meantime.
 
     Raises:
-      OSError: if the file cannot be put there. No part of it is left then.
+      OSError: if the file cannot be written. No part of it is left then.
     """
     device, place = _is_device(path), Path(os.path.realpath(path))
     folder = Path(tempfile.gettempdir()) if device else place.parent
@@ -53,7 +53,7 @@ def whole_file(path: Path, replace: bool = True) -> Iterator[Path]:
             _pour(temporary, path)
             return
         with temporary.open("rb+") as file:
-            os.fsync(file.fileno())  # some file systems say only now that they are full
+            os.fsync(file.fileno())  # some file systems report only now that they are full
         if replace:
             temporary.replace(place)
         else:
@@ -64,10 +64,10 @@ def whole_file(path: Path, replace: bool = True) -> Iterator[Path]:
 
 
 def check_writable(path: Path) -> None:
-    """Raises unless a file can be put at ``path``: asked before long work, not after. A trial file is written.
+    """Raises unless a file can be written at ``path``, by a trial. Called before long work, not after it.
 
     Raises:
-      CormError: for a directory, a place where no file can be made, or a disk with less than `ROOM` bytes free.
+      CormError: for a directory, a folder in which no file can be made, or a disk with less than `ROOM` bytes free.
     """
     try:
         if path.is_dir():
@@ -88,10 +88,10 @@ def check_writable(path: Path) -> None:
 
 
 def check_new(files: Mapping[str, Path | None], overwrite: bool) -> None:
-    """Raises unless all files can be written under the rule above.
+    """Raises unless all files can be written under the rule of this module.
 
     Args:
-      files: by the option that names them; None where it is not given.
+      files: the path that each option names; None if the option is not given.
       overwrite: whether files that exist may be replaced.
 
     Raises:
@@ -115,14 +115,14 @@ def check_new(files: Mapping[str, Path | None], overwrite: bool) -> None:
 
 
 def deliver(path: Path, write: Callable[[Path], object], overwrite: bool) -> None:
-    """Puts a result at ``path``; or, where that fails, somewhere else, and says so.
+    """Writes a result to ``path``; if that fails, to another folder, which the error names.
 
     Args:
-      write: writes the result into a file of its own. It may be called twice.
+      write: writes the result to the path that it is given. It may be called more than once.
       overwrite: whether a file that exists may be replaced.
 
     Raises:
-      CormError: if the result is not at ``path``. The message says where it is.
+      CormError: if the result is not at ``path``. The message names the place where it is.
     """
     try:
         with whole_file(path, replace=overwrite) as temporary:
@@ -133,7 +133,7 @@ def deliver(path: Path, write: Callable[[Path], object], overwrite: bool) -> Non
     for folder in (tempfile.gettempdir, Path.cwd, Path.home):
         try:
             kept = Path(tempfile.mkdtemp(prefix="corm-", dir=folder()))
-        except (OSError, RuntimeError):  # the latter where nobody is at home
+        except (OSError, RuntimeError):  # the latter if there is no home directory
             continue
         try:
             write(kept / path.name)
@@ -145,10 +145,10 @@ def deliver(path: Path, write: Callable[[Path], object], overwrite: bool) -> Non
 
 
 def finish(*steps: Callable[[], object]) -> None:
-    """Takes every step, whatever becomes of the others, so that no result is lost because another cannot be written.
+    """Calls every step, even if others fail, so that no result is lost because another cannot be written.
 
     Raises:
-      CormError: what the steps raised, in one message. Other errors are raised as they are.
+      CormError: if steps raised it, with all their messages in one. Other errors are raised as they are.
     """
     errors: list[Exception] = []
     for step in steps:
@@ -166,12 +166,12 @@ def finish(*steps: Callable[[], object]) -> None:
 
 
 def reason(error: OSError) -> str:
-    """What went wrong, in a few words."""
+    """The cause of an error, in a few words."""
     return error.strerror or str(error) or type(error).__name__
 
 
 def make_directory(path: Path) -> None:
-    """Makes a directory, with those above it, unless it is there already.
+    """Makes a directory and its parents, unless it exists.
 
     Raises:
       CormError: if it cannot be made.
@@ -183,13 +183,13 @@ def make_directory(path: Path) -> None:
 
 
 def write_json(path: Path, result: Any) -> None:
-    """Writes a result for people and programs to read."""
+    """Writes a result as JSON, indented."""
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 def _is_device(path: Path) -> bool:
-    """Whether something is there that is written to, not replaced: a device, a pipe, or an open file by its number."""
+    """Whether the path is written to, not replaced: a device, a pipe, or an open file by its number."""
     try:
         mode = path.stat().st_mode
     except OSError:
@@ -205,13 +205,13 @@ def _descriptor(path: Path) -> int | None:
 def _pour(source: Path, path: Path) -> None:
     number = _descriptor(path)
     if sys.stdout is not None:
-        sys.stdout.flush()  # so that what was printed before comes before
+        sys.stdout.flush()  # so that earlier output comes first
     with source.open("rb") as file, open(path if number is None else os.dup(number), "wb") as device:  # noqa: PTH123
         shutil.copyfileobj(file, device)
 
 
 def _move(source: Path, place: Path) -> None:
-    """Moves a file to where nothing is."""
+    """Moves a file to a path at which there is nothing."""
     try:
         os.link(source, place)
     except FileExistsError:
@@ -225,7 +225,7 @@ def _move(source: Path, place: Path) -> None:
 Kind = TypeVar("Kind")
 
 STRICT = {"strict": True, "extra": "forbid", "allow_inf_nan": False}
-"""How pydantic reads the files that this package writes: nothing is converted, nothing is unknown, nothing is NaN."""
+"""Pydantic's settings for files that this package writes: no conversion, no unknown fields, no NaN."""
 
 
 def read_json(
@@ -233,20 +233,20 @@ def read_json(
 ) -> Kind:
     """The JSON object in a file as a ``kind``: a dataclass or a pydantic model, whose annotations are the schema.
 
-    A dataclass says in ``__pydantic_config__`` how strict the schema is, and checks values in ``__post_init__``, which
-    may raise a `CormError`.
+    A dataclass sets the strictness of the schema in ``__pydantic_config__``, and checks values in ``__post_init__``,
+    which may raise a `CormError`.
 
     Args:
-      what: the file's role, as in ``"plan"``.
+      what: the role of the file, as in ``"plan"``.
       way_out: what the user can do, as in ``"make one with python -m simulator plan"``.
-      error: makes the error from its message.
+      error: the function that makes the error from its message.
 
     Raises:
-      CormError: for a file that cannot be read, is no JSON or does not fit; it names the field and its value.
+      CormError: for a file that cannot be read, is not JSON or does not fit; it names the field and its value.
     """
     try:
         content = path.read_bytes()
-    except (OSError, ValueError) as found:  # a ValueError for a name that cannot be one
+    except (OSError, ValueError) as found:  # a ValueError for an impossible name
         reason = getattr(found, "strerror", None) or found
         raise error(f"cannot read the {what} {path}: {reason}: {way_out}") from None
     return parse_json(content, kind, f"the {what} {path}", way_out, error)
@@ -255,7 +255,7 @@ def read_json(
 def parse_json(
     content: bytes, kind: type[Kind], what: str, way_out: str, error: Callable[[str], CormError] = CormError
 ) -> Kind:
-    """What `read_json` makes of the content of a file, or of a part of one; ``what`` says which."""
+    """As `read_json`, from the content of a file or of a part of one, which ``what`` names."""
     from pydantic import ValidationError
 
     try:
@@ -265,8 +265,8 @@ def parse_json(
 
 
 def first_error(found: Any) -> str:
-    """The first of the errors that a pydantic ``ValidationError`` holds: the field, what is wrong, its value."""
-    # A file of another format says so before it says which fields it lacks.
+    """The first error in a pydantic ``ValidationError``: the field, the mistake, the value."""
+    # Another format is reported before missing fields.
     first = min(found.errors(include_url=False), key=lambda one: one["loc"] != ("format",))
     where = ".".join(map(str, first["loc"]))[:80]
     reason = first["msg"].removeprefix("Value error, ")

@@ -1,1 +1,1 @@
-"""What the commands of both packages share: how they begin and end, options, progress, tables, and their limits."""
+"""Shared by the commands of both packages: how they begin and end, options, progress, tables, and limits."""

@@ -1,10 +1,10 @@
 """Compiled programs are kept between commands: JAX's persistent compilation cache, so that a second run starts at once.
 
-They lie in ``compiled`` below `corm_jax.files.cache_folder`. Environment variables of JAX come first:
-``JAX_COMPILATION_CACHE_DIR`` names another folder, ``JAX_ENABLE_COMPILATION_CACHE=false`` keeps nothing.
+They are in ``compiled`` below `corm_jax.files.cache_folder`. Environment variables of JAX have priority:
+``JAX_COMPILATION_CACHE_DIR`` names another folder, and with ``JAX_ENABLE_COMPILATION_CACHE=false`` nothing is kept.
 
-JAX writes an entry in place, and never replaces one. An entry that was cut short, by a kill or a full disk, would fail
-to load ever after: so new entries are looked through when the next command begins, and the oldest ones removed.
+JAX writes an entry in place and never replaces it. An entry that was cut short, by a kill or a full disk, would fail to
+load in every later command. So new entries are checked, and the oldest ones removed, when the next command begins.
 """
 
 import contextlib
@@ -22,40 +22,40 @@ import jax
 from corm_jax.files import cache_folder
 
 SHORTEST = 0.1
-"""Seconds of compiling from which on a program is kept."""
+"""A program is kept if it takes at least this many seconds to compile."""
 
 LARGEST = 2**29
-"""Bytes of all programs that are kept."""
+"""The most bytes of all kept programs together."""
 
 
 def keep() -> None:
-    """Keeps what is compiled from now on, unless the user's environment says otherwise or the folder is of no use."""
+    """Keeps programs compiled from now on, unless JAX's environment variables are set or the folder cannot be used."""
     if {"JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE"} & os.environ.keys():
         return
     try:
         folder = cache_folder() / "compiled" / _machine()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         tidy(folder)
-    except (OSError, RuntimeError):  # the latter where nobody is at home
+    except (OSError, RuntimeError):  # the latter if there is no home directory
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", SHORTEST)
-    # An entry that cannot be read or written costs time, and nothing else.
+    # An entry that cannot be read or written only costs time.
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry")
 
 
 def tidy(folder: Path) -> None:
-    """Removes entries that were cut short, and the oldest beyond `LARGEST`.
+    """Removes entries that were cut short, and the oldest ones until at most `LARGEST` bytes are left.
 
     Raises:
-      OSError: if nothing can be written there.
+      OSError: if the folder cannot be written to.
     """
     mark, now = folder / "looked-through", time.time()
     since = mark.stat().st_mtime if mark.exists() else 0.0
     found = []
     for path in folder.glob("*-cache"):
-        with contextlib.suppress(FileNotFoundError):  # another process tidies too
+        with contextlib.suppress(FileNotFoundError):  # another process may have removed it
             state = path.stat()
             if state.st_mtime >= since and not is_complete(path):
                 path.unlink()
@@ -87,7 +87,7 @@ def is_complete(path: Path) -> bool:
 
 
 def _machine() -> str:
-    """A name for machines that run the same programs: homes may be shared between others."""
+    """A name for machines that run the same programs: different machines may share a home directory."""
     about = [platform.system(), platform.machine(), platform.processor()]
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()

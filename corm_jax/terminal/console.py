@@ -1,4 +1,4 @@
-"""What both command lines share: how they run and end, the types of options, and progress on standard error."""
+"""Shared by both command lines: how they run and end, the types of options, and progress on standard error."""
 
 import errno
 import functools
@@ -39,11 +39,11 @@ except ModuleNotFoundError as error:
     sys.exit(f"corm: {error.name} is not installed: pip install 'corm-jax[cli]'")
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
-"""Of all commands."""
+"""The settings of all commands."""
 
 
 class Command(click.Command):
-    """A command that prints its help if it is given nothing and cannot do without."""
+    """A command that prints its help if it has required parameters and is called without any."""
 
     def __init__(self, *arguments: Any, **options: Any):
         required = any(parameter.required for parameter in options.get("params") or [])
@@ -51,13 +51,13 @@ class Command(click.Command):
 
 
 class Group(click.Group):
-    """Commands of that kind."""
+    """A group of such commands."""
 
     command_class = Command
 
 
 class Whole(click.ParamType):
-    """A whole number from ``least`` up: of tokens, keys, slots, so no more than positions can count."""
+    """A whole number from ``least`` to ``most``, such as a number of tokens; by default up to the last position."""
 
     name = "integer"
 
@@ -122,7 +122,7 @@ COUNT, SEED = Whole(1), Whole(0)
 
 
 def options(*several: Callable) -> Callable:
-    """Options that go together, as one decorator."""
+    """Several options as one decorator."""
 
     def decorate(command):
         for option in reversed(several):
@@ -148,7 +148,7 @@ version_option = click.option(
 
 @contextmanager
 def naming(given: Mapping[str, Any]) -> Iterator[None]:
-    """Errors in the block begin with the options that they are about: by option, its value, or None if it has none.
+    """Errors in the block begin with the options that they are about, given by option with its value, None if unset.
 
     >>> with naming({"--policy": "full", "--capacity": 3, "--prompt": None}):
     ...     raise CormError("capacity 3 cannot hold a chunk (4 keys): raise the capacity")
@@ -167,7 +167,7 @@ def naming(given: Mapping[str, Any]) -> Iterator[None]:
 
 
 def check_prompt(spec: str, policy: Policy, prompt: int | None, tokens: int) -> None:
-    """Raises unless ``--prompt`` is as the policy of a SPEC needs it for a text of so many tokens."""
+    """Raises unless ``--prompt`` is valid for the policy of a SPEC and a text of this many tokens."""
     try:
         prompt_of(policy, prompt, tokens)
     except CormError as error:
@@ -181,11 +181,11 @@ def check_prompt(spec: str, policy: Policy, prompt: int | None, tokens: int) -> 
 def run(command: click.Group, name: str, program: str | None = None) -> NoReturn:
     """Runs a command line.
 
-    What the user can put right ends in one line that starts with ``name``, and exit code 2; Ctrl-C in one line, and
-    130. Nobody who reads no further (``| head``) gets an error.
+    An error that the user can correct ends in one line that starts with ``name``, and exit code 2; Ctrl-C ends in one
+    line, and exit code 130. A pipe that is closed early (``| head``) causes no message.
 
     Args:
-      program: what the user types, if that is not ``name``.
+      program: the command as the user types it, if that is not ``name``.
     """
     _open_streams()
     with stoppable(name):
@@ -227,7 +227,7 @@ def _code(command: click.Group, name: str, program: str) -> int:
 
 
 def note_budgets(specs: Sequence[str], program: str = "corm") -> None:
-    """Says so on standard error if some of the policies only rank keys and have no budget: nothing is evicted."""
+    """Prints a note on standard error if policies only score keys and have no budget, so that nothing is evicted."""
     if found := [spec for spec in dict.fromkeys(specs) if keeps_everything(spec)]:
         have, example = "has" if len(found) == 1 else "have", found[0] + (":" if ":" not in found[0] else ",")
         print(
@@ -238,7 +238,7 @@ def note_budgets(specs: Sequence[str], program: str = "corm") -> None:
 
 
 def _invoke(command: click.Group, program: str) -> int:
-    """Click's `main`, but for what that does with Ctrl-C and closed pipes."""
+    """Click's `main` without its handling of Ctrl-C and closed pipes."""
     try:
         with command.make_context(program, sys.argv[1:]) as context:
             return command.invoke(context) or 0
@@ -255,12 +255,12 @@ def _complain(name: str, message: str) -> int:
 
 
 def _open_streams() -> None:
-    """Streams that are closed swallow what is printed; and none fails for a sign that its encoding lacks."""
+    """Output to closed streams is discarded, and characters that the encoding of a stream lacks are escaped."""
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the number, so that no file of ours does
+            os.open(os.devnull, os.O_RDWR)  # takes the number, so that no other file gets it
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
@@ -269,7 +269,7 @@ def _open_streams() -> None:
 
 
 def _close(stream: Any) -> None:
-    """Flushes a stream. If it cannot take any more, what is left is dropped: the interpreter need not try again."""
+    """Flushes a stream. If that fails, the rest is discarded, so that the interpreter does not try again."""
     try:
         stream.flush()
     except OSError:
@@ -278,7 +278,7 @@ def _close(stream: Any) -> None:
 
 
 FIRST, EVERY = 5.0, 10.0
-"""Seconds until the first line of progress where there is no terminal, and between two of them at least."""
+"""Without a terminal: seconds until the first line of progress, and the least between two lines."""
 
 
 def progress_bar() -> Progress:
@@ -300,21 +300,21 @@ def progress_bar() -> Progress:
 
 class _Description(TextColumn):
     def render(self, task: Task):
-        """What is done, and whether it is compiled first."""
+        """The description of the task, and whether XLA is compiling."""
         text = super().render(task)
         return text.append(", compiling") if _compiling() and not task.finished else text
 
 
 class _Lines(Progress):
-    """Lines where there is no terminal: few, and none at all if the work is short."""
+    """Progress without a terminal: few lines, and none if the work is short."""
 
     def start(self) -> None:
-        """Starts to print."""
+        """Starts printing."""
         self._done = threading.Event()
         threading.Thread(target=self._print, daemon=True).start()
 
     def stop(self) -> None:
-        """Prints no more."""
+        """Stops printing."""
         self._done.set()
 
     def _print(self) -> None:
@@ -331,7 +331,7 @@ class _Lines(Progress):
 
 
 _begun: list[float] = []
-"""When XLA began to compile, if it does."""
+"""The time at which XLA began to compile; empty if it does not compile."""
 
 
 def _compiling() -> bool:

@@ -1,4 +1,4 @@
-"""What a machine has, asked before the work: memory, before anything of that size is allocated, and matplotlib."""
+"""Checks of the machine before the work begins: whether there is enough memory, and whether there is matplotlib."""
 
 import contextlib
 import os
@@ -13,7 +13,7 @@ GIB = 2**30
 
 
 def memory() -> int:
-    """Bytes of the first device: of an accelerator what JAX may use, else the machine's, or the container's, memory."""
+    """Bytes of memory: on an accelerator those that JAX may use, otherwise those of the machine or its container."""
     if limit := (jax.devices()[0].memory_stats() or {}).get("bytes_limit"):
         return limit
     found = []
@@ -26,12 +26,12 @@ def memory() -> int:
 
 
 def check_memory(need: int, what: str, way_out: str) -> None:
-    """Raises if ``need`` bytes are more than there are: the least that ``what`` takes, and ``way_out`` takes less."""
+    """Raises if there are fewer bytes than ``need``, the least that ``what`` takes; ``way_out`` names the way out."""
     if need > (there := memory()):
         raise CormError(f"{what} take at least {need / GIB:,.1f} GiB, there are {there / GIB:,.1f}: {way_out}")
 
 
 def check_matplotlib() -> None:
-    """Raises unless pictures can be drawn: asked before long work, not after."""
+    """Raises unless pictures can be drawn. Called before long work, not after it."""
     if find_spec("matplotlib") is None:
         raise CormError("matplotlib is not installed: pip install 'corm-jax[plots]'")

@@ -1,11 +1,11 @@
 """How a command stops at once, with one line and the right exit code, when it is interrupted or terminated.
 
-A signal raises `Stopped` in the main thread, so that files and progress bars are closed. That is not enough. An
-exception that is raised inside a callback, such as JAX's at a garbage collection, is lost, and is raised again then; or
-it comes back as another exception. While XLA computes, Python may not get to run for a long time: so a thread waits for
-the signal too, and ends the process after `GRACE` seconds. And when the interpreter shuts down in its orderly way while
-XLA still compiles, the compiler's threads use devices that are destroyed already (SIGSEGV): so an interrupted process
-ends by `os._exit`.
+A signal raises `Stopped` in the main thread, so that files and progress bars are closed. There are three difficulties.
+An exception that is raised inside a callback, such as JAX's at a garbage collection, is lost or turned into another
+exception: a lost one is raised again. While XLA computes, Python may not run for a long time: so a thread waits for the
+signal too, and ends the process after `GRACE` seconds. If the interpreter shuts down in the usual way while XLA
+still compiles, the compiler's threads use devices that are already destroyed (SIGSEGV): so an interrupted process ends
+by `os._exit`.
 """
 
 import os
@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 GRACE, STEP = 2.0, 0.1
-"""Seconds in which the main thread may close what it has open, and between looks whether an exception was lost."""
+"""Seconds in which the main thread may close its files, and between checks whether an exception was lost."""
 
 SIGNALS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
@@ -28,15 +28,15 @@ _leaving = threading.Lock()
 
 
 class Stopped(BaseException):
-    """A signal asks the process to end. No `KeyboardInterrupt`, which libraries catch."""
+    """The process was told by a signal to end. It is not a `KeyboardInterrupt`, which libraries catch."""
 
 
 @contextmanager
 def stoppable(name: str) -> Iterator[None]:
     """Ends the process if it is interrupted or terminated inside the block, with a line that starts with ``name``.
 
-    What is ignored, as under nohup, stays ignored. After the block signals end the process without a word: there is
-    nothing left to do but the interpreter's shutdown.
+    Signals that are ignored, as under nohup, stay ignored. After the block a signal ends the process without a message,
+    since only the shutdown of the interpreter is left.
     """
     if os.name == "nt" or threading.current_thread() is not threading.main_thread():
         yield
@@ -45,7 +45,7 @@ def stoppable(name: str) -> Iterator[None]:
     raised, lost, hook = list[int](), threading.Event(), sys.unraisablehook
 
     def stop(number: int, frame: object) -> NoReturn:
-        if raised:  # asked twice: no time to close anything
+        if raised:  # the second signal: no time to close anything
             leave(name, number)
         raised.append(number)
         raise Stopped(number)
@@ -91,7 +91,7 @@ def stoppable(name: str) -> Iterator[None]:
 
 
 def leave(name: str, number: int) -> NoReturn:
-    """Says why, and ends the process without the interpreter's own shutdown."""
+    """Prints the reason, and ends the process without the interpreter's shutdown."""
     first = _leaving.acquire(timeout=1)
     try:
         if first:

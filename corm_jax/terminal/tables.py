@@ -1,7 +1,7 @@
-"""Tables for terminals of any width: nothing in them is ever cut off.
+"""Tables for terminals of any width, in which nothing is cut off.
 
-Where there is room, a table has one line a row. In a narrower terminal its text folds, after commas and colons; in a
-narrower one yet, the text of a row stands above its numbers; and at last every number has a line of its own.
+In a wide terminal, a table has one line for each row. In a narrower one, text is folded after commas and colons. In a
+still narrower one, the text of a row is printed above its numbers; and in the narrowest, every number has its own line.
 """
 
 import re
@@ -17,13 +17,13 @@ except ModuleNotFoundError as error:
     sys.exit(f"corm: {error.name} is not installed: pip install 'corm-jax[cli]'")
 
 GAP = "  "
-"""Between columns."""
+"""The space between columns."""
 
 WORD = 24
-"""A text column is as wide as its longest word at least, up to so many cells. Longer words are broken."""
+"""A text column is at least as wide as its longest word, up to this many cells. Longer words are broken."""
 
 PLAIN = {"─": "-", "Δ": "d"}
-"""Our own signs, for encodings that lack them."""
+"""Replacements of characters in tables, for encodings that lack them."""
 
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 
@@ -47,7 +47,7 @@ class Column(NamedTuple):
 def print_table(
     columns: Sequence[Column], rows: Sequence[Sequence[str]], *, title: str = "", notes: Sequence[str] = ()
 ) -> None:
-    """Prints a table as wide as the terminal, or as 80 columns where there is none.
+    """Prints a table that fits the terminal, or 80 columns if there is no terminal.
 
     Args:
       rows: the cells, row by row.
@@ -62,7 +62,7 @@ def print_table(
 
 
 def show(text: str) -> None:
-    """Prints text: signs that the output's encoding lacks in plain letters, control characters as escapes."""
+    """Prints text. Characters of `PLAIN` that the encoding lacks are replaced, and control characters are escaped."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     for sign, letters in PLAIN.items():
         try:
@@ -105,7 +105,7 @@ def table(columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int) 
 
 
 def _beside(columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int) -> list[str]:
-    """A line for each row, or as many as its text folds into. Nothing if that is too wide."""
+    """Lines with the text of each row, folded if needed, beside its numbers. Empty if that is too wide."""
     headings = [column.heading for column in columns]
     cells = [[*heading.split("\n"), *(row[i] for row in rows)] for i, heading in enumerate(headings)]
     natural = [max(map(cell_len, each)) for each in cells]
@@ -115,14 +115,14 @@ def _beside(columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int
     if left < 0:
         return []
     wants = sorted((n - size, i) for i, (n, size) in enumerate(zip(natural, sizes, strict=True)))
-    for rank, (want, i) in enumerate(wants):  # those that want least come first, and leave the rest to the others
+    for rank, (want, i) in enumerate(wants):  # columns that need the least come first and leave the rest to the others
         given = min(want, left // (len(wants) - rank))
         sizes[i], left = sizes[i] + given, left - given
 
     def lines(row: Sequence[str]) -> list[str]:
         folded = [[y for x in cell.split("\n") for y in fold(x, size)] for cell, size in zip(row, sizes, strict=True)]
         height = max(map(len, folded))
-        if row is headings:  # they stand on the rule
+        if row is headings:  # aligned to the rule below them
             folded = [[""] * (height - len(cell)) + cell for cell in folded]
         found = []
         for line in zip_longest(*folded, fillvalue=""):
@@ -136,7 +136,7 @@ def _beside(columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int
 
 
 def _above(columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int) -> list[str]:
-    """The text of each row above its numbers. Nothing if the numbers alone are too wide."""
+    """Lines with the text of each row above its numbers. Empty if the numbers alone are too wide."""
 
     def text(cells: Sequence[str]) -> list[str]:
         shown = [cell for column, cell in zip(columns, cells, strict=True) if cell and not column.number]
@@ -154,7 +154,7 @@ def _above(columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int)
 
 
 def _below(columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int) -> list[str]:
-    """The cells of each row one below the other, all but the first with the heading of its column."""
+    """Lines with one cell each, row by row. Each cell but the first of a row follows the heading of its column."""
     size, found = max((cell_len(column.name) for column in columns[1:]), default=0), []
     for first, *cells in rows:
         found += fold(first, width)
@@ -190,5 +190,5 @@ def fold(text: str, width: int) -> list[str]:
 
 
 def _pieces(text: str) -> list[str]:
-    """Where lines may end: after blanks and separators, but not inside a number such as 1,024."""
+    """The pieces between which a line may end: after blanks and separators, but not inside a number such as 1,024."""
     return [piece for piece in re.split(r"(?<=[,:;/|])(?=[^\s\d,:;/|])|(?<=\s)(?=\S)", text) if piece]

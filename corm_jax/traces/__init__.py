@@ -1,1 +1,1 @@
-"""Traces: what a model attended to while it read one text, in memory or on disk."""
+"""Traces: the attention of a model while it reads one text, in memory or on disk."""

@@ -1,4 +1,4 @@
-"""Arrays from elsewhere: NumPy's, JAX's and torch's, whole or as a tuple over layers, as floats of NumPy.
+"""Arrays of NumPy, JAX and torch, whole or as a tuple over layers, converted to float arrays of NumPy.
 
 >>> layers, _ = by_layer("probs", tuple(np.ones((1, 6, 9, 9)) for _ in range(2)), 3)      # as transformers has them
 >>> [layer.shape for layer in layers]
@@ -27,14 +27,14 @@ def require(good: bool, name: str, expected: str, value: Any) -> None:
 
 
 def floats(name: str, value: Any) -> np.ndarray:
-    """A float array, copied only where the library it comes from needs that; torch's tensors from any device.
+    """A value as a float array of NumPy, copied only if its library requires that. Torch tensors may be on any device.
 
     Raises:
-      TraceError: for what is no array, and for other dtypes than floats of 16 bits and more.
+      TraceError: if the value is not an array, or its dtype is not a float of 16 bits or more.
     """
     try:
         array = _of_torch(value) if hasattr(value, "detach") else np.asarray(value)
-    except Exception as error:  # every library has errors of its own, such as for sparse arrays and traced ones
+    except Exception as error:  # each library raises its own errors, such as for sparse or traced arrays
         raise TraceError(f"{name} is no array: {' '.join(str(error).split())[:200]}") from None
     if array.dtype == object:
         raise TraceError(f"{name} must be an array of floats, not {_kind(value)}")
@@ -46,15 +46,15 @@ def by_layer(name: str, value: Any, axes: int) -> tuple[list[np.ndarray], bool]:
     """The layers of an array ``[layers, ...]``, or of a list or tuple of one array a layer.
 
     Args:
-      name: what the value is called in errors.
-      value: the layers; each may have a batch axis in front, of one text.
-      axes: how many axes a layer has without it.
+      name: the name of the value in error messages.
+      value: the layers; each may have a batch axis of size 1 in front.
+      axes: the number of axes of a layer, without the batch axis.
 
     Returns:
-      An array of so many axes for each layer, and whether there was a batch axis.
+      An array without batch axis for each layer, and whether there was a batch axis.
 
     Raises:
-      TraceError: for what is no array, other numbers of axes, no layer, and batches of several texts.
+      TraceError: if a layer is not an array, for another number of axes, no layers, or a batch of several texts.
     """
     if isinstance(value, list | tuple):
         for index, layer in enumerate(value):
@@ -82,7 +82,7 @@ def by_layer(name: str, value: Any, axes: int) -> tuple[list[np.ndarray], bool]:
 
 
 def _of_torch(tensor: Any) -> np.ndarray:
-    """Without importing torch. NumPy has no bfloat16 of its own, and the way through float32 is exact."""
+    """Converts without importing torch. NumPy itself has no bfloat16; the conversion by way of float32 is exact."""
     tensor = tensor.detach().cpu()
     if str(tensor.dtype) == "torch.bfloat16":
         return tensor.float().numpy().astype(ml_dtypes.bfloat16)

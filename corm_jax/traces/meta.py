@@ -1,4 +1,4 @@
-"""What a trace holds, in words and in arrays: its description, one layer of it, and what makes a layer a good one.
+"""The parts of a trace: its description, the arrays of one layer, and the checks of both.
 
 Axis names: ``layers``; ``steps``, the queries and keys in order; ``q_heads``; ``kv_heads``, where query heads
 ``h * group`` to ``h * group + group - 1`` share key-value head ``h``; ``head_dim``.
@@ -36,8 +36,8 @@ class Rows(NamedTuple):
     """One layer of an ``attention`` trace.
 
     Attributes:
-      probs: float32 ``[q_heads, steps, steps]``. Row ``t`` is query ``t``'s (from 0): non-negative, 0 for keys after
-        ``t``, its sum 1 up to rounding.
+      probs: float32 ``[q_heads, steps, steps]``. Row ``t`` holds the probabilities of query ``t`` (from 0): none
+        is negative, those of keys after ``t`` are 0, and their sum is 1 up to rounding.
     """
 
     probs: np.ndarray
@@ -45,17 +45,17 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Meta:
-    """What a trace holds.
+    """The description of a trace.
 
     Attributes:
       kind: ``"qkv"`` or ``"attention"``.
       layers, steps, q_heads, kv_heads: at least 1; ``q_heads`` is a multiple of ``kv_heads``.
-      head_dim: of a ``qkv`` trace; None otherwise.
-      scale: of the logits of a ``qkv`` trace, by default ``head_dim ** -0.5``; None otherwise.
-      model: its name, free text.
-      dtype: what the values are rounded to where they are stored: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
+      head_dim: the size of a key in a ``qkv`` trace; None otherwise.
+      scale: the factor of the logits in a ``qkv`` trace, by default ``head_dim ** -0.5``; None otherwise.
+      model: the name of the model, free text.
+      dtype: the dtype to which stored values are rounded: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
       tokens, pieces: the id and the text of each token; None where unknown.
-      positions: of each step, strictly increasing; by default 0 to ``steps - 1``.
+      positions: the position of each step, strictly increasing; by default 0 to ``steps - 1``.
 
     Raises:
       TraceError: for a field of the wrong type, value or length.
@@ -113,7 +113,7 @@ class Meta:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The tensors of a layer, by name."""
+        """The shape of each tensor of a layer, by name."""
         if self.kind == "attention":
             return {"probs": (self.q_heads, self.steps, self.steps)}
         keys = (self.steps, self.kv_heads, self.head_dim or 0)
@@ -121,10 +121,10 @@ class Meta:
 
 
 def layer_of(where: str, meta: Meta, tensors: dict[str, Any], dtype: str = "float32") -> QKV | Rows:
-    """A layer of these tensors, rounded to ``dtype``, read-only, and copied only where that changes them.
+    """A layer of these tensors, rounded to ``dtype`` and read-only. They are copied only if rounding changes them.
 
     Raises:
-      TraceError: for other names, shapes and dtypes than ``meta`` has; for values that no trace holds.
+      TraceError: for names or shapes other than those of ``meta``, other dtypes than floats, or invalid values.
     """
     shapes = meta.shapes
     require(tensors.keys() == shapes.keys(), where, " and ".join(shapes), " and ".join(tensors))
@@ -139,7 +139,7 @@ def layer_of(where: str, meta: Meta, tensors: dict[str, Any], dtype: str = "floa
 def _cast(where: str, value: Any, shape: tuple[int, ...], dtype: str) -> np.ndarray:
     array = floats(where, value)
     require(array.shape == shape, f"{where}'s shape", str(shape), array.shape)
-    with np.errstate(all="ignore"):  # what overflows is found below
+    with np.errstate(all="ignore"):  # an overflow is reported below
         cast = np.ascontiguousarray(array, DTYPES[dtype]).view()
     if not np.isfinite(cast).all():
         if not np.isfinite(array).all():
@@ -156,8 +156,8 @@ def _check_rows(where: str, rows: np.ndarray, meta: Meta) -> None:
         raise TraceError(f"{where} must not be negative")
     if np.triu(rows, 1).any():
         raise TraceError(f"{where} must be causal: 0 for keys after the query")
-    # Other frameworks' float32 rows sum to 1 within 1e-3. Rounding then moves a row's sum by half an epsilon at most,
-    # which every entry may lose in the same direction, and each entry too small to be normal by half the smallest step.
+    # Float32 rows of other frameworks sum to 1 within 1e-3. Rounding changes a row's sum by at most half an epsilon, if
+    # all entries are rounded in the same direction, and by half the smallest step for each subnormal entry.
     kind = ml_dtypes.finfo(DTYPES[meta.dtype])
     slack = 1e-3 + float(kind.eps) / 2 + meta.steps * float(kind.smallest_subnormal) / 2
     sums = rows.sum(-1, dtype=np.float64)

@@ -1,8 +1,8 @@
 """Traces on disk: a directory with ``meta.json``, and a safetensors file for every layer.
 
 ``meta.json`` holds the fields of `Meta`, the format's name and version, and the size and SHA-256 of each layer's file.
-A directory may come from anywhere: whatever bytes it holds, reading ends in arrays or in a `TraceError`. Nothing is
-allocated by a number that it states, only by the size of a file, and no link is followed.
+A directory need not be trusted: whatever bytes it holds, reading it returns arrays or raises a `TraceError`. Memory is
+allocated by the size of a file, never by a number that a file states, and no link is followed.
 
 >>> import tempfile
 >>> import numpy as np
@@ -43,19 +43,19 @@ _NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # safetensors
 
 
 class Writer:
-    """Writes a trace layer by layer, into ``.{name}.part`` beside ``path``, which becomes ``path`` when it is whole.
+    """Writes a trace layer by layer, into ``.{name}.part`` beside ``path``, and renames it to ``path`` at the end.
 
-    After an error, or a kill, the layers that were complete stay; a writer of the same ``path`` and an equal ``meta``
-    goes on after them, and one of another ``meta`` starts over.
+    After an error or a kill, complete layers stay on disk. A new writer with the same ``path`` and an equal ``meta``
+    continues after them; with another ``meta`` it starts over.
 
     Args:
-      path: of the new directory.
-      meta: of the trace; values are rounded to ``meta.dtype``.
+      path: the path of the new directory.
+      meta: the description of the trace; values are rounded to ``meta.dtype``.
       resume: False to start over in any case.
 
     Attributes:
       done: how many layers are complete; the next `write` is layer ``done``.
-      folder: the directory meanwhile; a file ``hidden.safetensors`` in it is the caller's, and removed at the end.
+      folder: the directory until then. A file ``hidden.safetensors`` in it is for the caller and removed at the end.
 
     Raises:
       TraceError: if ``path`` exists, or cannot be written.
@@ -100,7 +100,7 @@ class Writer:
             try:
                 with whole_file(path) as temporary:
                     save_file(layer._asdict(), temporary)
-            except SafetensorError as error:  # its way to report a full disk
+            except SafetensorError as error:  # this is how safetensors reports a full disk
                 raise OSError(str(error)) from None
             self._files.append(_File.at(path))
 
@@ -113,14 +113,14 @@ class Writer:
         if self.done < self.meta.layers:
             raise TraceError(
                 f"{self.path}: {self.done} of {self.meta.layers} layers were written: run the same recording again, "
-                f"which goes on from {self.folder}"
+                f"which continues in {self.folder}"
             )
         with _explained(self.path):
             (self.folder / _SCRATCH).unlink(missing_ok=True)
             _write_meta(self.folder / _META, self.meta, self._files)
             self._check_new()
             self.folder.rename(self.path)
-            (self.path / _PART).unlink()  # last, so that a kill before loses nothing
+            (self.path / _PART).unlink()  # last, so that nothing is lost by a kill before
 
     def _check_new(self) -> None:
         if self.path.exists() or self.path.is_symlink():
@@ -133,7 +133,7 @@ class Writer:
             return False
 
     def _resume(self) -> None:
-        # A layer's file appears by a rename, so one that is there is whole: its header says whether it is this trace's.
+        # A layer's file appears by a rename, so it is complete; its header shows whether it belongs to this trace.
         try:
             while self.done < self.meta.layers:
                 path = self.folder / _layer_name(self.done)
@@ -162,10 +162,10 @@ class _File(NamedTuple):
 
 
 def reader(path: str | os.PathLike) -> tuple[Meta, Callable[[int], QKV | Rows]]:
-    """What a directory's ``meta.json`` says, and the function that reads a layer.
+    """The `Meta` of a directory, and the function that reads a layer.
 
     Raises:
-      TraceError: for anything but a whole trace.
+      TraceError: for anything but a complete trace.
     """
     path = Path(path)
     with _explained(path):
@@ -206,7 +206,7 @@ def _read_meta(path: Path) -> tuple[Meta, Any]:
     if content.keys() != names:
         raise TraceError(f"{path}: fields {reprlib.repr(sorted(content.keys() ^ names))} are missing or unknown")
     for name in ("positions", "scale") if content["kind"] == "qkv" else ("positions",):
-        # Meta's defaults are for the writer, and as long as `steps`, which nothing vouches for yet.
+        # Meta's defaults are for writers; default positions would allocate `steps` numbers, which is not checked yet.
         require(content[name] is not None, f"{path}: {name}", "stated", None)
     try:
         return Meta(**content), files
@@ -283,9 +283,9 @@ def _parse(content: bytes, path: Path) -> dict[str, Any]:
 
 
 def _size(path: Path) -> int:
-    found = path.lstat()  # no link is followed out of the directory, and nothing opened that could block
+    found = path.lstat()  # no link is followed out of the directory, and no file is opened that could block
     if not stat.S_ISREG(found.st_mode):
-        raise TraceError(f"{path} must be a regular file, no link and no folder")
+        raise TraceError(f"{path} must be a regular file, not a link or a folder")
     return found.st_size
 
 

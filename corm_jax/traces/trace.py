@@ -1,4 +1,4 @@
-"""Traces: what a model attended to while it read one text, layer by layer, in memory or on disk.
+"""Traces: the attention of a model while it reads one text, layer by layer, in memory or on disk.
 
 Axis names: ``layers``; ``steps``, the queries and keys in order; ``q_heads``; ``kv_heads``, where query heads
 ``h * group`` to ``h * group + group - 1`` share key-value head ``h``; ``head_dim``.
@@ -26,7 +26,7 @@ from corm_jax.traces.storage import Writer, reader
 
 
 class Trace:
-    """What a model attended to while it read one text. A layer is read when it is asked for, each time anew.
+    """The attention of a model while it reads one text. Each call of `layer` reads that layer from its source.
 
     Made by `from_qkv`, `from_attention`, `open` and `part`. Its arrays are read-only.
     """
@@ -41,16 +41,16 @@ class Trace:
         return f"Trace({', '.join(f'{name}={reprlib.repr(value)}' for name, value in shown.items())})"
 
     def layer(self, index: int) -> QKV | Rows:
-        """Layer ``index``, from 0, in float32: a `QKV` or a `Rows`, as the trace's kind is.
+        """Layer ``index``, counted from 0, in float32: a `QKV` or a `Rows`, depending on the kind of the trace.
 
         Raises:
-          TraceError: for an index out of range; for a file that is damaged or does not hold what ``meta`` says.
+          TraceError: for an index out of range; for a file that is damaged or does not match ``meta``.
         """
         return self._read(whole_number("layer", index, 0, self.meta.layers - 1))
 
     @classmethod
     def from_qkv(cls, q, k, v, *, heads_first=None, scale=None, model="", tokens=None, pieces=None) -> "Trace":
-        """A trace of arrays in memory, copied only where they are not contiguous float32 of NumPy.
+        """A trace of arrays in memory, copied only if they are not contiguous float32 arrays of NumPy.
 
         Arrays may be NumPy's, JAX's or torch's, on any device, of any float dtype. Each is one array for all layers, or
         a list or tuple of one array a layer, which may have a batch axis of 1 in front. For a whole model of
@@ -60,7 +60,7 @@ class Trace:
           q: ``[layers, steps, q_heads, head_dim]``, rotated.
           k, v: ``[layers, steps, kv_heads, head_dim]``.
           heads_first: True if the heads come before the steps, as in torch's and transformers'
-            ``[1, heads, steps, head_dim]``. Has to be said where there is a batch axis, since either order is in use.
+            ``[1, heads, steps, head_dim]``. Required if there is a batch axis, since both orders are in use.
           scale, model, tokens, pieces: see `Meta`.
 
         Raises:
@@ -85,19 +85,19 @@ class Trace:
 
     @classmethod
     def from_attention(cls, probs, *, kv_heads=None, model="", tokens=None, pieces=None) -> "Trace":
-        """A trace of attention rows in memory, copied only where they are not contiguous float32 of NumPy.
+        """A trace of attention rows in memory, copied only if they are not contiguous float32 arrays of NumPy.
 
         Args:
           probs: ``[layers, q_heads, steps, steps]``, see `Rows`; or a list or tuple of one array a layer, which may
             have a batch axis of 1 in front, as in transformers' ``output.attentions``. NumPy's, JAX's or torch's, on
-            any device, of any float dtype. A 16-bit one becomes ``meta.dtype``, since it bounds how exactly rows sum
-            to 1.
+            any device, of any float dtype. A 16-bit dtype becomes ``meta.dtype``, since the error of a row's
+            sum depends on it.
           kv_heads: by default ``q_heads``.
           model, tokens, pieces: see `Meta`.
 
         Raises:
-          TraceError: for another shape or dtype, batches of several texts, NaN, infinity, and rows that are no causal
-            probabilities.
+          TraceError: for another shape or dtype, batches of several texts, NaN, infinity, and rows that are not
+            causal probabilities.
 
         >>> rows = np.tril(np.ones((1, 2, 3, 3))) / np.arange(1, 4)[:, None]        # a batch of 1, 2 heads, 3 steps
         >>> Trace.from_attention((rows, rows), kv_heads=1)
@@ -121,18 +121,18 @@ class Trace:
 
     @classmethod
     def open(cls, path: str | os.PathLike) -> "Trace":
-        """The trace in a directory: reads ``meta.json``, and looks whether the file of each layer is all there.
+        """The trace in a directory: reads ``meta.json``, and checks that the file of each layer is complete.
 
         Raises:
-          TraceError: for anything but a whole trace.
+          TraceError: for anything but a complete trace.
         """
         return cls(*reader(path))
 
     def part(self, *, layers: Sequence[int] | None = None, steps: int | None = None) -> "Trace":
-        """A view of some layers, in the order given, and of the first steps; it too reads when asked.
+        """A view of some layers, in the given order, and of the first steps. `layer` reads from the same source.
 
         Raises:
-          TraceError: for layers or steps that the trace lacks, or none.
+          TraceError: for layers or steps that the trace does not have, or for no layers or steps.
         """
         old = self.meta
         numbers = range(old.layers) if layers is None else layers
@@ -152,9 +152,9 @@ class Trace:
         """Writes the trace to a new directory, its values rounded to ``dtype``, by default ``meta.dtype``.
 
         Raises:
-          TraceError: where `corm_jax.traces.storage.Writer` does.
+          TraceError: as `corm_jax.traces.storage.Writer`.
         """
-        # Nothing is resumed: half a trace with the same meta may hold other values.
+        # Never resumed: an incomplete trace with the same meta may hold other values.
         meta = self.meta if dtype is None else dataclasses.replace(self.meta, dtype=dtype)
         with Writer(path, meta, resume=False) as writer:
             for index in range(self.meta.layers):
