@@ -1,1 +1,1 @@
-"""Eviction rules as specifications: what should survive, and proofs that it does. Knows nothing of the model."""
+"""Eviction rules as specifications: which keys should survive, and proofs that they do. Independent of the model."""

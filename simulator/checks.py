@@ -1,8 +1,8 @@
 """The checks of the conformance suite, each under a name. `simulator.testing` runs them.
 
-A check gets a `Subject` and draws the histories that it tries it on. It raises an `InvariantError` that says which
-invariant broke, and where; some invariants are those of `simulator.invariants`, others compare two ways to read the
-same history, and bear the name of the check.
+A check gets a `Subject` and draws the histories on which it is tried. If an invariant does not hold, it raises an
+`InvariantError` that names the invariant and the place. Some invariants are those of `simulator.invariants`; others
+compare two ways to read the same history, and are named after the check.
 """
 
 import dataclasses
@@ -33,16 +33,16 @@ from simulator.strategies import CHUNK, GARBAGE, KV_HEADS, TOKENS, Case, typical
 from simulator.subject import Subject, by_head
 
 CLOSE = 1e-4
-"""Comparisons nearer than this to a tie, and no exact tie, are left to rounding."""
+"""A comparison that is nearer than this to a tie, but not an exact tie, may be decided by rounding: it is left out."""
 
 CHECKS: list[Callable[[Subject, st.DataObject], None]] = []
 """All checks, the most basic ones first."""
 
 ENOUGH: dict[Callable[[Subject, st.DataObject], None], int] = {}
-"""How many histories are enough, for those that more make no stronger."""
+"""The number of histories of a check, if more would not make it stronger."""
 
 CORM: list[Callable[[Subject, st.DataObject], None]] = []
-"""Those that hold for CORM only."""
+"""The checks that hold for CORM only."""
 
 
 def _check(function):
@@ -65,7 +65,7 @@ def _check_corm(function):
 
 @_check_enough(3)
 def construction(subject: Subject, data: st.DataObject) -> None:
-    """The policy is built as `corm_jax.core.types.Policy` says, see `simulator.construction`."""
+    """The policy is built as `corm_jax.core.policy.Policy` demands, see `simulator.construction`."""
     check_construction(subject.policy)
 
 
@@ -81,13 +81,13 @@ def shapes(subject: Subject, data: st.DataObject) -> None:
 
 @_check_enough(1)
 def evicts_something(subject: Subject, data: st.DataObject) -> None:
-    """In some history something is evicted: by `retain` if that can evict at all, and if not, by `score`."""
+    """In some history a key is evicted: by `retain` if that can evict at all, otherwise by `score`."""
     if reason := untried(subject):
         raise InvariantError("evicts_something", reason)
 
 
 def untried(subject: Subject) -> str | None:
-    """What the histories of the suite leave untried in a policy, and the way out; None if they do not."""
+    """The part of a policy that the histories of the suite do not test, and the way out; None if there is none."""
     histories = [case for seed in range(6) for case in (typical(seed, chunk=1), typical(seed, chunk=CHUNK))]
     if any(not subject.read(case).kept[0, :, -1, : case.tokens].all() for case in histories):
         return None
@@ -106,7 +106,7 @@ def untried(subject: Subject) -> str | None:
 
 
 def can_evict(policy: Any, capacity: int = 4096) -> bool:
-    """Whether `retain` drops a live key in some state out of many: random ones, late in a long text."""
+    """Whether `retain` evicts a live key in one of many random states, late in a long text."""
     spec, rng = CacheSpec(KV_HEADS, capacity, TOKENS), np.random.default_rng(0)
     state, seen = jax.eval_shape(lambda: policy.init(spec)), 2**20
     prompts = [1, seen // 2, seen, ENDLESS] * 2
@@ -124,7 +124,7 @@ def can_evict(policy: Any, capacity: int = 4096) -> bool:
 
 @_check_enough(10)
 def ranks(subject: Subject, data: st.DataObject) -> None:
-    """What `score` says of a live key is a number: NaN has no place in an order."""
+    """The score of a live key is a number: NaN cannot be ordered."""
     case = subject.draw(data)
     for capacity in (None, subject.few):
         cache = subject.read(case, capacity).cache
@@ -133,12 +133,12 @@ def ranks(subject: Subject, data: st.DataObject) -> None:
         )
         for head, slot in np.argwhere(bad >= 0):
             where = {"layer": 0, "head": int(head), "clock": case.tokens, "key": int(bad[head, slot])}
-            raise InvariantError("ranks", "is ranked NaN: `score` must give a number for every live key", **where)
+            raise InvariantError("ranks", "has a score of NaN: `score` must give a number for every live key", **where)
 
 
 @jax.jit
 def _unranked(policy, cache):
-    """Which live slots are ranked NaN, now or when the next token comes."""
+    """Which live slots have a score of NaN, now or when the next token is read."""
     view = cache_lib.slots(cache)
     rank = [policy.score(cache.state, dataclasses.replace(view, seen=view.seen + more)) for more in (0, 1)]
     return view.live & (jnp.isnan(rank[0]) | jnp.isnan(rank[1]))
@@ -146,7 +146,7 @@ def _unranked(policy, cache):
 
 @_check
 def keys_in_their_slots(subject: Subject, data: st.DataObject) -> None:
-    """A slot that says position p holds the key and the value of token p, and no other slot of its head does."""
+    """A slot with position p holds the key and the value of token p, and no other slot of its head has position p."""
     case = subject.draw(data)
     for capacity in (None, subject.few):
         cache = subject.read(case, capacity).cache
@@ -164,18 +164,18 @@ def keys_in_their_slots(subject: Subject, data: st.DataObject) -> None:
 
 @_check
 def histories(subject: Subject, data: st.DataObject) -> None:
-    """No key before its time, none returns, never more than there are slots.
+    """No key is live before it was read, no evicted key returns, and there are never more keys than slots.
 
-    What the policy says of itself (`corm_jax.core.types.Traits`) is checked as well: the newest ``recent`` keys stay,
-    and at ``most`` so many.
+    The declarations of the policy (`corm_jax.core.policy.Traits`) are checked as well: the newest ``recent`` keys are
+    live, and at most ``most`` keys.
     """
-    case, says = subject.draw(data), subject.policy.traits
+    case, traits = subject.draw(data), subject.policy.traits
     for capacity in (None, subject.few):
         kept = subject.read(case, capacity).kept
         invariants.no_key_before_its_time(kept, case.clock)
         invariants.none_returns(kept, case.clock)
-        invariants.newest_live(kept, says.recent, case.clock)
-        invariants.at_most(kept, says.most, case.clock)
+        invariants.newest_live(kept, traits.recent, case.clock)
+        invariants.at_most(kept, traits.most, case.clock)
         if subject.shares:
             invariants.within_pool(kept, KV_HEADS * (capacity or TOKENS + CHUNK), case.clock)
         else:
@@ -184,7 +184,7 @@ def histories(subject: Subject, data: st.DataObject) -> None:
 
 @_check_corm
 def corm_rule(subject: Subject, data: st.DataObject) -> None:
-    """CORM: nothing early, nobody but long-term minor keys goes, and all of them do."""
+    """CORM: no key is evicted early, and later exactly the long-term minor keys are evicted."""
     policy, case = subject.policy, subject.draw(data)
     kept = subject.read(case).kept
     n = case.tokens
@@ -226,7 +226,7 @@ def specification(subject: Subject, data: st.DataObject) -> None:
 
 @_check
 def overflow_is_counted(subject: Subject, data: st.DataObject) -> None:
-    """While eviction is postponed, each key that is missing went for want of a slot, and was counted."""
+    """While eviction is postponed, each missing key was evicted for want of a slot, and was counted."""
     case = subject.draw(data)
     for capacity in (None, subject.few):
         history = subject.hoard(case, capacity)
@@ -241,7 +241,7 @@ def overflow_is_counted(subject: Subject, data: st.DataObject) -> None:
 
 @_check
 def enough_is_enough(subject: Subject, data: st.DataObject) -> None:
-    """A capacity that suffices changes nothing, though slots are reused."""
+    """A sufficient capacity does not change results, although slots are reused."""
     case = subject.draw(data)
     free = subject.read(case)
     live = free.kept[0].sum(-1).max(0)
@@ -255,7 +255,7 @@ def enough_is_enough(subject: Subject, data: st.DataObject) -> None:
 
 @_check
 def chunks(subject: Subject, data: st.DataObject) -> None:
-    """While nothing goes, it is all the same in which pieces a text is read: same outputs, same state."""
+    """While nothing is evicted, outputs and state do not depend on the pieces in which a text is read."""
     case = subject.draw(data)
     ones = dataclasses.replace(case, counts=np.where(np.arange(TOKENS) < case.tokens, 1, 0).astype(np.int32))
     pieces, single = (subject.hoard(each) for each in (case, ones))
@@ -270,7 +270,7 @@ def chunks(subject: Subject, data: st.DataObject) -> None:
 
 @_check
 def padding(subject: Subject, data: st.DataObject) -> None:
-    """What pads a chunk changes nothing, and neither do steps without tokens."""
+    """Padding of a chunk does not change results, and neither do steps without tokens."""
     case = subject.draw(data)
     order = np.argsort(case.counts == 0, kind="stable")  # empty steps last
     other = dataclasses.replace(case, counts=case.counts[order])
@@ -289,7 +289,7 @@ def padding(subject: Subject, data: st.DataObject) -> None:
 
 @_check
 def batch_rows(subject: Subject, data: st.DataObject) -> None:
-    """Rows of a batch know nothing of each other: together as alone, and whatever their order."""
+    """Rows of a batch do not influence each other: results are the same together, alone, and in any order."""
     pair = subject.draw(data), subject.draw(data)
     for rows in (pair, pair[::-1]):
         together = subject.read_batch(rows, subject.few)
@@ -302,10 +302,10 @@ def batch_rows(subject: Subject, data: st.DataObject) -> None:
 
 @_check
 def head_order(subject: Subject, data: st.DataObject) -> None:
-    """Exchanging key-value heads exchanges their histories; the order of query heads in a group means nothing.
+    """Exchanging key-value heads exchanges their histories; the order of query heads in a group has no effect.
 
-    A hyperparameter of shape ``[kv_heads]`` is taken to be one number for each head. In a pool that overflows the first
-    of two heads does come first, if they rank alike.
+    A hyperparameter of shape ``[kv_heads]`` is taken to be one number for each head. Pools do not overflow here, since
+    between two heads with equal scores the first has its key evicted first.
     """
     case = subject.draw(data)
     capacity = None if subject.shares else subject.few
@@ -319,9 +319,9 @@ def head_order(subject: Subject, data: st.DataObject) -> None:
 
 @_check
 def layouts(subject: Subject, data: st.DataObject) -> None:
-    """Whether the heads of a layer share their slots changes nothing, as long as these suffice."""
+    """Results do not depend on whether the heads of a layer share their slots, as long as these suffice."""
     case = subject.draw(data)
-    # The layouts add up in another order: no ties, and nothing else that hangs on rounding.
+    # Layouts sum in different orders, so no decision may be a tie or depend on rounding otherwise.
     noise = np.random.default_rng(0).normal(size=case.logits.shape).astype(np.float32)
     case = dataclasses.replace(case, logits=case.logits + noise / 16)
     _assume_decided(subject, case, None)
@@ -335,19 +335,19 @@ def layouts(subject: Subject, data: st.DataObject) -> None:
 
 @_check
 def slot_order(subject: Subject, data: st.DataObject) -> None:
-    """In which slot a key lies means nothing: after a shuffle all goes on as before."""
+    """Results do not depend on the slots of the keys: they are the same after a shuffle."""
     _goes_on("slot_order", subject, data, _shuffled, "before the slots were shuffled")
 
 
 @_check
 def empty_slots(subject: Subject, data: st.DataObject) -> None:
-    """What an empty slot holds means nothing, be it another key, another head's, or its state."""
+    """Results do not depend on the contents of an empty slot: its key, its value, its head, or its state."""
     _goes_on("empty_slots", subject, data, _littered, "before the empty slots were littered")
 
 
 @_check_enough(2)  # without a compiler loops are slow
 def jit_eager_vmap(subject: Subject, data: st.DataObject) -> None:
-    """One step gives the same compiled, uncompiled and vectorized."""
+    """One step gives the same results compiled, uncompiled and vectorized."""
     case = subject.draw(data, counts=[1] * TOKENS)
     cache = subject.read(dataclasses.replace(case, counts=np.where(np.arange(TOKENS) < 10, 1, 0)), subject.few).cache
     arguments = cache, *(jnp.asarray(x[10:11]) for x in (case.q, case.k, case.v)), jnp.int32(1)
@@ -365,7 +365,7 @@ def jit_eager_vmap(subject: Subject, data: st.DataObject) -> None:
 
 @_check_enough(1)
 def one_compile(subject: Subject, data: st.DataObject) -> None:
-    """Other numbers, positions and counts need no other program: nothing depends on a value while tracing."""
+    """Other numbers, positions and counts need no new compilation: tracing does not depend on values."""
     case, traced = subject.draw(data, counts=[1] * TOKENS), []
 
     @jax.jit
@@ -383,7 +383,7 @@ def one_compile(subject: Subject, data: st.DataObject) -> None:
 
 @policy
 class Blind(Wrapper):
-    """A policy that does not get to see what it says that it does not need."""
+    """A policy that observes NaN in place of everything that it declares not to need."""
 
     def observe(self, state, observation, slots):
         unknown = {"attention": ("weights", "total"), "keys": ("keys",), "values": ("values",), "queries": ("queries",)}
@@ -395,7 +395,7 @@ class Blind(Wrapper):
 
 @_check
 def needs(subject: Subject, data: st.DataObject) -> None:
-    """What a policy says that it does not need, beside positions, changes nothing: attention, or the keys."""
+    """Observations that a policy declares not to need, of attention, keys, values or queries, do not change results."""
     case = subject.draw(data)
     blind = subject._replace(policy=Blind(policy=subject.policy))
     one, other = (each.read(case, subject.few) for each in (subject, blind))
@@ -406,15 +406,15 @@ def needs(subject: Subject, data: st.DataObject) -> None:
 
 @_check
 def replays_alike(subject: Subject, data: st.DataObject) -> None:
-    """The cache and `simulator.replay`, which has no slots, come to the same decisions and the same overflow.
+    """The cache and `simulator.replay`, which has no slots, make the same decisions, with the same overflow.
 
-    A replay knows the capacity of a head, not that of a pool.
+    A replay has a capacity for each head, but not for a pool.
     """
     chunk, capacity = data.draw(st.sampled_from([(1, None), (CHUNK, subject.few)]))
     capacity = None if subject.shares else capacity
     case = subject.draw(data, counts=[min(chunk, max(TOKENS - chunk * i, 0)) for i in range(TOKENS)])
     steps = case.counts > 0
-    _assume_decided(subject, case, capacity)  # they add up in another order
+    _assume_decided(subject, case, capacity)  # they sum in different orders
     history = subject.read(case, capacity)
     options = {"capacity": capacity, "chunk": chunk, "prompt": case.prompt}
     other = replay(case.trace(), subject.policy, **options, errors=False)
@@ -427,7 +427,7 @@ def replays_alike(subject: Subject, data: st.DataObject) -> None:
 
 @_check_corm
 def monotone(subject: Subject, data: st.DataObject) -> None:
-    """CORM: with attention as recorded, a larger w or r keeps all that a smaller one does."""
+    """CORM: with attention as recorded, a larger w or r keeps all keys that a smaller one keeps."""
     policy, case = subject.policy, subject.draw(data, counts=[1] * TOKENS)
     if np.any(policy.eager) or policy.threshold == "live":
         return  # eager: a larger window may be filled later; live: the threshold depends on what is kept
@@ -438,7 +438,7 @@ def monotone(subject: Subject, data: st.DataObject) -> None:
 
 
 def _assume_decided(subject: Subject, case: Case, capacity: int | None) -> None:
-    """Leaves out a case in which a decision hangs on rounding, as far as the specification can tell."""
+    """Leaves out a case in which rounding can change a decision, if there is a specification to tell."""
     if specified(subject.policy):
         pieces, n = [int(count) for count in case.counts if count], case.tokens
         head = case.q[:n], case.k[:n], case.v[:n]
@@ -476,7 +476,7 @@ def _shuffled(cache: LayerCache, rng) -> LayerCache:
     order = rng.permutation(size)
     twin = cache.twin
     if twin is not None:
-        there = np.append(order.argsort(), size)  # where each slot goes; none, for what is beyond
+        there = np.append(order.argsort(), size)  # the new index of each slot; the last entry is for no slot
         store, slot = np.divmod(np.asarray(twin), size)
         twin = jnp.asarray(
             np.where(store < len(cache.position), store * size + there[slot], twin)[..., order], jnp.int32

@@ -1,6 +1,6 @@
 """Whether an object is built as a policy has to be: the first check of the conformance suite.
 
-The other checks take that for granted, so each mistake is named here, in one line with what was expected.
+The other checks rely on it, so each mistake is named here, in one line with what was expected.
 
 >>> from corm_jax import Corm
 >>> check_construction(Corm)
@@ -34,7 +34,7 @@ MEMBERS = {
     "retain": "retain(self, state, slots), a bool for each slot: whether its key stays",
     "score": "score(self, state, slots), a number for each slot: the key with the lowest is evicted first",
 }
-"""What every policy has."""
+"""The methods of every policy: the arguments of each, and what it returns."""
 
 POLICY = (
     "a policy, such as corm_jax.Corm(window=4, recent=2) or an object of a class that inherits from corm_jax.Policy"
@@ -45,10 +45,10 @@ SCENES = (
     ("in a pool", CacheSpec(KV_HEADS, 16, TOKENS, stores=1), 1),
     ("in a chunk on a pool", CacheSpec(KV_HEADS, 16, TOKENS, stores=1), CHUNK),
 )
-"""Where the functions of a policy are traced: in words, the cache, and how many queries come at once."""
+"""The caches in which the functions of a policy are traced: in words, the shape, and how many queries at once."""
 
 MOST = 2**16
-"""Keys of a head that a policy may protect here: the suite holds them all."""
+"""The most keys of a head that a policy may protect here: the caches of the suite hold them all."""
 
 DECORATE = "decorate the class with corm_jax.policy, which makes it a frozen dataclass and a pytree"
 
@@ -103,7 +103,7 @@ def _check_dataclass(name: str, policy: Any) -> None:
 
 
 def _check_pytree(name: str, policy: Any) -> Any:
-    """Checks what JAX makes of it. Returns what tells it from others for which JAX traces other programs."""
+    """Checks that JAX can use the policy as a pytree. Returns a key: equal keys mean equal traced programs."""
     numbers = numbers_in(policy)
     for path, leaf in jax.tree_util.tree_leaves_with_path(policy):
         field = f"{name}{jax.tree_util.keystr(path)}"
@@ -121,16 +121,16 @@ def _check_pytree(name: str, policy: Any) -> Any:
             )
     leaves, structure = jax.tree.flatten(policy)
     try:
-        again = jax.tree.unflatten(structure, [object() for _ in leaves])  # JAX does that, too
+        again = jax.tree.unflatten(structure, [object() for _ in leaves])  # JAX does that as well
         same = type(again) is type(policy) and jax.tree.structure(again) == structure
         _ = (
             hash(structure),
             structure == jax.tree.structure(copy.deepcopy(policy)),
-        )  # as jax.jit does, for better or worse
+        )  # as jax.jit does
     except Exception as error:
-        _refuse(name, f"is a pytree that JAX cannot take apart and put together ({_short(error)}): {DECORATE}")
+        _refuse(name, f"is a pytree that JAX cannot flatten and unflatten ({_short(error)}): {DECORATE}")
     if not same:
-        _refuse(name, f"is another once JAX has taken it apart and put it together: {DECORATE}")
+        _refuse(name, f"changes when JAX flattens and unflattens it: {DECORATE}")
     names = _names(policy)
     children = jax.tree_util.tree_leaves_with_path(policy, is_leaf=lambda x: x is not policy)
     traced = [path[0].name for path, _ in children if isinstance(path[0], jax.tree_util.GetAttrKey)]
@@ -142,16 +142,16 @@ def _check_pytree(name: str, policy: Any) -> Any:
 
 
 def _check_traits(name: str, policy: Any) -> None:
-    """Checks what it says of itself, apart from its functions."""
-    says = _get(name, policy, "traits")
-    if not isinstance(says, Traits):
-        _refuse(name, f"has `traits` of {says!r}: expected a @property that gives corm_jax.Traits(...)")
+    """Checks the declarations of the policy, and its `for_layer`."""
+    traits = _get(name, policy, "traits")
+    if not isinstance(traits, Traits):
+        _refuse(name, f"has `traits` of {traits!r}: expected a @property that gives corm_jax.Traits(...)")
     for trait, least, meaning in (
         ("protected", 0, "how many keys of a head are never evicted"),
-        ("recent", 0, "a promise that the newest so many keys stay"),
-        ("most", 1, "how many keys of a head stay at most"),
+        ("recent", 0, "how many of the newest keys of a head are never evicted"),
+        ("most", 1, "how many keys of a head are live at most"),
     ):
-        value: Any = getattr(says, trait)
+        value: Any = getattr(traits, trait)
         if value is None and trait == "most":
             continue
         numbers = np.asarray(value if isinstance(value, jax.Array | np.ndarray | np.generic | int) else "no number")
@@ -159,16 +159,16 @@ def _check_traits(name: str, policy: Any) -> None:
             _refuse(
                 name, f"has a `{trait}` of {value!r}: expected {meaning}, a whole number from {least} up or one a head"
             )
-    if np.max(says.protected) > MOST:
-        _refuse(name, f"protects {np.max(says.protected):,} keys of a head: give numbers below {TOKENS} to try it")
-    needs = says.needs
+    if np.max(traits.protected) > MOST:
+        _refuse(name, f"protects {np.max(traits.protected):,} keys of a head: give numbers below {TOKENS} to try it")
+    needs = traits.needs
     if not isinstance(needs, tuple | list | set | frozenset) or any(need not in EVERYTHING for need in needs):
         some = ", ".join(map(repr, EVERYTHING))
-        _refuse(name, f"has a `needs` of {needs!r}: expected a tuple of what it looks at beside positions, of {some}")
-    waits = says.whole_prompt
+        _refuse(name, f"has a `needs` of {needs!r}: expected a tuple of what it observes beside positions, of {some}")
+    waits = traits.whole_prompt
     if not isinstance(waits, bool | np.bool_):
         _refuse(name, f"has a `whole_prompt` of {waits!r}: expected True or False")
-    positions = says.positions
+    positions = traits.positions
     if not isinstance(positions, str) or positions not in ("original", "cache"):
         _refuse(name, f"has `positions` of {positions!r}: expected 'original' or 'cache'")
     if positions == "cache":
@@ -202,7 +202,7 @@ class _Scene:
                 self._refuse(member, f"gives {_avals(value)} for slots {list(shape)}")
 
     def _slots(self):
-        """The slots that a policy meets, and what it observes there."""
+        """The slots that a policy gets, and its observation of them."""
         cache = cache_lib.make_cache(Full(), self.spec)
         slots, k = cache_lib.slots(cache), cache.k
         if self.tokens > 1:
@@ -224,7 +224,7 @@ class _Scene:
                 what = f"slots {list(slots)}" if axes is slots else f"{self.spec.kv_heads} heads"
                 self._refuse("init", f"gives {_avals(leaf)} for {what}")
             if leaf.weak_type:
-                self._refuse("init", f"gives {_avals(leaf)} of a weak type, which other steps change: say its dtype")
+                self._refuse("init", f"gives {_avals(leaf)} of a weak type, which other steps change: give its dtype")
         traced = self._call("init", lambda: jax.eval_shape(lambda policy: policy.init(self.spec), self.policy))
         if _avals(traced) != _avals(state):
             self._refuse("init", f"gives {_avals(state)}, but {_avals(traced)} while JAX traces it")

@@ -1,8 +1,8 @@
-"""Traces of models of `transformers`: the rotated queries, the keys and the values, taken where the model attends.
+"""Traces of models of `transformers`: rotated queries and keys, and values, recorded where the model attends.
 
-Each layer of such a model hands them to a function that its class or its ``attn_implementation`` names. `record` wraps
-that function, so that rotations, norms and scales of any kind are the model's own, and holds the trace to what the
-function returns.
+Each layer of such a model passes them to a function that its class or its ``attn_implementation`` names. `record` wraps
+that function, so that rotations, norms and scales of any kind are those of the model, and compares the trace with what
+the function returns.
 
 >>> import torch, transformers
 >>> config = transformers.LlamaConfig(
@@ -23,15 +23,15 @@ from corm_jax.traces.arrays import TraceError, require
 from corm_jax.traces.trace import Trace
 
 CLOSE = 1e-3
-"""How far a layer's output may be from that of the trace, as a share of its largest value, in float32."""
+"""The largest difference between the outputs of a layer and its trace, as a share of the largest value, in float32."""
 
 
 def record(model: Any, tokens: Any, *, pieces: Sequence[str] | None = None) -> Trace:
-    """What a causal model of `transformers` attends to while it reads a text with its full cache.
+    """The trace of a causal model of `transformers` while it reads a text with its full cache.
 
-    The model may lie on any device, in any float dtype, with any ``attn_implementation`` that can attend in float32;
-    ``tests/test_trace_huggingface.py`` holds traces of Llama, Qwen3, Gemma2 and GPT-2 to what these return.
-    Like such attentions, it takes memory for heads x steps^2 numbers.
+    The model may be on any device, in any float dtype, with any ``attn_implementation`` that can attend in float32;
+    ``tests/test_trace_huggingface.py`` compares traces of Llama, Qwen3, Gemma2 and GPT-2 with the attentions that these
+    return. As for these attentions, memory for heads x steps^2 numbers is needed.
 
     Args:
       model: such as ``AutoModelForCausalLM.from_pretrained(...)``. It is called once, without dropout.
@@ -39,9 +39,9 @@ def record(model: Any, tokens: Any, *, pieces: Sequence[str] | None = None) -> T
       pieces: the text of each token, for plots: ``tokenizer.convert_ids_to_tokens(tokens)``.
 
     Raises:
-      TraceError: for tokens that are not one text; for a model none of whose layers attends through that function, and
-        one that attends otherwise than by ``softmax(scale * q . k)`` over all earlier tokens, as with soft caps, sinks,
-        biases, and windows that are shorter than the text.
+      TraceError: for tokens that are not one text; for a model in which no layer attends through that function; for
+        attention other than ``softmax(scale * q . k)`` over all earlier tokens, such as with soft caps, sinks, biases,
+        or windows that are shorter than the text.
     """
     import torch
     from transformers import AttentionInterface
@@ -85,7 +85,7 @@ def record(model: Any, tokens: Any, *, pieces: Sequence[str] | None = None) -> T
 
 
 def _check(index: int, module, attend, q, k, v, mask, scale: float, others, options) -> None:
-    """Raises unless the layer attends as a trace says: ``q, k, v [1, heads, steps, head_dim]`` in float32."""
+    """Raises unless the layer attends as a trace assumes: ``q, k, v [1, heads, steps, head_dim]`` in float32."""
     import torch
 
     where = f"layer {index} ({type(module).__name__})"

@@ -1,18 +1,18 @@
-"""What must hold of every eviction history, each claim under a name.
+"""Invariants of eviction histories, each with a name.
 
 A history is ``kept``, bool ``[layers, kv_heads, steps, keys]``: whether key i (from 0) is live after each step, which
 is what `simulator.replay` returns and what `simulator.testing` reads out of a cache. ``clock``, int ``[steps]``, is the
-number of tokens seen after each step: 1, 2, 3, ... unless given, and the ends of the chunks where there are chunks.
+number of tokens seen after each step: 1, 2, 3, ... unless given, or the ends of the chunks if there are chunks.
 
-A claim that fails raises `InvariantError`, which says in which layer and head, after which clock, and for which key.
+An invariant that does not hold raises an `InvariantError`, which names the layer, the head, the clock and the key.
 
 >>> kept = np.tril(np.ones((4, 4), bool))[None, None]       # the full cache
 >>> newest_live(kept, recent=2)
->>> kept[0, 0, 3, 2] = False                                # key 2 goes after the last step
+>>> kept[0, 0, 3, 2] = False                                # key 2 is evicted at the last step
 >>> newest_live(kept, recent=2)
 Traceback (most recent call last):
     ...
-simulator.invariants.InvariantError: newest_live: layer 0, head 0, clock 4, key 2: is gone, but among the newest 2
+simulator.invariants.InvariantError: newest_live: layer 0, head 0, clock 4, key 2: is evicted, but among the newest 2
 """
 
 from typing import Any
@@ -25,7 +25,7 @@ class InvariantError(AssertionError):
 
     Attributes:
       invariant: its name.
-      layer, head, clock, key: where; None where the claim is not about one.
+      layer, head, clock, key: the place; None for those that the invariant is not about.
     """
 
     def __init__(self, invariant: str, what: str, **where: int):
@@ -42,7 +42,7 @@ def no_key_before_its_time(kept: np.ndarray, clock: np.ndarray | None = None) ->
 
 
 def none_returns(kept: np.ndarray, clock: np.ndarray | None = None) -> None:
-    """A key that went is never seen again."""
+    """A key that was evicted is never live again."""
     key, clock = _axes(kept, clock)
     gone = np.logical_or.accumulate(~kept & (key < clock), axis=-2)
     _refuse("none_returns", kept & gone, clock, "is live again after it was evicted")
@@ -52,14 +52,14 @@ def newest_live(kept: np.ndarray, recent, clock: np.ndarray | None = None) -> No
     """The newest ``recent`` keys (a number, ``[kv_heads]``, or ``[layers, kv_heads]``) are live."""
     key, clock = _axes(kept, clock)
     newest = (key < clock) & (key >= clock - _per_head(recent))
-    _refuse("newest_live", ~kept & newest, clock, f"is gone, but among the newest {recent}")
+    _refuse("newest_live", ~kept & newest, clock, f"is evicted, but among the newest {recent}")
 
 
 def none_early(kept: np.ndarray, window, clock: np.ndarray | None = None) -> None:
     """Nothing is evicted before ``window`` queries (a number, ``[kv_heads]``, or ``[layers, kv_heads]``) were seen."""
     key, clock = _axes(kept, clock)
     bad = ~kept & (key < clock) & (clock < _per_head(window))
-    _refuse("none_early", bad, clock, f"is gone before {window} queries were seen")
+    _refuse("none_early", bad, clock, f"is evicted before {window} queries were seen")
 
 
 def within_capacity(kept: np.ndarray, capacity: int, clock: np.ndarray | None = None) -> None:
@@ -84,7 +84,7 @@ def at_most(kept: np.ndarray, most, clock: np.ndarray | None = None) -> None:
     over = live > np.asarray(most)[..., None]
     if over.any():
         layer, head, step = _first(over)
-        what = f"{live[layer, head, step]} keys are live, but the policy says at most {most}"
+        what = f"{live[layer, head, step]} keys are live, but the policy declares at most {most}"
         raise InvariantError("at_most", what, layer=layer, head=head, clock=int(clock[step, 0]))
 
 
@@ -99,38 +99,38 @@ def within_pool(kept: np.ndarray, slots: int, clock: np.ndarray | None = None) -
 
 
 def only_minor_goes(kept: np.ndarray, important: np.ndarray, window, clock: np.ndarray | None = None) -> None:
-    """CORM: a key that one of the last ``window`` queries found important does not go.
+    """CORM: a key that one of the last ``window`` queries found important is not evicted.
 
     Args:
-      important: bool ``[layers, kv_heads, queries, keys]``, as `importance` says.
+      important: bool ``[layers, kv_heads, queries, keys]``, as `importance` returns it.
     """
     key, clock = _axes(kept, clock)
     bad = _goes(kept, key, clock) & _asked(important, clock, window)
-    _refuse("only_minor_goes", bad, clock, f"goes, but one of the last {window} queries found it important")
+    _refuse("only_minor_goes", bad, clock, f"is evicted, but one of the last {window} queries found it important")
 
 
 def minor_goes(kept: np.ndarray, important: np.ndarray, window, recent, clock: np.ndarray | None = None) -> None:
-    """CORM: from clock ``window`` on, a key that none of the last ``window`` queries found important is gone.
+    """CORM: from clock ``window`` on, a key that none of the last ``window`` queries found important is evicted.
 
-    The newest ``recent`` are exempt. Arguments as for `only_minor_goes`.
+    The newest ``recent`` keys are exempt. Arguments as for `only_minor_goes`.
     """
     key, clock = _axes(kept, clock)
     old = (key < clock - _per_head(recent)) & (clock >= _per_head(window))
     bad = kept & old & ~_asked(important, clock, window)
-    _refuse("minor_goes", bad, clock, f"stays, but none of the last {window} queries found it important")
+    _refuse("minor_goes", bad, clock, f"is live, but none of the last {window} queries found it important")
 
 
 def subset(kept: np.ndarray, of: np.ndarray, what: str, clock: np.ndarray | None = None) -> None:
-    """Every key that is kept here is kept there as well: with a larger window, say, or more recent ones."""
+    """Every key in ``kept`` is also in ``of``, which has, for example, a larger window."""
     _, clock = _axes(kept, clock)
     _refuse("monotone", kept & ~of, clock, f"is kept, but not {what}")
 
 
 def same_decisions(name: str, kept: np.ndarray, other: np.ndarray, what: str, clock: np.ndarray | None = None) -> None:
-    """Two histories are equal, key for key; ``name`` and ``what`` say why they should be."""
+    """Two histories are equal, key for key. ``name`` is the invariant, ``what`` describes the other history."""
     _, clock = _axes(kept, clock)
     _refuse(name, kept & ~other, clock, f"is live, but not {what}")
-    _refuse(name, ~kept & other, clock, f"is gone, but not {what}")
+    _refuse(name, ~kept & other, clock, f"is evicted, but not {what}")
 
 
 def importance(
@@ -151,8 +151,8 @@ def importance(
       attended: bool ``[kv_heads, queries, keys]``, which keys the query could attend to.
       multiple: as in `corm_jax.Corm`, a number or ``[kv_heads]``.
       group, threshold: likewise.
-      slack: alpha may miss the threshold by this share of it; negative to ask for as much more. Exact ties (equal
-        logits throughout) count in either case.
+      slack: the share of the threshold by which alpha may miss it; if negative, by which alpha must exceed it. Exact
+        ties (all logits are equal) count as important in either case.
     """
     logits = scale * np.einsum("qhgd,khd->ghqk", q, k, dtype=np.float64)
     logits = np.where(attended, logits, -np.inf)

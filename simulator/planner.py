@@ -1,4 +1,4 @@
-"""Sizes pools after traces: how many slots the heads of a layer need together, so that few keys go for want of one."""
+"""Sizes of pools from traces: how many slots the heads of a layer need together, so that few keys overflow."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -22,26 +22,27 @@ def plan(
     spare: float = 0.0,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Plan:
-    """Pools that suffice on every trace, but for a share of the keys.
+    """Pools that suffice on every trace, except for a share of the keys.
 
-    Before a chunk of c tokens the n live keys of a layer and c for each of its H heads want a slot. With S slots,
-    at most max(n + c H - S, 0) keys go, if evictions change nothing else; a key that goes a chunk early is counted
-    again where it would still have been live, so this is rather too many. The plan takes the smallest S for which
+    Before a chunk of c tokens, the n live keys of a layer and c new keys for each of its H heads need a slot. With S
+    slots, at most max(n + c H - S, 0) keys are evicted for want of one, if evictions change nothing else. A key that is
+    evicted a chunk early is counted again where it would still have been live, so this bound is rather too large. The
+    plan takes the smallest S for which
 
         sum over the chunks of max(n + c H - S, 0)  <=  overflow * keys
 
     in each trace, rounded up to the same number for each head.
 
     Args:
-      traces: of one model.
+      traces: traces of one model.
       spec: the policy, as on the command line.
       chunk: tokens between evictions, in the replay and in use.
-      overflow: the share of keys that may go for want of a slot.
-      spare: a share of slots on top, since other texts want more here and less there.
+      overflow: the share of keys that may be evicted for want of a slot.
+      spare: the share of additional slots, since other texts need more slots in some layers.
       progress: called with the number of layers done, over all traces.
 
     Raises:
-      CormError: for traces of different models, a share that cannot be, and as `simulator.replay.replay`.
+      CormError: for traces of different models, an impossible share, and as `simulator.replay.replay`.
 
     >>> from simulator.synthetic import noise
     >>> plan([noise(layers=2, steps=64)], "corm:window=8,recent=4", overflow=0.0).capacity
@@ -67,7 +68,7 @@ def plan(
             slots = smallest(need, overflow * kv_heads * result.steps)
             capacity[layer] = max(capacity[layer], -(-slots // kv_heads))
     return Plan(
-        model=model.removesuffix(" (bfloat16)"),  # what a trace adds to the name; the slots are for either
+        model=model.removesuffix(" (bfloat16)"),  # a suffix that recording adds; the plan is for any dtype
         policy=spec,
         kv_heads=kv_heads,
         head_dim=head_dim or 1,
@@ -79,7 +80,7 @@ def plan(
 
 
 def wanted(result: Replay, chunk: int) -> np.ndarray:
-    """Int ``[layers, chunks]``: slots that a layer wants at each chunk, for its live keys and the newcomers."""
+    """Int ``[layers, chunks]``: slots that a layer needs at each chunk, for its live keys and the new ones."""
     starts = np.arange(0, result.steps, chunk)
     new = np.minimum(chunk, result.steps - starts) * result.live.shape[1]
     live = result.live.sum(1)

@@ -1,8 +1,8 @@
-"""The recurrence over one recorded layer, under `jax.lax.scan`: what `simulator.replay` runs.
+"""The recurrence over one recorded layer, under `jax.lax.scan`, as `simulator.replay` runs it.
 
-Logits come a block of queries at a time, as one matrix product, and `corm_jax.core.exact` derives what is evicted in
-it; a policy that evicts chunk by chunk is led through them. Key i has slot i and is never moved. When it is evicted,
-``until`` says which query was its last.
+Logits are computed for a block of queries at a time, as one matrix product, and `corm_jax.core.exact` derives what is
+evicted in it; for a policy that evicts after chunks, the chunks are scanned. Key i has slot i and is never moved.
+``until`` is the clock of the last query before the key is evicted.
 """
 
 from functools import partial
@@ -21,18 +21,18 @@ from corm_jax.core.types import CacheSpec, by_slot
 from corm_jax.traces.meta import QKV, Rows
 
 SEGMENTS = 6
-"""A trace is read in so many parts, each over the keys up to its own end, which skips most of the causal half."""
+"""The number of parts of a trace. Each is read over the keys up to its own end, which skips most masked logits."""
 
 
 @broadcasts
 def replay_layer(policy, layer, scale, steps, capacity, prompt, *, chunk, block, moments, fidelity, errors):
-    """One layer through a policy.
+    """Replays a policy over one layer.
 
     Args:
       policy: its numbers may be traced.
       layer: ``QKV(q [padded, kv_heads, group, head_dim], k, v [padded, kv_heads, head_dim])``, or
         ``Rows(probs [kv_heads, group, padded, padded])``.
-      scale: of the logits.
+      scale: the factor of the logits.
       steps: how many of the padded steps are real.
       capacity: slots a head, or None.
       prompt: how many of the steps are the prompt.
@@ -41,7 +41,7 @@ def replay_layer(policy, layer, scale, steps, capacity, prompt, *, chunk, block,
 
     Returns:
       ``until, lost, needed [kv_heads, padded]``, ``mass, error [padded, kv_heads, group]``, as in
-      `simulator.replay.Replay`; ``error`` is None unless asked for.
+      `simulator.replay.Replay`; ``error`` is None unless ``errors`` is true.
     """
     policy = narrow(policy)
     if isinstance(layer, QKV):
@@ -92,14 +92,14 @@ def _first_keys(layer: QKV | Rows, extent: int) -> QKV | Rows:
 
 
 def _block(policy, layer, scale, steps, capacity, prompt, chunk, block, moments, fidelity, errors, carry, start):
-    """A block of queries: logits and the full cache's attention for all at once, then what the policy evicts."""
+    """A block of queries: logits and the full cache's attention for all at once, then the policy's evictions."""
     state, until, lost, needed = carry
     kv_heads, keys = until.shape
     layout, clock, key = Apart(), (start + 1 + iota(block))[:, None, None], iota(keys)
     logits = _logits(layout, layer, scale, start, block)
     causal = jnp.broadcast_to((key < clock) & (clock <= steps), (block, kv_heads, keys))
     renormalized, watched = fidelity == "renormalized", "attention" in policy.traits.needs
-    shared = renormalized and watched and chunk == 1  # exponentials, by the full cache and the policy's
+    shared = renormalized and watched and chunk == 1  # the exponentials, for the full cache and for the policy's
     logits = jnp.where(causal, logits, -jnp.inf) if shared else logits
     found: Any = None
     share: Any = None

@@ -1,12 +1,12 @@
-"""A soak: random policies on random histories, held to the specification decision for decision.
+"""A soak: random policies on random histories, compared with the specification decision for decision.
 
-A decision is one key of one head, live or just arrived, judged in one step: it stays, is evicted, or is lost for want
-of a slot. The specification in NumPy takes it; the cache (`corm_jax.make_cache` and `corm_jax.step`, in a rectangle or
-a pool, a batch at a time under `jax.vmap`) and `simulator.replay` have to come to the same. A pool with few slots is
-not replayed, since a replay knows the slots of a head alone; nor are pieces of several sizes.
+A decision is about one key of one head, live or new, in one step: the key is kept, evicted, or lost for want of a slot.
+The specification in NumPy makes it; the cache (`corm_jax.make_cache` and `corm_jax.step`, in a rectangle or a pool, a
+batch at a time under `jax.vmap`) and `simulator.replay` have to make the same. A pool with few slots is not replayed,
+since a replay has slots for each head alone; nor are pieces of several sizes.
 
-Case ``index`` follows from the seed and the index alone. `BATCH` cases that follow each other share their compiled
-programs: one policy with the same choices, wrappers, layout and slots, but numbers and histories of its own each.
+A case depends on the seed and its index alone. `BATCH` consecutive cases share their compiled programs: one policy with
+the same choices, wrappers, layout and slots, but different numbers and histories.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -45,7 +45,7 @@ RANGES = {
     "window": (1, 6), "recent": (1, 4), "multiple": (1, 3), "patience": (1, 5), "trial": (0, 8), "sinks": (0, 2),
     "seed": (0, 2**16),
 }  # fmt: skip
-"""From where to where whole numbers are drawn, by the name of the option."""
+"""The least and the largest whole number that is drawn, by the name of the option."""
 
 
 RANKERS = ("full", "streaming_llm", "h2o", "tova", "l2norm", "random")
@@ -53,13 +53,13 @@ RANKERS = ("full", "streaming_llm", "h2o", "tova", "l2norm", "random")
 
 
 class Variant(NamedTuple):
-    """What the cases of a batch have in common.
+    """The part that the cases of a batch have in common.
 
     Attributes:
-      name: of the policy, as in `corm_jax.POLICIES`.
+      name: the name of the policy, as in `corm_jax.POLICIES`.
       choices: its static options.
-      wrapped: "", or "budget" for `Budget` around `Protect`, or "oneshot" for `Oneshot` around both. A policy that has
-        a budget of its own gets a share for it instead of `Budget`.
+      wrapped: "", or "budget" for `Budget` around `Protect`, or "oneshot" for `Oneshot` around both. A policy that
+        has its own budget gets a share for it instead of `Budget`.
       per_head: whether each number differs by head and layer.
       slots: `TIGHT` or `ROOMY`.
     """
@@ -72,7 +72,7 @@ class Variant(NamedTuple):
 
 
 def variants() -> list[Variant]:
-    """All of them, the first of every policy first."""
+    """All variants: the first of every policy, then the second, and so on."""
     of = {
         "full": [({}, ""), ({}, "budget")],
         "corm": [
@@ -112,16 +112,16 @@ class Case(NamedTuple):
     """One policy on one history of one layer.
 
     Attributes:
-      index: which, see `case`.
-      policy: that of a model of `LAYERS` layers.
+      index: the number of the case, see `case`.
+      policy: the policy of a model of `LAYERS` layers.
       layer: the layer in which it is tried.
       q: float32 ``[tokens, kv_heads, group, head_dim]``.
       k, v: float32 ``[tokens, kv_heads, head_dim]``.
       counts: int ``[TOKENS]``, tokens read in each step.
-      chunk: how many, if they are the same in each step but the last; None otherwise.
+      chunk: the tokens of each step, if they are the same in all steps but the last; None otherwise.
       prompt: how many of the tokens are the prompt.
-      slots: a head.
-      stores: sets of slots, which the heads share; None: each has its own.
+      slots: slots a head.
+      stores: how many sets of slots the heads share; None if each has its own.
     """
 
     index: int
@@ -143,19 +143,19 @@ class Case(NamedTuple):
 
     @property
     def capacity(self) -> int | None:
-        """Slots a head, where there may be too few."""
+        """Slots a head if there may be too few; None otherwise."""
         return None if self.slots == ROOMY else self.slots
 
 
 class Tally(NamedTuple):
-    """What a few cases of one policy came to.
+    """The result of a few cases of one policy.
 
     Attributes:
-      policy: its name.
+      policy: the name of the policy.
       index: the index of the case after them.
       cases: how many were compared.
-      decisions: how many were the same; evicted and lost: how many of them were so.
-      left_out: cases that were not compared, since a decision in them hangs on rounding.
+      decisions: how many decisions these are; evicted, lost: in how many of them the key was evicted or lost.
+      left_out: how many cases were not compared, since rounding can change a decision in them.
       differences: one line for each case that differs from the specification.
     """
 
@@ -170,11 +170,11 @@ class Tally(NamedTuple):
 
 
 COUNTS = ("cases", "decisions", "evicted", "lost", "left_out")
-"""What a `Tally` counts."""
+"""The numbers in a `Tally`."""
 
 
 def soak(seed: int = 0, start: int = 0, cases: int | None = None) -> Iterator[Tally]:
-    """Tries case after case, without end or so many, and says what came out after each batch.
+    """Tries case after case, without end or ``cases`` in all, and yields the result of each batch.
 
     >>> first = next(soak(seed=0, cases=2))
     >>> first.policy, first.index, first.cases + first.left_out, len(first.differences)
@@ -188,7 +188,7 @@ def soak(seed: int = 0, start: int = 0, cases: int | None = None) -> Iterator[Ta
 
 
 def case(seed: int, index: int) -> Case:
-    """A case. What its batch has in common follows from the index, all else is drawn."""
+    """The case with this index. The part that its batch has in common follows from the index; the rest is drawn."""
     turn, which = divmod(index // BATCH, len(VARIANTS))
     variant, stores = VARIANTS[which], (None, 1, 2)[(turn + which) % 3]
     chunk = (1, CHUNK, None)[(turn // 3 + which) % 3]
@@ -199,14 +199,14 @@ def case(seed: int, index: int) -> Case:
     counts = np.diff(np.minimum(np.cumsum([0, *pieces]), tokens))
     tokens = int(counts.sum())
     shapes = (tokens, KV_HEADS, GROUP, HEAD_DIM), (tokens, KV_HEADS, HEAD_DIM)
-    if rng.random() < 0.5:  # small whole numbers, of which many logits are equal to the last bit
+    if rng.random() < 0.5:  # small whole numbers, so that many logits are exactly equal
         q, k = (
             rng.integers(-peak, peak + 1, shape) for peak, shape in zip((rng.integers(0, 5), 2), shapes, strict=True)
         )
     else:
         q, k = (rng.normal(size=shape) for shape in shapes)
         q *= rng.choice([0.5, 2, 6])
-    if stores:  # between heads equal numbers are sums in another order
+    if stores:  # no ties between heads: their numbers are sums in different orders
         q = q * (1 + np.arange(KV_HEADS)[:, None, None] / 16)
     q, k, v = (x.astype(np.float32) for x in (q, k, rng.normal(size=k.shape)))
     prompt = int(rng.integers(1, tokens, endpoint=True))
@@ -285,7 +285,7 @@ def _tally(cases: list[Case]) -> Tally:
 
 
 def _or_error(function: Callable[[Any], Any], argument: Any) -> Any:
-    """What it returns, or the error that it raises: that is a finding too, and not the end of a soak."""
+    """The result of a function, or the error that it raises, which is a finding too and does not end the soak."""
     try:
         return function(argument)
     except Exception as error:
@@ -324,7 +324,7 @@ def _compare(what: str, one: Case, expected: list[Reading], kept: np.ndarray, ov
 
 
 def _cached(cases: list[Case]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """What the cache holds after each step and has lost at the end, case by case; all of them at once."""
+    """The keys in the cache after each step and the overflow at the end, for each case. All cases are read at once."""
     full = [*cases, *[cases[0]] * (BATCH - len(cases))]
     policies = jax.tree.map(lambda *x: jnp.stack([jnp.asarray(leaf) for leaf in x]), *[one.here for one in full])
     q, k, v = (np.stack([_padded(getattr(one, name)) for one in full]) for name in ("q", "k", "v"))

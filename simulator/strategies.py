@@ -1,7 +1,7 @@
-"""Hypothesis strategies for what evicts and what is evicted; failures shrink to cases that can be read.
+"""Hypothesis strategies for policies and histories. Failures shrink to cases that can be read.
 
-A case says what each query looks at: a logit of 0 for every key but a few. Keys are unit vectors, one for every
-position, so that a query is just its row of logits and the attention output is just the attention.
+A case is given by the logits of each query: 0 for all keys but a few. Keys are unit vectors, one for each position, so
+that a query is its row of logits and the output of attention is the attention itself.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ GARBAGE = 7.0
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """A history of one layer of one sequence: what its queries look at, and in which pieces it is read.
+    """A history of one layer of one sequence: the logits, and the pieces in which it is read.
 
     Attributes:
       logits: float32 ``[kv_heads, group, queries, keys]``, of all `TOKENS`.
@@ -71,7 +71,7 @@ class Case:
         return padded
 
     def trace(self) -> Trace:
-        """The same as a trace of one layer."""
+        """The case as a trace of one layer."""
         q, k, v = (x[: self.tokens][None] for x in (self.q, self.k, self.v))
         return Trace.from_qkv(q.reshape(1, self.tokens, -1, TOKENS), k, v)
 
@@ -92,14 +92,14 @@ class Case:
 
 @st.composite
 def cases(draw: st.DrawFn, *, counts: Sequence[int] | None = None) -> Case:
-    """Cases, simple ones first: few looks, then many at random.
+    """Cases, simple ones first: few logits that are not 0, then many at random.
 
     Args:
       counts: the pieces in which all cases are read; drawn if not given.
     """
     shape = (KV_HEADS, GROUP, TOKENS, TOKENS)
-    share = draw(st.sampled_from([0, 0, 0.1, 0.3, 1.0]))  # of the logits that are random, which nobody can read
-    selfish = draw(st.sampled_from([True, False]))  # if not, all keys that nobody looks at are important to all
+    share = draw(st.sampled_from([0, 0, 0.1, 0.3, 1.0]))  # the share of random logits; such cases are hard to read
+    selfish = draw(st.sampled_from([True, False]))  # if not, queries with logits of 0 find all keys important
     rng = np.random.default_rng(draw(st.integers(0, 2**16)))
     logits = rng.integers(1, 6, shape, endpoint=True) * (rng.random(shape) < share) * 1.0
     logits = (np.maximum(logits, 6 * np.eye(TOKENS)) if selfish else logits).astype(np.float32)
@@ -111,7 +111,7 @@ def cases(draw: st.DrawFn, *, counts: Sequence[int] | None = None) -> Case:
 
 
 def typical(seed: int, chunk: int = 1) -> Case:
-    """A case of all `TOKENS`, no simple one: queries that look here and there, read in pieces of one size."""
+    """A case of `TOKENS` tokens that is not simple: logits at random places, read in pieces of one size."""
     rng = np.random.default_rng(seed)
     shape = (KV_HEADS, GROUP, TOKENS, TOKENS)
     logits = rng.integers(1, 6, shape, endpoint=True) * (rng.random(shape) < 0.3) * 1.0
@@ -157,11 +157,11 @@ def traces(*, kind: str = "qkv", max_layers: int = 2) -> st.SearchStrategy[Trace
 
 
 def hyperparameters(kind: type, *, per_head: bool = False, **given: Any) -> st.SearchStrategy[dict[str, Any]]:
-    """Values for the fields of a policy's dataclass, small enough that something happens in `TOKENS` tokens.
+    """Values for the fields of a policy's dataclass, small enough that keys are evicted within `TOKENS` tokens.
 
-    By the kind of their default, whole numbers run from 1 to 5, others from 0.1 to 0.9, truth values are both, choices
-    those of `corm_jax.core.options.choice`. What is ``given`` is used instead: a value, or a strategy. With
-    ``per_head`` what is not static is an array with a number for each head, ``[KV_HEADS]``.
+    The type of a default decides: whole numbers are drawn from 1 to 5, other numbers from 0.1 to 0.9, truth values from
+    both, choices from those of `corm_jax.core.options.choice`. A value or strategy that is ``given`` is used instead.
+    With ``per_head``, a field that is not static is an array with a number for each head, ``[KV_HEADS]``.
 
     Raises:
       ValueError: for a name that is no field, or a field without a default.
@@ -183,7 +183,7 @@ def hyperparameters(kind: type, *, per_head: bool = False, **given: Any) -> st.S
             return st.sampled_from(choices)
         numbers = {bool: st.booleans(), int: st.integers(1, 5), float: st.floats(0.1, 0.9)}.get(type(field.default))
         if numbers is None:
-            raise ValueError(f"{kind.__name__}.{field.name} has no default to go by: give {field.name}=...")
+            raise ValueError(f"{kind.__name__}.{field.name} has no default of a known type: give {field.name}=...")
         if per_head and not field.metadata.get("static"):
             return st.tuples(*[numbers] * KV_HEADS).map(np.array)
         return numbers

@@ -1,4 +1,4 @@
-"""A policy in a cache, as the conformance suite drives it: short histories of one layer, read piece by piece."""
+"""A policy in a cache, as the conformance suite runs it: short histories of one layer, read piece by piece."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ from simulator.strategies import CHUNK, KV_HEADS, TOKENS, Case, cases
 class Implementation(NamedTuple):
     """A cache to be tested: `corm_jax.make_cache` and `corm_jax.step`, or functions that do the same.
 
-    The heads of a layer share so many ``stores`` of slots; None: each has its own.
+    The heads of a layer share as many sets of slots as ``stores``; None if each has its own.
     """
 
     make_cache: Callable = make_cache
@@ -32,12 +32,12 @@ class Implementation(NamedTuple):
 
 
 class History(NamedTuple):
-    """What a cache held after each step.
+    """The contents of a cache after each step.
 
     Attributes:
       position: int32 ``[steps, kv_heads, slots]``; in a pool `EMPTY` where another head owns the slot.
       overflow: int32 ``[steps, kv_heads]``.
-      outputs: float32 ``[steps, CHUNK, kv_heads, group, head_dim]``, zero for tokens that were not there.
+      outputs: float32 ``[steps, CHUNK, kv_heads, group, head_dim]``, zero for padding.
       cache: the final one.
     """
 
@@ -54,14 +54,14 @@ class History(NamedTuple):
 
 
 class Subject(NamedTuple):
-    """What a check looks at: a policy in a cache, and what it should do, if anyone says."""
+    """The subject of a check: a policy, the cache in which it is tried, and its specification or None."""
 
     policy: Any
     implementation: Implementation
     reference: Reference | None
 
     def draw(self, data: st.DataObject, counts: Sequence[int] | None = None) -> Case:
-        """A case. Heads that share slots have logits that differ a little: ties would hang on the order of slots."""
+        """A case. Logits of heads that share slots differ a little, since ties would depend on the order of slots."""
         case = data.draw(cases(counts=counts))
         factor = 1 + np.arange(KV_HEADS, dtype=np.float32)[:, None, None, None] / 16
         return dataclasses.replace(case, logits=case.logits * factor) if self.shares else case
@@ -87,7 +87,7 @@ class Subject(NamedTuple):
         return self.go_on(self.cache(capacity, case.prompt), case.q, case.k, case.v, case.counts)
 
     def hoard(self, case: Case, capacity: int | None = None) -> History:
-        """The same while nothing is evicted, because the prompt goes on."""
+        """As `read`, but `retain` evicts nothing, because the prompt does not end."""
         return self._replace(policy=oneshot(self.policy)).read(dataclasses.replace(case, prompt=ENDLESS), capacity)
 
     def go_on(self, cache: LayerCache, q, k, v, counts) -> History:
@@ -105,17 +105,17 @@ _made: dict[Any, tuple[Any, LayerCache]] = {}
 
 
 def _empty(make_cache, policy, shape: CacheSpec, **batch: int) -> LayerCache:
-    """An empty cache: the one that was made for the same object before, if there is one, for the next history."""
+    """An empty cache. If one was made for the same policy object before, that one is returned."""
     key = make_cache, id(policy), shape, *batch.values()
     if key not in _made:
         if len(_made) > 16:
             _made.clear()
-        _made[key] = policy, make_cache(policy, shape, **batch)  # with the policy, whose id is then not given away
+        _made[key] = policy, make_cache(policy, shape, **batch)  # with the policy, so that its id is not reused
     return _made[key][1]
 
 
 def by_head(cache: LayerCache) -> jax.Array:
-    """What positions a head holds: ``[kv_heads, slots]``, in a pool `EMPTY` where another owns the slot."""
+    """The positions that each head holds: ``[kv_heads, slots]``, in a pool `EMPTY` where another head owns the slot."""
     stores, _ = cache.position.shape
     kv_heads = len(cache.overflow)
     each = jnp.repeat(cache.position, kv_heads // stores, 0)

@@ -1,9 +1,9 @@
-"""Synthetic traces, one pattern of attention each: what to try a policy on before there is a recording.
+"""Synthetic traces, one pattern of attention each, to try a policy before there is a recording.
 
-Every pattern is a family of queries and keys whose dot product has the shape that the pattern's name promises, over a
-floor of noise. All are seeded: the same arguments give the same trace. Values are noise.
+Every pattern is a family of queries and keys whose dot products have the shape that the pattern is named after, plus
+noise. All are seeded: the same arguments give the same trace. Values are noise.
 
-Arguments that all of them take: ``layers``, ``steps``, ``kv_heads``, ``group`` (query heads for each key-value head),
+Arguments of all patterns: ``layers``, ``steps``, ``kv_heads``, ``group`` (query heads for each key-value head),
 ``head_dim``, ``seed``, and ``noise``, the standard deviation of the logits' random part.
 """
 
@@ -38,7 +38,7 @@ def sinks(*, count: int = 4, strength: float = 6.0, **common: Any) -> Trace:
 def local(*, window: float = 16.0, strength: float = 6.0, **common: Any) -> Trace:
     """Attention falls off with the distance d: the logit is ``strength * exp(-d^2 / (2 window^2))``.
 
-    That is the mean of cos(f d) over frequencies f from a normal distribution; 32 quantiles of it do nearly as well.
+    That is the mean of cos(f d) over frequencies f from a normal distribution, approximated by 32 of its quantiles.
     """
     canvas = _Canvas(**common)
     for index in range(32):
@@ -55,7 +55,7 @@ def heavy_hitters(*, share: float = 0.05, strength: float = 5.0, **common: Any) 
 
 
 def periodic(*, period: float = 32.0, strength: float = 6.0, **common: Any) -> Trace:
-    """Queries return to the keys one, two, three ... periods ago: a key sleeps between two visits."""
+    """Queries return to the keys one, two, three ... periods ago: between two returns a key is not needed."""
     canvas = _Canvas(**common)
     for harmonic in (1, 2, 3):
         canvas.add_cosine(period / harmonic, strength / 3)
@@ -73,7 +73,7 @@ def topics(*, count: int = 4, length: int = 64, strength: float = 6.0, **common:
 
 
 def needles(*, count: int = 4, strength: float = 12.0, **common: Any) -> Trace:
-    """``count`` keys from the first half, each asked for once, by a query in the last quarter, and by nobody else."""
+    """``count`` keys from the first half: each draws ``strength`` more from a single query in the last quarter."""
     canvas = _Canvas(**common)
     steps = canvas.steps
     keys = canvas.rng.choice(max(steps // 2, 1), min(count, max(steps // 2, 1)), replace=False)
@@ -86,7 +86,7 @@ def needles(*, count: int = 4, strength: float = 12.0, **common: Any) -> Trace:
 PATTERNS: dict[str, Pattern] = {
     pattern.__name__: pattern for pattern in (noise, sinks, local, heavy_hitters, periodic, topics, needles)
 }
-"""All of them, by name."""
+"""All patterns, by name."""
 
 
 class _Canvas:
@@ -109,7 +109,7 @@ class _Canvas:
             if value < 1:
                 raise CormError(f"{name} must be at least 1, not {value}")
         self.steps, self.rng, self.group = steps, np.random.default_rng(seed), group
-        # Standard normal vectors have a product with standard deviation sqrt(head_dim), which the scale takes away.
+        # Standard normal vectors have a product with standard deviation sqrt(head_dim), which the scale cancels.
         self.q = noise * self.rng.normal(size=(layers, steps, kv_heads * group, head_dim))
         self.k = self.rng.normal(size=(layers, steps, kv_heads, head_dim))
         self.v = self.rng.normal(size=(layers, steps, kv_heads, head_dim))
@@ -124,7 +124,7 @@ class _Canvas:
             self.add(wave(angle), wave(angle), strength)
 
     def trace(self) -> Trace:
-        # Features get coordinates of their own, beside the noise's.
+        # Features have their own coordinates, beside those of the noise.
         scale = self.q.shape[-1] ** -0.5
 
         def beside(x, features):

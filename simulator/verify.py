@@ -1,4 +1,4 @@
-"""Proof on a real trace: the replay, the cache and the specification in NumPy decide alike, and the invariants hold."""
+"""Proof on a real trace: the replay, the cache and the specification in NumPy agree, and the invariants hold."""
 
 import dataclasses
 from collections.abc import Callable
@@ -27,11 +27,11 @@ from simulator.replay import Replay, replay
 from simulator.specification import Reference, readings, specified
 
 CLOSE = 2e-5
-"""How far float32 may move alpha n from where float64 has it: nearer to a threshold, either verdict will do."""
+"""The largest error of alpha n in float32. If alpha n is nearer to the threshold, either verdict is accepted."""
 
 
 class Finding(NamedTuple):
-    """One claim, whether it holds on the trace, and what was seen."""
+    """One claim, whether it holds on the trace, and the details."""
 
     name: str
     held: bool
@@ -48,14 +48,15 @@ def verify(
     prompt: int | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[Finding]:
-    """Replays a policy over a ``qkv`` trace and checks what came out, layer by layer.
+    """Replays a policy over a ``qkv`` trace and checks the result, layer by layer.
 
     - ``specification``: after every chunk each head keeps the same keys as the policy's specification in NumPy loops:
       ours, or the ``reference`` that is given, if any.
     - ``cache``: so does `corm_jax.step`, the cache that models use, fed with the same queries, keys and values.
-    - the invariants of `simulator.invariants` that apply to the policy, of what the cache held.
+    - the invariants of `simulator.invariants` that apply to the policy, for the keys in the cache.
 
-    The specification takes seconds for a head of 512 steps, and grows with the square: cut the trace.
+    The specification takes seconds for a head of 512 steps, and its time grows with the square of the steps: cut a long
+    trace.
 
     >>> from simulator.synthetic import sinks
     >>> [(finding.name, finding.held) for finding in verify(sinks(layers=1, steps=32), Corm(window=4, recent=2))]
@@ -63,7 +64,7 @@ def verify(
      ('only_minor_goes', True), ('minor_goes', True), ('monotone', True)]
 
     Raises:
-      TraceError: for an ``attention`` trace, whose queries and keys nobody knows.
+      TraceError: for an ``attention`` trace, whose queries and keys are unknown.
       CormError: as `replay`.
     """
     if trace.meta.kind != "qkv":
@@ -104,12 +105,10 @@ def _specification(trace, policy, result: Replay, kept, ends, how, reference, pr
             if differs or expected.overflow != result.overflow[index, head]:
                 where = f"layer {index}, head {head}, clock {ends[differs[0]] if differs else ends[-1]}"
                 what = "other keys than in NumPy" if differs else "another overflow than in NumPy"
-                return Finding(
-                    "specification", False, f"{where}: {what} (a decision there hung on {expected.margin:.0e})"
-                )
+                return Finding("specification", False, f"{where}: {what} (closest comparison {expected.margin:.0e})")
         progress(index + 1)
     return Finding(
-        "specification", True, f"{heads} heads x {len(ends)} steps: the same keys; closest call {margin:.0e}"
+        "specification", True, f"{heads} heads x {len(ends)} steps: the same keys; closest comparison {margin:.0e}"
     )
 
 
@@ -121,7 +120,7 @@ def _heads(trace: Trace, index: int) -> QKV:
 
 
 def _cached(trace, policy, ends, chunk, capacity, prompt) -> np.ndarray:
-    """What the cache holds after each chunk: bool ``[layers, kv_heads, chunks, keys]``."""
+    """The keys in the cache after each chunk: bool ``[layers, kv_heads, chunks, keys]``."""
     meta = trace.meta
     held = np.zeros((meta.layers, meta.kv_heads, len(ends), meta.steps), bool)
     for index, one in enumerate(per_layer(policy, meta.layers)):

@@ -154,9 +154,9 @@ WRONG = {
     ),
     "registered by JAX": (Registered(jnp.int32(3)), "Registered may be taken for another class of the same fields"),
     "registered by flax": (Flax(), "Flax may be taken for another class of the same fields"),
-    "a pytree that validates": (Validating(), "Validating is a pytree that JAX cannot take apart and put together (Ty"),
+    "a pytree that validates": (Validating(), "Validating is a pytree that JAX cannot flatten and unflatten (Ty"),
     "text that is not static": (Text(), "Text.mode is 'fast', no number: make it static, as corm_jax.core.options"),
-    "an array that is static": (Ambiguous(), "Ambiguous is a pytree that JAX cannot take apart and put together (V"),
+    "an array that is static": (Ambiguous(), "Ambiguous is a pytree that JAX cannot flatten and unflatten (V"),
     "numbers for three heads": (Corm(window=np.array([3, 4, 5])), "Corm.window has the shape (3,): give a number, or "),
     "one without decoration inside another": (Around(policy=Plain()), "Plain is no pytree"),
     "a class inside another": (Around(policy=Corm), "Corm is a class: give an object"),
@@ -168,8 +168,8 @@ WRONG = {
     "protected is a share": (built(traits=Traits(protected=0.5)), "has a `protected` of 0.5"),
     "protected for three heads": (built(traits=Traits(protected=np.array([1, 2, 3]))), "has a `protected` of array([1"),
     "protected beyond all histories": (built(traits=Traits(protected=2**40)), "protects 1,099,511,627,776 keys of a h"),
-    "recent is a share": (built(traits=Traits(recent=0.5)), "has a `recent` of 0.5: expected a promise that the newes"),
-    "most is zero": (built(traits=Traits(most=0)), "has a `most` of 0: expected how many keys of a head stay at most,"),
+    "recent is a share": (built(traits=Traits(recent=0.5)), "has a `recent` of 0.5: expected how many of the newest k"),
+    "most is zero": (built(traits=Traits(most=0)), "has a `most` of 0: expected how many keys of a head are live at m"),
     "needs is text": (built(traits=Traits(needs="attention")), "has a `needs` of 'attention': expected a tuple of wha"),
     "needs what nobody has": (built(traits=Traits(needs=("attention", "entropy"))), "has a `needs` of ('attention', '"),
     "whole_prompt is text": (built(traits=Traits(whole_prompt="yes")), "has a `whole_prompt` of 'yes': expected True"),
@@ -195,7 +195,7 @@ WRONG = {
         built(init=lambda self, spec: jnp.zeros((*spec.slots, 3))), "gives float32[2, 16, 3] for slots [2, 16]"
     ),
     "a state of weak type": (
-        built(init=lambda self, spec: jnp.full(spec.slots, 0.0)), "of a weak type, which other steps change: say its dt"
+        built(init=lambda self, spec: jnp.full(spec.slots, 0.0)), "of a weak type, which other steps change: give its d"
     ),
     "a state whose shape is traced": (Sized(), "Sized has a `init` that raises TypeError: Shapes must be 1D sequences"),
     "observe returns nothing": (

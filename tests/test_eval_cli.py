@@ -307,7 +307,7 @@ def test_no_data(evaluate, tmp_path):
         ("dataset2prompt.json", {"qasper": "{}"}, "not {}"),
         ("dataset2prompt.json", {"qasper": "{context"}, "template of qasper cannot be used: expected '}'"),
         ("dataset2prompt.json", {"qasper": ["{context}"]}, "template of qasper cannot be used: it is no text"),
-        ("dataset2prompt.json", {"trec": "{context}"}, "do not both know 'qasper'"),
+        ("dataset2prompt.json", {"trec": "{context}"}, "do not both have 'qasper'"),
         ("dataset2prompt.json", ["{context}"], "dataset2prompt.json cannot be used: Input should be an object, not"),
         ("dataset2maxlen.json", {"qasper": "16"}, "must be a number of tokens from 1 up, not '16'"),
         ("dataset2maxlen.json", {"qasper": True}, "must be a number of tokens from 1 up, not True"),

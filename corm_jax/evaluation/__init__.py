@@ -1,1 +1,1 @@
-"""Evaluation: tasks, how a policy does on them, and result directories that survive being killed."""
+"""Evaluation: tasks, the results of policies on them, and result directories that survive a kill."""

@@ -1,4 +1,4 @@
-"""How close a policy stays to the full cache, token by token: NLL, KL divergence, the same likeliest token."""
+"""Agreement of a policy with the full cache, token by token: NLL, KL divergence, the same most likely token."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -20,12 +20,12 @@ from corm_jax.runs.perplexity import cut
 
 
 class Agreement(NamedTuple):
-    """Of each token that follows the prompt.
+    """Measures of each token that follows the prompt.
 
     Attributes:
       nll, full_nll: nats, with the policy and with the full cache.
       kl: KL(full || policy) over the vocabulary, nats.
-      same: whether both find the same token likeliest.
+      same: whether the most likely token is the same with both.
       live: int32 ``[layer, chunks, kv_heads]``, the policy's live keys after each chunk.
       usage: the policy's caches at the end.
     """
@@ -39,12 +39,12 @@ class Agreement(NamedTuple):
 
 
 class Block(NamedTuple):
-    """What a block of a text is followed by, as predicted through a policy's caches.
+    """The predictions for a block of a text, made with a policy's caches.
 
     Attributes:
-      log_probability: float32 ``[tokens, vocab]``.
+      log_probability: float32 ``[tokens, vocab]``, of the next token.
       live: int32 ``[layer, chunks, kv_heads]``, live keys after each chunk.
-      caches: after the block.
+      caches: the caches after the block.
     """
 
     log_probability: Float[Array, "tokens vocab"]
@@ -61,15 +61,15 @@ def measure(
     *,
     full: Iterable[Array | np.ndarray] | None = None,
 ) -> Agreement:
-    """Reads a text through a policy's cache and the full one, side by side unless ``full`` is given.
+    """Reads a text with a policy's caches and with the full cache, side by side unless ``full`` is given.
 
     Args:
-      prompt: so many tokens are read first, and not scored. None scores all after the first one.
-      full: the log probabilities of `blocks` with the full cache, of the same text, prompt and chunk: kept for
-        several policies.
+      prompt: how many tokens are read first and not scored. If None, all tokens after the first are scored.
+      full: the log probabilities of `blocks` with the full cache, for the same text, prompt and chunk, so that several
+        policies can share them.
 
     Raises:
-      CormError: for a prompt that is no part of the text, or none for a policy that waits for its end.
+      CormError: for a prompt that is not part of the text, or no prompt for a policy that waits for its end.
     """
     _, targets, counts = cut(tokens, prompt_of(policy, prompt, len(tokens)), model.config.vocab, chunk)
     if full is None:
@@ -88,7 +88,7 @@ def measure(
 
 
 def blocks(model: Llama, policy: Policy, tokens: Sequence[int], prompt: int | None, chunk: int) -> Iterator[Block]:
-    """Reads a text through a policy's caches. Each block's caches are given up to the next."""
+    """Reads a text with a policy's caches. The caches of a block are valid until the next block is read."""
     prompt = prompt_of(policy, prompt, len(tokens))
     parts, _, counts = cut(tokens, prompt, model.config.vocab, chunk)
     capacity = slots_for(policy, None, len(tokens), chunk)
@@ -108,6 +108,6 @@ def _read(model, policy, caches, tokens, count, *, chunk):
 
 @jax.jit
 def _differ(log_p, log_q, target):
-    """NLL by both, KL(p || q), and whether the likeliest token is the same."""
+    """NLL by both, KL(p || q), and whether the most likely token is the same."""
     nll, full_nll = (-jnp.take_along_axis(x, target[:, None], axis=-1)[:, 0] for x in (log_q, log_p))
     return nll, full_nll, (jnp.exp(log_p) * (log_p - log_q)).sum(-1), log_p.argmax(-1) == log_q.argmax(-1)

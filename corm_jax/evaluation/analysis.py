@@ -1,4 +1,4 @@
-"""The observations on which CORM rests (arXiv 2404.15949, section 3), measured on a model and a text.
+"""The observations on which CORM is based (arXiv 2404.15949, section 3), measured on a model and a text.
 
 Per layer, from queries and keys as attention uses them (rotated) with the full cache. Key i is important to query t if
 alpha_t[i] >= 1/t for any query head of its group.
@@ -6,9 +6,10 @@ alpha_t[i] >= 1/t for any query head of its group.
 - *Attention is sparse*: the share of keys below 1/t.
 - *Neighbouring queries are alike*: their cosine similarity by distance; and how well random projections estimate it
   (Charikar 2002): with b signs of random directions, of which m agree, cos(pi (1 - m / b)).
-- *Recent queries tell*: the share of the keys important to query t that one of the w queries before found important, or
-  that are themselves not older than w.
-- *What that would keep*: keys that CORM has not evicted at the end, if evictions changed no attention, by w and r.
+- *Recent queries predict importance*: the share of the keys important to query t that one of the w queries before t
+  found important, or that are not older than w.
+- *Few keys are kept*: the share of the keys that CORM has not evicted at the end, by w and r, if evictions changed no
+  attention.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,27 +30,27 @@ RECENTS = (16, 32, 64)
 BITS = (16, 64, 256)
 MEASURED = ("sparsity", "similarity", "coverage", "kept", "lsh_error")
 ROWS = 128
-"""Queries at a time."""
+"""Queries that are analysed at a time."""
 
 FIRST = 64
-"""Earlier queries see too few keys to count."""
+"""Earlier queries are not counted, since they see few keys."""
 
 SHORTEST = 2 * FIRST
-"""Tokens of a text."""
+"""The fewest tokens of a text."""
 
 
 def analyse(model: Llama, tokens: Sequence[int], progress: Callable[[int], None] = lambda done: None) -> dict[str, Any]:
-    """Numbers for each layer; lists run over layers first.
+    """Measures for each layer, as nested lists of which the first axis is the layers.
 
     Returns:
       ``sparsity [layers, heads]``; ``similarity [layers, distances]``; ``coverage [layers, windows]``;
-      ``kept [layers, windows, recents]``; ``lsh_error [layers, bits]``; and what the axes are.
+      ``kept [layers, windows, recents]``; ``lsh_error [layers, bits]``; and the values along the axes.
 
     Raises:
       CormError: for a text of less than 128 tokens.
     """
     if len(tokens) < SHORTEST:
-        raise CormError(f"a text of {len(tokens)} tokens says too little: give at least {SHORTEST}")
+        raise CormError(f"a text of {len(tokens)} tokens is too short: give at least {SHORTEST}")
     found: dict[str, list] = {name: [] for name in MEASURED}
     for one in record(model, tokens, progress=progress):
         sparsity, coverage, kept = _importance(one.q, one.k)
@@ -62,7 +63,7 @@ def analyse(model: Llama, tokens: Sequence[int], progress: Callable[[int], None]
 
 
 def mean(every: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The mean of what was found in several texts."""
+    """The mean of the measures of several texts."""
     return every[0] | {name: np.mean([found[name] for found in every], axis=0).tolist() for name in MEASURED}
 
 
@@ -87,7 +88,7 @@ def _importance(q: np.ndarray, k: np.ndarray):
 @jax.jit
 @broadcasts
 def _rows(state, q, k, start):
-    """A block of queries against all keys: what they add to the sums, and the state after them."""
+    """A block of queries against all keys: the state after them, and their contributions to the sums."""
     last, gone = state
     length = k.shape[0]
     t, position = start + 1 + iota(ROWS)[:, None, None], 1 + iota(length)  # [rows, head, key]
@@ -110,7 +111,7 @@ def _rows(state, q, k, start):
 
 
 def _similarity(q: np.ndarray):
-    """Mean cosine of queries by distance, over heads; and the mean error of its estimate by so many signs."""
+    """Mean cosine of queries by distance, over heads; and the mean error of its estimate by the number of signs."""
     unit = q / np.maximum(np.linalg.norm(q, axis=-1, keepdims=True), 1e-9)
     distances = [distance for distance in DISTANCES if distance < len(q)]
     exact = [(unit[distance:] * unit[:-distance]).sum(-1) for distance in distances]

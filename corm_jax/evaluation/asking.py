@@ -1,4 +1,4 @@
-"""What a policy makes of a prompt: the answer that it gives, and how likely it finds the right one."""
+"""Answers to a prompt under a policy: the answer that the model generates, and the likelihood of the right one."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -16,7 +16,7 @@ from corm_jax.model.generation import STRETCH, decode, prefill
 from corm_jax.model.llama import Llama
 
 ANSWER = 32
-"""Tokens of an answer that go through the model at once, rounded up to a multiple of the chunk."""
+"""Tokens of an answer that the model reads at once, rounded up to a multiple of the chunk."""
 
 
 class Asked(NamedTuple):
@@ -24,7 +24,7 @@ class Asked(NamedTuple):
 
     Attributes:
       logits: of the next token, ``[1, vocab]``.
-      caches: what is left of it.
+      caches: the caches after the prompt.
       usage: how full they are.
     """
 
@@ -34,7 +34,7 @@ class Asked(NamedTuple):
 
 
 def ask(model: Llama, policy: Policy, prompt: Sequence[int], capacity: Capacity, chunk: int) -> Asked:
-    """Reads a prompt into caches of so many slots, which have to be enough for it and for what it is asked."""
+    """Reads a prompt into caches of ``capacity`` slots a head, which have to suffice for prompt and answer."""
     least = min(per_layer_capacity(capacity, model.config.layers))
     caches = model.make_caches(policy, batch=1, capacity=capacity, tokens=least)
     logits, caches = prefill(model, policy, caches, [prompt], chunk=chunk)
@@ -65,7 +65,7 @@ def _forced(model, policy, caches, logits, tokens, count, *, chunk):
 
 
 def answer(model: Llama, policy: Policy, asked: Asked, new_tokens: int, end: Sequence[int]) -> tuple[list[int], Usage]:
-    """The likeliest continuation, token by token, and how full the caches are after it."""
+    """The most likely continuation, token by token, and how full the caches are after it."""
     logits, caches, done = asked.logits, jax.tree.map(jnp.copy, asked.caches), jnp.zeros(1, bool)
     found: list[int] = []
     for start in range(0, new_tokens, STRETCH):

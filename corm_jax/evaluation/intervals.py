@@ -1,4 +1,4 @@
-"""Means with the interval that goes with them, by the bootstrap."""
+"""Means with their intervals, by the bootstrap."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,7 +9,7 @@ RESAMPLES = 2000
 
 
 class Interval(NamedTuple):
-    """A mean, and where 95% of its bootstrap resamples lie (Efron 1979; percentiles)."""
+    """A mean, and the interval that holds 95% of its bootstrap resamples (Efron 1979; percentiles)."""
 
     mean: float
     low: float
@@ -21,9 +21,9 @@ class Interval(NamedTuple):
 
 
 def bootstrap(*strata: Sequence[float] | np.ndarray, seed: int = 0) -> Interval:
-    """The mean over strata of the mean over their examples, which are drawn anew within each stratum.
+    """The mean over strata of the mean over their examples, which are resampled within each stratum.
 
-    One example says nothing of how much others differ: the interval is then infinite.
+    If a stratum has a single example, its variance is unknown and the interval is infinite.
 
     >>> bootstrap([1.0, 2.0, 3.0, 4.0])
     Interval(mean=2.5, low=1.5, high=3.5)

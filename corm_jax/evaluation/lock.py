@@ -1,4 +1,4 @@
-"""One writer at a time."""
+"""A lock that allows one writer at a time."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -9,15 +9,15 @@ from corm_jax.errors import CormError
 
 @contextmanager
 def only_writer(lock: Path, what: str, way_out: str) -> Iterator[None]:
-    """Holds a lock while a block runs. The operating system gives it back when a process ends, even when it is killed.
+    """Holds a lock while a block runs. The operating system releases it when the process ends, even by a kill.
 
     Args:
-      lock: a file of its own for the lock; it is removed at the end, and one that a kill left behind does not matter.
+      lock: a file that is only for the lock. It is removed at the end; a file that is left by a kill does no harm.
       what: what is written, for the error.
-      way_out: what else the user can do.
+      way_out: what else the user can do, for the error.
 
     Raises:
-      CormError: if another process holds the lock, or there can be none.
+      CormError: if another process holds the lock, or no lock can be made.
     """
     from filelock import FileLock, Timeout
 
@@ -32,5 +32,5 @@ def only_writer(lock: Path, what: str, way_out: str) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):  # an open file cannot be removed on Windows
-            lock.unlink()  # before it is released: a process that has opened it sees that it is gone
+            lock.unlink()  # before the release: a process that has opened it sees that it was removed
         held.release()

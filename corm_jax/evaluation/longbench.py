@@ -26,13 +26,13 @@ KINDS = {
     "synthetic": ("passage_retrieval_en", "passage_count"),
     "code": ("lcc", "repobench-p"),
 }
-"""The six kinds of tasks, those in English."""
+"""The six kinds of tasks, each with its tasks in English."""
 
 PLAIN = ("trec", "triviaqa", "samsum", "lcc", "repobench-p")
-"""Tasks whose prompt is no question: they get no chat template."""
+"""Tasks whose prompt is not a question, to which no chat template is applied."""
 
 FIRST_LINE = ("trec", "triviaqa", "samsum")
-"""Tasks of whose answer only the first line counts."""
+"""Tasks in which only the first line of an answer counts."""
 
 CONFIG = ("dataset2prompt.json", "dataset2maxlen.json")
 
@@ -41,11 +41,11 @@ GET = "get it from LongBench's repository (LongBench/config), and put it there"
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a task's file, of which nothing else is read.
+    """A line of a task's file. Its other fields are ignored.
 
     Attributes:
-      answers: of which each is right.
-      all_classes: what an answer may be, for tasks that classify.
+      answers: the right answers, of which any one is enough.
+      all_classes: the possible answers of a classification task.
     """
 
     __pydantic_config__: ClassVar = STRICT | {"extra": "ignore"}
@@ -61,7 +61,7 @@ class Row:
 
 
 class Question(NamedTuple):
-    """A row of LongBench: the prompt's ids, and what a good answer is."""
+    """A row of LongBench: the ids of the prompt, and the data by which an answer is scored."""
 
     id: str
     task: str
@@ -106,7 +106,7 @@ def rouge_l(answer: str, gold: str, classes: list[str]) -> float:
 def classified(answer: str, gold: str, classes: list[str]) -> float:
     """1 over the number of classes that the answer names, if the right one is among them.
 
-    A class that is part of the right one's name does not count.
+    A class whose name is part of the name of the right one does not count.
 
     >>> classified("Human or animal", "animal", ["human", "animal", "Human"])
     0.5
@@ -117,7 +117,7 @@ def classified(answer: str, gold: str, classes: list[str]) -> float:
 
 
 def paragraph(answer: str, gold: str, classes: list[str]) -> float:
-    """The share of the numbers in the answer that are the paragraph's.
+    """The share of the numbers in the answer that are the number of the right paragraph.
 
     >>> paragraph("Paragraph 3 or 4", "Paragraph 3", [])
     0.5
@@ -128,7 +128,7 @@ def paragraph(answer: str, gold: str, classes: list[str]) -> float:
 
 
 def counted(answer: str, gold: str, classes: list[str]) -> float:
-    """The share of the numbers in the answer that are the right one."""
+    """The share of the numbers in the answer that are the right number."""
     numbers = re.findall(r"\d+", answer)
     return sum(number == str(gold) for number in numbers) / len(numbers) if numbers else 0.0
 
@@ -156,7 +156,7 @@ METRICS: dict[str, Callable[[str, str, list[str]], float]] = (
 
 
 def score(question: Question, answer: str) -> float:
-    """The best over the gold answers, in [0, 1]."""
+    """The best score over the gold answers, in [0, 1]."""
     if question.task in FIRST_LINE:
         answer = answer.lstrip("\n").split("\n")[0]
     metric = METRICS[question.task]
@@ -164,7 +164,7 @@ def score(question: Question, answer: str) -> float:
 
 
 def halves(ids: list[int], limit: int, first: int = 0) -> tuple[list[int], list[int]]:
-    """What is left of too many tokens: the first half of ``limit`` and the last; ``first`` others stand before them.
+    """The first and last half of ``limit`` tokens, cut out of more; ``first`` other tokens count as part of the first.
 
     >>> halves(list(range(10)), 4)
     ([0, 1], [8, 9])
@@ -184,24 +184,24 @@ def questions(
     limit: int | None,
     blind: bool = False,
 ) -> Iterator[Question]:
-    """The rows of each task, as prompts of at most ``length`` tokens less those of the answer.
+    """The rows of each task, as prompts of at most ``length`` tokens minus those of the answer.
 
-    A longer prompt is cut as text, as LongBench does it, and encoded again: the words at the seam may then take a token
-    more or less, and the template of a conversation goes around what is left.
+    A longer prompt is cut as text, as LongBench does it, and encoded again: the words at the cut may then take a token
+    more or less. A chat template is added after the cut.
 
     Args:
-      blind: leave the context out: what a model guesses from the question alone.
+      blind: leave the context out, which measures what a model guesses from the question alone.
 
     Raises:
       CormError: for a task or a file that does not exist, a file or a row that is not as LongBench has it, or a length
-        that leaves nothing beside the answer.
+        that leaves no tokens beside the answer.
     """
     templates, most = (read_json(path, dict, "configuration", GET) for path in _config_files(folder))
     for task in tasks:
         if task not in METRICS:
             raise CormError(f"unknown task {task!r}: choose from {', '.join(METRICS)}")
         if task not in templates or task not in most:
-            raise CormError(f"{' and '.join(CONFIG)} do not both know {task!r}: get them from LongBench's repository")
+            raise CormError(f"{' and '.join(CONFIG)} do not both have {task!r}: get them from LongBench's repository")
         template, new_tokens = templates[task], most[task]
         if not isinstance(new_tokens, int) or isinstance(new_tokens, bool) or new_tokens < 1:
             raise CormError(f"{CONFIG[1]}: {task} must be a number of tokens from 1 up, not {new_tokens!r}: {GET}")
@@ -215,7 +215,7 @@ def questions(
         for index, row in enumerate(_rows(folder / f"{task}.jsonl", limit)):
             words = filled(template, task, {"input": row.input, "context": "" if blind else row.context})
             text = Text(tokenizer, words, f"the prompt of {task}/{index}")
-            if len(text) > room:  # cut as text, since the template for a conversation goes around what is left
+            if len(text) > room:  # cut as text, since a chat template is added after the cut
                 words = "".join(tokenizer.decode(part) for part in halves(text.ids, room, len(text.begin)))
             chats = chat and task not in PLAIN
             ids = tokenizer.chat(words) if chats else Text(tokenizer, words, text.name).whole
@@ -223,13 +223,13 @@ def questions(
 
 
 def filled(template: Any, task: str, values: Mapping[str, str]) -> str:
-    """A template with its placeholders replaced. They are names and nothing else: nothing is looked up in objects.
+    """A template with its placeholders replaced. They can only be names, so that no attribute of an object is read.
 
     >>> filled("{context} Q: {input} {{sic}}", "qasper", {"context": "A.", "input": "who?"})
     'A. Q: who? {sic}'
 
     Raises:
-      CormError: for a template that is no text, or has other placeholders.
+      CormError: for a template that is not text, or has other placeholders.
     """
     found = []
     try:
@@ -245,7 +245,7 @@ def filled(template: Any, task: str, values: Mapping[str, str]) -> str:
 
 
 def there(folder: Path) -> list[str]:
-    """The tasks of which a directory has rows.
+    """The tasks for which a directory has rows.
 
     Raises:
       CormError: if there are none.
@@ -257,10 +257,10 @@ def there(folder: Path) -> list[str]:
 
 
 def contents(folder: Path, tasks: Sequence[str]) -> dict[str, bytes]:
-    """All that the questions of some tasks are made from, by the names of the files.
+    """The contents of all files from which the questions of some tasks are made, by the names of the files.
 
     Raises:
-      CormError: for an unknown task, or a file that is not there.
+      CormError: for an unknown task, or a missing file.
     """
     for task in tasks:
         if task not in METRICS:
@@ -270,7 +270,7 @@ def contents(folder: Path, tasks: Sequence[str]) -> dict[str, bytes]:
 
 
 def _config_files(folder: Path) -> list[Path]:
-    """Where the templates and the lengths of the answers are."""
+    """The files with the templates and the lengths of the answers."""
     found = []
     for name in CONFIG:
         places = folder / name, folder.parent / "longbench_config" / name, folder / "longbench_config" / name
@@ -282,7 +282,7 @@ def _config_files(folder: Path) -> list[Path]:
 
 
 def _there(path: Path) -> bool:
-    """Unlike `Path.exists`, also of names that are too long."""
+    """Whether a file exists. Unlike `Path.exists`, this is also defined for names that are too long."""
     return os.access(path, os.F_OK)
 
 
@@ -296,7 +296,7 @@ def _content(path: Path) -> bytes:
 
 
 def _rows(path: Path, limit: int | None) -> Iterator[Row]:
-    """The rows of a task; empty lines are none."""
+    """The rows of a task. Empty lines are skipped."""
     lines = [(number, line) for number, line in enumerate(_content(path).split(b"\n"), 1) if line.strip()]
     for number, line in lines[:limit]:
         yield parse_json(line, Row, f"{path}, line {number},", "get it from LongBench's data, or mend the line")

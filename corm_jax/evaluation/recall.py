@@ -1,14 +1,14 @@
-"""Tasks that ask for something read long ago. Made here, of any length, from a seed and a text to hide things in.
+"""Tasks about a fact that was read long before. They are made here, in any length, from a seed and a text.
 
 - ``passkey``: a number among copies of four dull sentences (Mohtashami and Jaggi, arXiv 2305.16300).
 - ``needle``: a number of a city in the middle of real text, at a given depth (Kamradt's needle in a haystack).
 - ``pairs``: the value of one of many random keys (Liu et al., arXiv 2307.03172).
 - ``multikey``: one of many needles of the same form (RULER, arXiv 2404.06654), the others spread over the text.
-- ``repeat``: a passage, other text, then the passage again. No question, so it needs no skill at answering; its score
-  is that of the second time.
+- ``repeat``: a passage, other text, then the passage again, of which the second reading is scored. It needs no skill
+  at answering, since there is no question.
 
-A prompt begins with what the tokenizer puts before a text, once. With that it has about ``length`` tokens; those of
-``needle`` and ``multikey`` have exactly as many, and those of ``repeat`` with their answer.
+A prompt begins once with the tokens that the tokenizer puts before a text. It has about ``length`` tokens, these
+included: exactly as many for ``needle`` and ``multikey``, and for ``repeat`` together with the answer.
 """
 
 import uuid
@@ -26,7 +26,7 @@ CITIES = ("Lisbon", "Oslo", "Nairobi", "Lima", "Kyoto", "Quebec", "Havana", "Per
 
 SHORTEST = 256
 LARGEST = 2**26
-"""Tokens of all prompts together: half a gigabyte of numbers."""
+"""The most tokens of all prompts together: half a gigabyte of numbers."""
 
 
 class Task(NamedTuple):
@@ -48,7 +48,7 @@ class Task(NamedTuple):
 
 
 class Hidden(NamedTuple):
-    """Token ids, all inside a text: what hides the answer, the question, the answer, and those of other questions."""
+    """Token ids inside a text: the context that hides the answer, the question, its answer, and other answers."""
 
     context: list[int]
     question: list[int]
@@ -57,7 +57,7 @@ class Hidden(NamedTuple):
 
 
 class Haystack:
-    """Text to hide things in, cut at the ends of tokens.
+    """The text in which answers are hidden, cut at the ends of tokens.
 
     Attributes:
       begin: the ids with which a prompt begins.
@@ -68,20 +68,20 @@ class Haystack:
         self.begin, self.ids = text.begin, text.ids
 
     def cut(self, tokens: int, rng: np.random.Generator) -> list[int]:
-        """So many tokens from anywhere.
+        """A random stretch of this many tokens.
 
         Raises:
-          CormError: for a text that is too short, or fewer than one.
+          CormError: for a text that is too short, or a stretch of no tokens.
         """
         if tokens < 1:
-            raise CormError("what is hidden takes more tokens than the prompt may have: ask for longer prompts")
+            raise CormError("the hidden words take more tokens than the prompt may have: ask for longer prompts")
         if len(self.ids) < tokens:
             raise CormError(f"the text has {len(self.ids):,} tokens, a prompt takes {tokens:,}: give more text")
         start = int(rng.integers(len(self.ids) - tokens + 1))
         return self.ids[start : start + tokens]
 
     def first(self, words: str) -> list[int]:
-        """Ids of words with which a text begins, without `begin`."""
+        """Ids of words at the beginning of a text, without `begin`."""
         return Text(self.tokenizer, words, "the text").ids
 
     def inside(self, words: str) -> list[int]:
@@ -128,7 +128,7 @@ def _needles(hay, length, depth, rng, count):
 def _pairs(hay: Haystack, length: int, depth: float, rng) -> Hidden:
     pairs = [(str(uuid.UUID(bytes=rng.bytes(16))), str(uuid.UUID(bytes=rng.bytes(16)))) for _ in range(length // 40)]
     sizes = np.cumsum([len(hay.inside(f'"{key}": "{value}"\n')) for key, value in pairs])
-    count = max(int(np.searchsorted(sizes, length - sizes[0])), 2)  # the question takes as much as a pair
+    count = max(int(np.searchsorted(sizes, length - sizes[0])), 2)  # the question takes as many tokens as a pair
     keys, values = zip(*pairs[:count], strict=True)
     wanted = min(round(depth * (count - 1)), count - 1)
     data = "".join(f'"{key}": "{value}"\n' for key, value in zip(keys, values, strict=True))
@@ -149,11 +149,11 @@ TASKS: dict[str, Callable[..., Hidden]] = {
     "multikey": _multikey,
     "repeat": _repeat,
 }
-"""Each makes a prompt of about so many tokens, with what is asked for at a depth from 0 to 1."""
+"""Each function makes a prompt of about ``length`` tokens, with the answer at a depth from 0 to 1."""
 
 
 def check(names: Sequence[str], lengths: Sequence[int], depths: Sequence[float], examples: int, seed: int) -> None:
-    """Raises unless there are such tasks.
+    """Raises unless such tasks can be made.
 
     Raises:
       CormError: for an unknown task, a length below `SHORTEST`, a depth outside [0, 1], a negative seed, or more than
@@ -184,10 +184,10 @@ def tasks(
     seed: int,
     blind: bool = False,
 ) -> Iterator[Task]:
-    """So many examples of each task at each length and depth; each depends on nothing but its own name and the seed.
+    """The examples of each task at each length and depth. An example depends on its id and the seed alone.
 
     Args:
-      blind: ask without the text that holds the answer: what a model guesses.
+      blind: leave out the text that holds the answer, which measures what a model guesses.
 
     Raises:
       CormError: as `check`, and for a text or a length that is too short.

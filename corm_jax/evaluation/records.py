@@ -1,8 +1,8 @@
-"""A result directory: what was asked for in ``config.json``, and a line for each example in ``results.jsonl``.
+"""A result directory: the configuration in ``config.json``, and a line for each example in ``results.jsonl``.
 
-Lines are written as examples finish, in an order that depends on nothing but the configuration. A run that was killed
-goes on after the last whole line; a line that was cut off by that is dropped, and its example done again. One process
-at a time writes.
+Lines are written as examples finish, in an order that depends on the configuration alone. A run that was killed is
+continued after the last complete line; a line that was cut off is dropped, and its example is done again. Only one
+process at a time writes.
 """
 
 import errno
@@ -43,8 +43,8 @@ class Records:
     (True, False)
 
     Raises:
-      CormError: when it is entered, for a directory that another process writes to, one of another configuration, one
-        that holds something else, or damaged lines.
+      CormError: when the block is entered, for a directory that another process writes to, that has another
+        configuration or that holds something else, or for damaged lines.
     """
 
     rows: list[dict[str, Any]]
@@ -92,14 +92,14 @@ class Records:
                 self._file.truncate(size)
             raise CormError(
                 f"cannot write {self.folder / RESULTS}: {error.strerror}: {len(self.rows):,} results are there; make "
-                "room, and the same command goes on"
+                "room, and run the same command again to continue"
             ) from None
         self.rows.append(row)
         self._done.add((row["policy"], row["example"]))
 
 
 def check_free(folder: Path) -> None:
-    """Raises if results cannot go to a directory: asked before long work, not after.
+    """Raises if results cannot be written to a directory. Called before long work, not after it.
 
     Raises:
       CormError: for a directory that cannot be made or written to, one that holds something else, or one that another
@@ -124,20 +124,20 @@ def check_free(folder: Path) -> None:
 
 
 def read_run(folder: Path) -> Run:
-    """What a run was asked for.
+    """The configuration of a run.
 
     Raises:
-      CormError: for a directory that is no result directory, or one of another version.
+      CormError: for a directory that is not a result directory, or one of another version.
     """
     way_out = f"{folder} is no result directory of corm eval, or that of another version: make a new one"
     return read_json(folder / CONFIG, Run, "configuration", way_out)
 
 
 def read_rows(folder: Path, run: Run, repair: bool = False) -> list[dict[str, Any]]:
-    """The rows of a run, but for a last line that was cut off; that is removed from the file to ``repair`` it.
+    """The rows of a run without a last line that was cut off, which ``repair`` removes from the file.
 
     Raises:
-      CormError: for a damaged line before the last, one that does not belong to the run, or an example that is there
+      CormError: for a damaged line before the last, one that does not belong to the run, or an example that occurs
         twice.
     """
     path, rows, seen = folder / RESULTS, [], set()
@@ -154,7 +154,7 @@ def read_rows(folder: Path, run: Run, repair: bool = False) -> list[dict[str, An
         row = asdict(parse_json(line, ROWS[run.kind], what, way_out))
         key = row["policy"], row["example"]
         if row["policy"] not in run.policies:
-            raise CormError(f"{what} has the policy {reprlib.repr(row['policy'])}, which the run has not: {way_out}")
+            raise CormError(f"{what} has the policy {reprlib.repr(row['policy'])}, which the run lacks: {way_out}")
         if key in seen:
             raise CormError(f"{what} has {key[1]!r} with {key[0]!r} for a second time: {way_out}")
         seen.add(key)
@@ -173,7 +173,7 @@ def _lock(folder: Path):
 
 
 def _configure(folder: Path, run: Run) -> None:
-    """Writes the configuration, or raises if there is another."""
+    """Writes the configuration, or raises if there is a different one."""
     for part in folder.glob(".*.part"):
         part.unlink(missing_ok=True)
     if not (folder / CONFIG).exists():

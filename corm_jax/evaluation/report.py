@@ -1,4 +1,4 @@
-"""``corm report``: one Markdown page, with figures, from nothing but stored results."""
+"""``corm report``: one Markdown page, with figures, from stored results alone."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -16,11 +16,11 @@ from corm_jax.policies import Corm, parse
 
 MIB = 2**20
 SAMPLES = 2
-"""Answers of each task that are shown."""
+"""The number of answers that are shown for each task."""
 
 
 class Found(NamedTuple):
-    """What a directory holds, and the lines that come of it."""
+    """The contents of a result directory, and the lines that summarize them."""
 
     name: str
     run: Run
@@ -36,7 +36,7 @@ def report(folders: Sequence[Path], page: Path, against: str = "full", overwrite
       overwrite: whether files that exist are replaced.
 
     Raises:
-      CormError: for a directory without results, another policy than those that ran, or a file that exists.
+      CormError: for a directory without results, a policy that did not run, or a file that exists.
     """
     every: list[Found] = []
     for folder in folders:
@@ -66,7 +66,7 @@ def report(folders: Sequence[Path], page: Path, against: str = "full", overwrite
 
 
 def _plain(words: str) -> str:
-    """Words in one line, in which nothing is Markdown's but what stands between backquotes."""
+    """Words in one line, in which Markdown has no effect outside of backquotes."""
     return " ".join(words.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
@@ -104,7 +104,7 @@ def _grid(found: Found, against: str) -> list[str]:
     for task in dict.fromkeys(line.task for line in found.lines):
         cells = {}
         for line in found.lines:
-            with suppress(CormError):  # of a profile that is gone
+            with suppress(CormError):  # the profile of a policy may have been deleted
                 policy = parse(line.policy)
                 if line.task == task and isinstance(policy, Corm):
                     cells[policy.window, policy.recent] = line

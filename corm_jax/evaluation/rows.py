@@ -1,4 +1,4 @@
-"""What a result directory holds: the configuration of a run, and its rows. All that is read is checked by these."""
+"""The contents of a result directory: the configuration of a run, and its rows. Files are checked against them."""
 
 import reprlib
 from dataclasses import asdict, dataclass, fields
@@ -22,24 +22,24 @@ RANGES = {
     )
     for name in names
 }
-"""The least and the most that a number of a row can be."""
+"""The least and the largest value of each number of a row."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """All that decides about the numbers of a run.
+    """Everything that determines the numbers of a run.
 
     Attributes:
-      format: the version of what is recorded and of how prompts are made.
+      format: the version of the recorded fields and of the way in which prompts are made.
       kind: what is measured.
       policies: SPECs.
-      budget: of each policy, as in `corm_jax.policies.keys_of`.
+      budget: the budget of each policy, as in `corm_jax.policies.keys_of`.
       chunk: tokens between evictions.
-      limit: examples of each task.
-      settings: those of the kind.
-      begin: ids with which every prompt begins.
+      limit: the most examples of each task.
+      settings: the settings of this kind of run.
+      begin: the ids with which every prompt begins.
       prompts: a checksum of all prompts and answers, as token ids.
-      versions, device, weights, data: of packages; its name; checksums.
+      versions, device, weights, data: versions of packages; the name of the device; checksums of weights and data.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -69,13 +69,13 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A policy on an example.
+    """The result of a policy on an example.
 
     Attributes:
-      policy: the SPEC that was asked for.
-      ran: the SPEC on the budget of the example.
+      policy: the SPEC that the user gave.
+      ran: the SPEC with the budget for the example.
       kept: live share of the keys at the end.
-      live_bytes, allocated_bytes, full_bytes: of the cache.
+      live_bytes, allocated_bytes, full_bytes: live, allocated and full memory of the cache.
       overflow: keys that were evicted for want of a slot.
     """
 
@@ -100,7 +100,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Perplexity(Row):
-    """Of a stretch: nats a token, and the mean over each bucket of positions."""
+    """The result on a stretch: nats a token, over all positions and over each bucket of positions."""
 
     nll: float
     nll_by_position: list[float]
@@ -108,7 +108,7 @@ class Perplexity(Row):
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement(Row):
-    """Of a stretch: `corm_jax.evaluation.agreement.Agreement`, the mean."""
+    """The result on a stretch: the means of `corm_jax.evaluation.agreement.Agreement`."""
 
     kl: float
     same: float
@@ -118,7 +118,7 @@ class Agreement(Row):
 
 @dataclass(frozen=True, kw_only=True)
 class Recall(Row):
-    """Of `corm_jax.evaluation.recall.Task`; ``margin`` where there are other answers, ``exact`` where there is one."""
+    """The result on a recall task: ``margin`` if there are other answers, ``exact`` if an answer is generated."""
 
     length: int
     depth: float
@@ -138,7 +138,7 @@ class Recall(Row):
 
 @dataclass(frozen=True, kw_only=True)
 class LongBench(Row):
-    """Of a question: the task's metric, and what the model wrote."""
+    """The result on a question: the task's metric, and the answer of the model."""
 
     score: float
     answer: str

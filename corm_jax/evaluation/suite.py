@@ -1,4 +1,4 @@
-"""Runs policies over examples, row by row into `Records`, on whatever budget they are held to."""
+"""Runs policies on examples, with a given budget, and writes the results into `Records`, row by row."""
 
 import dataclasses
 import hashlib
@@ -19,7 +19,7 @@ from corm_jax.runs.fitting import fitted
 
 @runtime_checkable
 class Example(Protocol):
-    """What every task has."""
+    """An example of any task."""
 
     @property
     def id(self) -> str:
@@ -28,21 +28,21 @@ class Example(Protocol):
 
     @property
     def task(self) -> str:
-        """What kind of example it is; rows are compared within one."""
+        """The task to which the example belongs; rows are compared within a task."""
         ...
 
     @property
     def prompt(self) -> list[int]:
-        """Token ids of what is read first."""
+        """The token ids that are read first."""
         ...
 
 
 @dataclasses.dataclass
 class Suite:
-    """Policies on a budget.
+    """Policies with a budget.
 
     Attributes:
-      budget: as in `keys_of`, of the prompt; None leaves the policies as they are.
+      budget: of the prompt, as in `keys_of`; None leaves the policies as they are.
       chunk: tokens between evictions.
     """
 
@@ -53,12 +53,12 @@ class Suite:
     windows: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def of(self, spec: str, prompt: Sequence[int], first: Sequence[int]) -> str:
-        """A SPEC on the budget of a prompt. CORM without a window gets the one that fits the ``first`` prompt."""
+        """A SPEC with the budget for a prompt. CORM without a window gets one that fits the ``first`` prompt."""
         if self.budget is None:
             return spec
         if spec in self.windows:
             return self.windows[spec]
-        # Nothing but the first prompt decides about a window, so that it is the same wherever a run goes on.
+        # A window depends on the first prompt alone, so that it is the same wherever a run is continued.
         tokens = len(first if lacks_window(spec) else prompt)
         keys = min(keys_of(self.budget, tokens), tokens)
         found, how = fitted(spec, self.model, first, keys, chunk=self.chunk)
@@ -73,11 +73,11 @@ class Suite:
         score: Callable[[Policy, Any, Policy], dict[str, Any]],
         progress: Callable[[int], None] = lambda done: None,
     ) -> None:
-        """Scores every example with every policy that is not in the records yet, example by example.
+        """Scores every example with every policy, example by example, unless the result is in the records already.
 
         Args:
-          score: of a policy and an example; the third argument is the same policy on the budget of the longest prompt,
-            after which caches are sized, so that all prompts share a compiled program.
+          score: scores a policy on an example. Its third argument is the same policy with the budget for the longest
+            prompt, which determines the cache's capacity, so that all prompts share a compiled program.
         """
         longest = max((example.prompt for example in examples), key=len)
         for index, example in enumerate(examples):
@@ -91,7 +91,7 @@ class Suite:
 
 
 def memory(usage: Usage) -> dict[str, Any]:
-    """The columns of a row that say how full the caches are."""
+    """The columns of a row that describe how full the caches are."""
     return {
         "kept": float(np.asarray(usage.live).mean() / np.asarray(usage.seen).mean()),
         "live_bytes": usage.bytes_live,
@@ -102,7 +102,7 @@ def memory(usage: Usage) -> dict[str, Any]:
 
 
 def surroundings(model: Llama, data: Mapping[str, str | bytes]) -> dict[str, Any]:
-    """What else decides about a result: versions, the device, the weights, and checksums of the data."""
+    """Everything else that determines a result: versions, the device, and checksums of the weights and the data."""
     weights = hashlib.sha256()
     for leaf in jax.tree.leaves(model):
         weights.update(np.asarray(leaf.reshape(-1)[:64]).tobytes())
@@ -115,7 +115,7 @@ def surroundings(model: Llama, data: Mapping[str, str | bytes]) -> dict[str, Any
 
 
 def checksum(*parts: str | bytes) -> str:
-    """Of texts or bytes, one after the other."""
+    """The checksum of texts or bytes, one after the other."""
     found = hashlib.sha256()
     for part in parts:
         found.update(part.encode("utf-8") if isinstance(part, str) else part)

@@ -1,4 +1,4 @@
-"""From rows to lines: means over examples with their intervals, and differences to the full cache."""
+"""Summaries of rows: means over examples with their intervals, and differences from the full cache."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -11,12 +11,12 @@ from corm_jax.evaluation.longbench import KINDS
 MEASURES = {
     "score": "the task's own metric, in [0, 1]",
     "nll": "nats a token of the right answer, or of the text",
-    "margin": "how much likelier the right answer is than the likeliest wrong one, nats a token",
-    "exact": "share of answers that the model writes down by itself",
+    "margin": "how much more likely the right answer is than the most likely wrong one, nats a token",
+    "exact": "share of examples whose right answer the model generates by itself",
     "kl": "KL from the full cache's prediction, nats a token",
-    "same": "share of tokens of which the likeliest is the full cache's",
+    "same": "share of tokens for which the most likely one is that of the full cache",
 }
-"""What may be in a row. The first that is there is the one that is compared with the full cache."""
+"""The measures that a row may have. The first one that it has is compared with the full cache."""
 
 
 class Line(NamedTuple):
@@ -25,8 +25,8 @@ class Line(NamedTuple):
     Attributes:
       kept: live share of the keys at the end, mean over examples.
       live, allocated, full: bytes of the cache, mean over examples.
-      measures: by name, those that the task has.
-      against: paired difference of the first measure to another policy; None where that is not there.
+      measures: the measures of the task, by name.
+      against: paired difference of the first measure from that of another policy; None if the latter did not run.
     """
 
     task: str
@@ -51,7 +51,7 @@ ALL = "all texts"
 def lines(kind: str, rows: list[dict[str, Any]], against: str = "full") -> Iterator[Line]:
     """A line for each task and policy; then for all texts together, or for each kind of LongBench's tasks, and all.
 
-    Texts are one sample, of which stretches are drawn; a kind is the mean of its tasks.
+    All texts together are one sample, whose stretches are resampled; a kind is the mean of its tasks.
     """
     if kind in ("perplexity", "agreement") and len({row["task"] for row in rows}) > 1:
         rows = [*rows, *(row | {"task": ALL} for row in rows)]

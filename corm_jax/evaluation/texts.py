@@ -11,10 +11,10 @@ from corm_jax.model.prompts import Text
 from corm_jax.model.tokenizer import Tokenizer
 
 LARGEST = 2**28
-"""Bytes of a text file: about 70 million tokens."""
+"""The most bytes of a text file: about 70 million tokens."""
 
 CHARACTERS = 2**21
-"""What is taken of a data set of the hub: no more than that are loaded."""
+"""The most characters of a data set of the hub. No more are loaded."""
 
 
 class Document(NamedTuple):
@@ -26,10 +26,10 @@ class Document(NamedTuple):
 
 
 def stretches(tokenizer: Tokenizer, texts: Mapping[str, str], tokens: int, limit: int | None) -> list[Document]:
-    """Each text cut into stretches of so many tokens, the first ``limit`` of each; what is left over is left out.
+    """Each text cut into stretches of ``tokens`` tokens, the first ``limit`` of each text; the remainder is left out.
 
-    Each stretch is a `corm_jax.model.prompts.Text.part`: it begins as a text does, and that counts. Its number in the
-    id is that of its first token in the text.
+    Each stretch is a `corm_jax.model.prompts.Text.part`: it begins with the tokens with which a text begins, and
+    these count. The number in its id is that of its first token in the text.
 
     Raises:
       CormError: for a text that is shorter, or stretches of a single token.
@@ -39,7 +39,7 @@ def stretches(tokenizer: Tokenizer, texts: Mapping[str, str], tokens: int, limit
     found = []
     for name, words in texts.items():
         text = Text(tokenizer, words, f"the text {name!r}")
-        starts = text.starts(tokens) or [0]  # a text that is too short says so
+        starts = text.starts(tokens) or [0]  # raises for a text that is too short
         found += [Document(f"{name}/{start}", name, text.part(tokens, start)) for start in starts[:limit]]
     return found
 
@@ -60,7 +60,7 @@ def read_texts(paths: Sequence[Path], datasets: Sequence[str]) -> dict[str, str]
 
 
 def reference_text() -> str:
-    """Python's own language reference, the text that every Python ships."""
+    """Python's own language reference, a text that is part of every Python."""
     return "\n\n".join(topics[topic] for topic in sorted(topics))
 
 
@@ -73,7 +73,7 @@ def read_text(path: Path) -> str:
     try:
         with path.open("rb") as file:
             content = file.read(LARGEST + 1)
-    except (OSError, ValueError) as error:  # a ValueError for a name that cannot be one
+    except (OSError, ValueError) as error:  # a ValueError for an impossible name
         raise CormError(f"cannot read {str(path)!r}: {getattr(error, 'strerror', None) or error}") from None
     if len(content) > LARGEST:
         raise CormError(f"{str(path)!r} has more than {LARGEST // 2**20} MiB: give a part of it")
@@ -103,10 +103,10 @@ def _files(path: Path) -> list[Path]:
 
 
 def _add(texts: dict[str, str], name: str, words: str) -> None:
-    """Results go by the name, so it must be one that can be written down, and the only one."""
+    """Adds a text. Results are stored by its name, which must be printable and unique."""
     name = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
     if name in texts:
-        raise CormError(f"two texts are called {name!r}: rename one, results go by the name")
+        raise CormError(f"two texts are called {name!r}: rename one, since results are stored by name")
     texts[name] = words
 
 
@@ -114,7 +114,7 @@ def from_hub(name: str) -> str:
     """The ``text`` of a data set's rows, one after the other, up to `CHARACTERS`.
 
     Args:
-      name: ``owner/name[:configuration[:split]]``, or a directory; of the split ``test`` if nobody says.
+      name: ``owner/name[:configuration[:split]]``, or a directory; the default split is ``test``.
 
     Raises:
       CormError: for a data set that cannot be loaded, has no column ``text``, or nothing in it.
