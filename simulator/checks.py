@@ -305,7 +305,7 @@ def head_order(subject: Subject, data: st.DataObject) -> None:
     """Exchanging key-value heads exchanges their histories; the order of query heads in a group has no effect.
 
     A hyperparameter of shape ``[kv_heads]`` is taken to be one number for each head. Pools do not overflow here, since
-    between two heads with equal scores the first has its key evicted first.
+    of two keys with equal scores that of the first head is evicted first.
     """
     case = subject.draw(data)
     capacity = None if subject.shares else subject.few
@@ -336,13 +336,13 @@ def layouts(subject: Subject, data: st.DataObject) -> None:
 @_check
 def slot_order(subject: Subject, data: st.DataObject) -> None:
     """Results do not depend on the slots of the keys: they are the same after a shuffle."""
-    _goes_on("slot_order", subject, data, _shuffled, "before the slots were shuffled")
+    _continues("slot_order", subject, data, _shuffled, "before the slots were shuffled")
 
 
 @_check
 def empty_slots(subject: Subject, data: st.DataObject) -> None:
     """Results do not depend on the contents of an empty slot: its key, its value, its head, or its state."""
-    _goes_on("empty_slots", subject, data, _littered, "before the empty slots were littered")
+    _continues("empty_slots", subject, data, _littered, "before the empty slots were littered")
 
 
 @_check_enough(2)  # without a compiler loops are slow
@@ -456,7 +456,7 @@ def _step_twice(policy, *arguments, step):
     return jax.vmap(partial(step, policy))(*arguments)
 
 
-def _goes_on(name, subject, data, change, what) -> None:
+def _continues(name, subject, data, change, what) -> None:
     case = subject.draw(data, counts=[1] * TOKENS)
     half, seed = TOKENS // 2, data.draw(st.integers(0, 99))
     cache = subject.read(dataclasses.replace(case, counts=np.where(np.arange(TOKENS) < half, 1, 0)), subject.few).cache

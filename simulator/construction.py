@@ -1,6 +1,6 @@
 """Whether an object is built as a policy has to be: the first check of the conformance suite.
 
-The other checks rely on it, so each mistake is named here, in one line with what was expected.
+The other checks rely on it, so each mistake is named here, in one line with the expectation.
 
 >>> from corm_jax import Corm
 >>> check_construction(Corm)
@@ -56,7 +56,7 @@ _sound: set[Any] = set()
 
 
 def check_construction(policy: Any) -> None:
-    """Checks that a policy, and each that it wraps, is built as `corm_jax.core.policy.Policy` says.
+    """Checks that a policy, and each that it wraps, is built as `corm_jax.core.policy.Policy` demands.
 
     Raises:
       InvariantError: named ``construction``, for the first thing that is wrong.

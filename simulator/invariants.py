@@ -63,7 +63,7 @@ def none_early(kept: np.ndarray, window, clock: np.ndarray | None = None) -> Non
 
 
 def within_capacity(kept: np.ndarray, capacity: int, clock: np.ndarray | None = None) -> None:
-    """No head ever holds more than ``capacity`` keys."""
+    """No head holds more than ``capacity`` keys."""
     _, clock = _axes(kept, clock)
     live = kept.sum(-1)
     if (live > capacity).any():
@@ -89,7 +89,7 @@ def at_most(kept: np.ndarray, most, clock: np.ndarray | None = None) -> None:
 
 
 def within_pool(kept: np.ndarray, slots: int, clock: np.ndarray | None = None) -> None:
-    """The heads of a layer never hold more than ``slots`` keys together."""
+    """The heads of a layer hold at most ``slots`` keys together."""
     _, clock = _axes(kept, clock)
     live = kept.sum((-3, -1))
     if (live > slots).any():
@@ -105,7 +105,7 @@ def only_minor_goes(kept: np.ndarray, important: np.ndarray, window, clock: np.n
       important: bool ``[layers, kv_heads, queries, keys]``, as `importance` returns it.
     """
     key, clock = _axes(kept, clock)
-    bad = _goes(kept, key, clock) & _asked(important, clock, window)
+    bad = _evicted(kept, key, clock) & _found_important(important, clock, window)
     _refuse("only_minor_goes", bad, clock, f"is evicted, but one of the last {window} queries found it important")
 
 
@@ -116,7 +116,7 @@ def minor_goes(kept: np.ndarray, important: np.ndarray, window, recent, clock: n
     """
     key, clock = _axes(kept, clock)
     old = (key < clock - _per_head(recent)) & (clock >= _per_head(window))
-    bad = kept & old & ~_asked(important, clock, window)
+    bad = kept & old & ~_found_important(important, clock, window)
     _refuse("minor_goes", bad, clock, f"is live, but none of the last {window} queries found it important")
 
 
@@ -165,13 +165,13 @@ def importance(
     return ((ratio >= least * (1 - slack)) | (np.abs(ratio - least) < 1e-12)).any(0) & attended
 
 
-def _goes(kept, key, clock):
+def _evicted(kept, key, clock):
     before = np.concatenate([np.zeros_like(kept[..., :1, :]), kept[..., :-1, :]], axis=-2)
     start = np.concatenate([[0], clock[:-1, 0]])[:, None]
     return (before | ((key >= start) & (key < clock))) & ~kept
 
 
-def _asked(important, clock, window):
+def _found_important(important, clock, window):
     """Bool ``[layers, kv_heads, steps, keys]``: whether one of the last ``window`` queries found the key important."""
     counts = np.concatenate([np.zeros_like(important[..., :1, :], int), important.cumsum(-2)], axis=-2)
     layers, heads = np.ogrid[: important.shape[0], : important.shape[1]]

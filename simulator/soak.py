@@ -39,7 +39,7 @@ TOKENS, LEAST, CHUNK = 32, 8, 3
 
 LAYERS, KV_HEADS, GROUP, HEAD_DIM = 2, 4, 2, 4
 TIGHT, ROOMY = 12, TOKENS + CHUNK
-"""Slots a head: so few that keys are lost, unless the policy keeps few; and so many that none is."""
+"""Slots a head: so few that keys are lost, unless the policy keeps few; and so many that no key is lost."""
 
 RANGES = {
     "window": (1, 6), "recent": (1, 4), "multiple": (1, 3), "patience": (1, 5), "trial": (0, 8), "sinks": (0, 2),

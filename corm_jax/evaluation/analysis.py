@@ -74,8 +74,8 @@ def _importance(q: np.ndarray, k: np.ndarray):
     grouped = np.zeros((-(-length // ROWS) * ROWS, kv_heads, heads // kv_heads, head_dim), np.float32)
     grouped[:length] = q.reshape(length, kv_heads, -1, head_dim)
     last = jnp.full((kv_heads, length), -(2**30), jnp.int32)
-    gone = jnp.zeros((len(WINDOWS), len(RECENTS), kv_heads, length), bool)
-    state, sparse, covered, important = (last, gone), np.zeros(heads), np.zeros(len(WINDOWS)), 0.0
+    evicted = jnp.zeros((len(WINDOWS), len(RECENTS), kv_heads, length), bool)
+    state, sparse, covered, important = (last, evicted), np.zeros(heads), np.zeros(len(WINDOWS)), 0.0
     for start in range(0, length, ROWS):
         state, (below, hits, total) = _rows(state, grouped[start : start + ROWS], k, np.int32(start))
         sparse += np.asarray(below).reshape(-1)
@@ -89,7 +89,7 @@ def _importance(q: np.ndarray, k: np.ndarray):
 @broadcasts
 def _rows(state, q, k, start):
     """A block of queries against all keys: the state after them, and their contributions to the sums."""
-    last, gone = state
+    last, evicted = state
     length = k.shape[0]
     t, position = start + 1 + iota(ROWS)[:, None, None], 1 + iota(length)  # [rows, head, key]
     seen, real, scored = position <= t, t <= length, (t > FIRST) & (t <= length)
@@ -97,17 +97,17 @@ def _rows(state, q, k, start):
     alpha = jax.nn.softmax(jnp.where(seen[:, :, None], logits, -jnp.inf), axis=-1)
     least = 1 / t[..., None].astype(jnp.float32)
     below = ((alpha < least) & seen[:, :, None]).sum(-1, dtype=jnp.float32) / t.astype(jnp.float32)
-    asks = (alpha >= least).any(2) & seen & real
-    asked = jax.lax.cummax(jnp.where(asks, t, last), axis=0)
-    before = jnp.concatenate([last[None], asked[:-1]])
-    counts, hits = asks & scored, []
+    important = (alpha >= least).any(2) & seen & real
+    latest = jax.lax.cummax(jnp.where(important, t, last), axis=0)
+    before = jnp.concatenate([last[None], latest[:-1]])
+    counts, hits = important & scored, []
     for window in WINDOWS:
         hits.append((counts & ((before >= t - window) | (position > t - window))).sum())
     for w, window in enumerate(WINDOWS):
         for r, recent in enumerate(RECENTS):
-            evicts = (asked <= t - window) & (position <= t - recent) & (t >= window) & real
-            gone = gone.at[w, r].set(gone[w, r] | evicts.any(0))
-    return (asked[-1], gone), (jnp.where(scored, below, 0).sum(0), jnp.stack(hits), counts.sum())
+            evicts = (latest <= t - window) & (position <= t - recent) & (t >= window) & real
+            evicted = evicted.at[w, r].set(evicted[w, r] | evicts.any(0))
+    return (latest[-1], evicted), (jnp.where(scored, below, 0).sum(0), jnp.stack(hits), counts.sum())
 
 
 def _similarity(q: np.ndarray):

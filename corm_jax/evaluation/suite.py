@@ -58,7 +58,7 @@ class Suite:
             return spec
         if spec in self.windows:
             return self.windows[spec]
-        # A window depends on the first prompt alone, so that it is the same wherever a run is continued.
+        # A window depends on the first prompt alone, so that it is the same when a run is continued.
         tokens = len(first if lacks_window(spec) else prompt)
         keys = min(keys_of(self.budget, tokens), tokens)
         found, how = fitted(spec, self.model, first, keys, chunk=self.chunk)

@@ -148,7 +148,7 @@ version_option = click.option(
 
 @contextmanager
 def naming(given: Mapping[str, Any]) -> Iterator[None]:
-    """Errors in the block begin with the options that they are about, given by option with its value, None if unset.
+    """Errors in the block begin with the options that they are about. ``given``: the value of each; None if not set.
 
     >>> with naming({"--policy": "full", "--capacity": 3, "--prompt": None}):
     ...     raise CormError("capacity 3 cannot hold a chunk (4 keys): raise the capacity")

@@ -17,7 +17,7 @@ DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfl
 
 
 class TraceError(CormError):
-    """A trace that cannot be read, made or written: the message names the file, the field and what was expected."""
+    """A trace that cannot be read, made or written: the message names the file, the field and the expected value."""
 
 
 def require(good: bool, name: str, expected: str, value: Any) -> None:
