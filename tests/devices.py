@@ -52,7 +52,7 @@ def model():
 
 
 def refusals():
-    """What is said where devices have heads of a layer, or rows, under policies whose heads are not independent."""
+    """The errors if heads of a layer, or rows, are on several devices, for policies whose heads are not independent."""
     found = {}
     for name in ("tova", "adakv"):
         arguments = bench.inputs(cj.parse(bench.POLICIES[name]), None)

@@ -1,4 +1,4 @@
-"""What a mistake is told."""
+"""The errors that users' mistakes cause."""
 
 import jaxtyping
 import pytest

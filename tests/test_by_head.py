@@ -23,7 +23,7 @@ class Shares(NamedTuple):
 
 @policy
 class BelowTheMean(Policy):
-    """A key goes that has drawn less than some thousandths of all queries of its head, evicted keys' included."""
+    """Evicts keys that drew less than a share of the attention of all queries of their head."""
 
     recent: int = number(2, "newest that stay", least=1)
     least: int = number(100, "thousandths of the attention of all queries", least=0)
@@ -85,7 +85,7 @@ def test_conformance_in_pools(check):
 
 
 def test_what_a_head_remembers_outlives_its_keys():
-    """Every query counts, though most keys of the time are gone; a slot that is used again starts from 0."""
+    """Every query counts, although most of its keys are evicted later; a slot that is reused starts from 0."""
     policy_, (q, k, v) = BelowTheMean(recent=1, least=400), map(jnp.asarray, normal(4))
     cache = make_cache(policy_, CacheSpec(KV_HEADS, 4, HEAD_DIM))
     for t in range(TOKENS):

@@ -105,7 +105,7 @@ ANY = st.one_of(st.integers(0, ENDLESS), st.integers(0, 3000), st.integers(ENDLE
 @settings(max_examples=300)
 @given(seen=ANY, per_mille=st.integers(0, 1000), tokens=ANY, sinks=ANY, recent=ANY)
 def test_a_share_of_any_clock(seen, per_mille, tokens, sinks, recent):
-    """``tokens`` and so many thousandths of the clock, at least what is protected, and at most what there can be."""
+    """``tokens`` and a share of the clock, at least the protected keys, and at most the largest clock."""
     found, protected = limit(*map(jnp.int32, (seen, tokens, per_mille, sinks, recent)))
     least = min(3 + sinks + recent, ENDLESS)
     assert int(protected) == least

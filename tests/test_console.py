@@ -142,7 +142,7 @@ def idle(monkeypatch, model):
 
 @contextlib.contextmanager
 def little_memory(more):
-    """No more than so many bytes on top of what the process has."""
+    """Limits the memory of the process to ``more`` bytes above its present size."""
     resource = pytest.importorskip("resource")
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     before = resource.getrlimit(resource.RLIMIT_AS)
@@ -408,7 +408,7 @@ def test_interrupted_at_any_moment(long_reading, tmp_path):
 
 
 def test_an_exception_that_is_lost_in_a_callback():
-    """JAX runs Python at garbage collections: what is raised there is printed and forgotten, unless somebody looks."""
+    """JAX runs Python at garbage collections: by default an exception there is printed and lost."""
     code = """
 import os, signal, time
 from corm_jax.terminal.stopping import stoppable

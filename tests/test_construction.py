@@ -253,7 +253,7 @@ def test_wrong_constructions_are_named(name):
 
 
 def test_from_every_door():
-    """Whichever check is asked for, whatever collects it, and for a strategy too."""
+    """The policy is refused by every function that runs checks, for any check, and in a strategy too."""
     for wrong in (UndecoratedChild(), st.just(UndecoratedChild())):
         with pytest.raises(InvariantError, match="^construction: UndecoratedChild is no pytree"):
             check_policy(wrong, only="histories")
@@ -304,7 +304,7 @@ TRAITS = ("protected", "recent", "most", "needs", "whole_prompt", "positions")
 
 
 def verdict(one):
-    """What is said of it; None if nothing is."""
+    """The error message about a policy; None if it is accepted."""
     try:
         check_construction(one)
     except InvariantError as error:
@@ -338,7 +338,7 @@ HARMLESS = {
     "most": {"is missing", "is a number"},
     "for_layer": {"gives itself"},
 }
-"""What is no mistake."""
+"""Changes that are not a mistake."""
 
 
 def test_mistakes_that_show_later_bear_the_name_of_a_check():

@@ -347,7 +347,7 @@ def test_two_processes_do_not_write_to_one_directory(tmp_path):
 
 
 def test_a_full_disk(tmp_path):
-    """As a limit on the size of files has it: what was there stays, and the run goes on."""
+    """Simulated by a limit on the size of files: earlier results stay, and the run can be continued."""
     resource = pytest.importorskip("resource")
     with Records(tmp_path / "run", RUN) as records:
         records.add(ROWS[0])

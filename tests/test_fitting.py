@@ -16,7 +16,7 @@ from tests.models import tiny
 
 @given(head=heads(group=2))
 def test_a_key_stays_with_every_window_above_its_widest_gap(head):
-    """For w = r, with attention as recorded: one pass says what each window keeps."""
+    """For w = r, with attention as recorded: one pass finds which keys each window keeps."""
     q, k, v = (padded(x, 1)[:, None] for x in head)
     n = len(head[0])
     _, _, cache = drive(WidestGap(policy=Corm()), q, k, v, n, capacity=TOKENS, chunk=1)

@@ -346,7 +346,7 @@ def test_rows_that_stand_still_keep_their_logits():
 
 
 def test_a_mistake_costs_no_cache():
-    """What cannot work is said before the caches are given up."""
+    """Mistakes are reported before the caches are donated."""
     caches = MODEL.make_caches(Full(), batch=1, capacity=8)
     for prompt, options in (([1], {"overflow": "ignore"}), ([97], {}), ([], {}), ([1], {"chunk": 0})):
         with pytest.raises(CormError):

@@ -33,7 +33,7 @@ def kept(policy, q, k, v, stores=None):
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_heads_alone_keep_what_they_keep_together(name):
-    """What says that it is independent is; what says that it is not, is not, in one of some texts."""
+    """A policy that is declared independent is; one that is declared not to be, is not in one of several texts."""
     policy, run = parse(SPECS[name]), jax.jit(kept)
     differ = False
     for seed in range(6):

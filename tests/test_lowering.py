@@ -152,7 +152,7 @@ def turns(program: str) -> list[int | None]:
 
 
 def check(program: str, more: frozenset[str] = frozenset(), least: int = 1) -> None:
-    """Raises for what a program of at least so many products must not have; ``more`` are further types."""
+    """Raises if a program has other calls or types than allowed, or fewer than ``least`` products."""
     assert custom_calls(program) <= CUSTOM_CALLS
     assert types(program) <= TYPES | more
     assert len(products(program)) >= least
@@ -185,7 +185,7 @@ def abstract_model(dtype=jnp.float32, tied=True):
 
 
 def abstract_caches(model, policy, stores, length, capacity=CAPACITY):
-    """Caches before they read so many tokens, of which static fields know what `corm_jax.prefill` would say."""
+    """Caches before they read ``length`` tokens, with the static fields that `corm_jax.prefill` would set."""
     made = jax.eval_shape(lambda: model.make_caches(policy, batch=BATCH, capacity=capacity, stores=stores))
     tokens = np.full(BATCH, length, np.int32)
     caches = set_prompt(policy, replace(made, clock=Clock(0 * tokens, 0 * tokens)), tokens, tokens, chunk=1)
@@ -230,7 +230,7 @@ def test_prefill_in_chunks(name, layout, dtype):
 
 @each(STRAIGHT)
 def test_decode(name, layout, dtype):
-    """One loop goes over the tokens. Loops of a single turn are none: every compiler of XLA takes them apart."""
+    """One loop is over the tokens. Loops of a single turn do not count: every compiler of XLA removes them."""
     policy, model, length = one_of_each(name, layout, dtype)
     caches = jax.eval_shape(cj.end_prompt, abstract_caches(model, policy, LAYOUTS[layout], length))
     program = decode(model, policy, caches)

@@ -108,7 +108,7 @@ def test_a_test_that_fails_unmutated_is_said(run):
 
 
 def changed(source, every=1):
-    """What the lines of a module become, one mutant each; each of so many is tried as a program."""
+    """The mutated lines of a module, one mutant each; every ``every``-th mutant is compiled as a program."""
     spec = importlib.util.spec_from_file_location("mutants", BENCHMARKS / "mutants.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # for its dataclass

@@ -1,4 +1,4 @@
-"""What is not a number stays where it is: in its row, its head, and with those who see it."""
+"""NaN and infinities affect only their row, their head, and the queries that see them."""
 
 from functools import partial
 
@@ -133,7 +133,7 @@ def test_one_rank_that_is_no_number_costs_one_key():
 
 @pytest.mark.parametrize("stores", [None, 1])
 def test_a_row_of_a_batch_keeps_it_to_itself(stores):
-    """Every number of row 0 is NaN: row 1 goes on to the last bit, also in a loop that row 0 makes go on."""
+    """Every number of row 0 is NaN: row 1 is the same to the last bit, also in a loop that row 0 prolongs."""
     policy_ = parse("h2o:recent=2,budget=5")
     caches = make_cache(policy_, CacheSpec(2, 8, 4, stores=stores), batch=2)
     run = jax.jit(jax.vmap(partial(step, policy_)))

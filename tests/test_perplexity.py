@@ -12,7 +12,7 @@ TOKENS = np.random.default_rng(0).integers(0, 97, 100).tolist()
 
 @pytest.mark.parametrize("chunk", [7, 16, 100])
 def test_the_prompt_ends_a_chunk(chunk):
-    """What follows the prompt is read after the eviction, whatever the chunk; later nothing goes, so it is all one."""
+    """The tokens after the prompt are read after the eviction, for any chunk; later nothing is evicted."""
     policy, model = SnapKV(budget=12, window=4), tiny()
     reading, single = (read_text(model, policy, TOKENS, chunk=each, prompt=60) for each in (chunk, 1))
     ends = [*range(chunk, 60, chunk), 60, *range(60 + chunk, 100, chunk), 100]

@@ -24,7 +24,7 @@ PLAN = Plan(
 
 
 def test_what_chunks_want():
-    """Two heads, chunks of two; key 0 of head 0 goes after clock 2, key 1 of head 1 after clock 4."""
+    """Two heads, chunks of two; key 0 of head 0 is evicted after clock 2, key 1 of head 1 after clock 4."""
     until = np.full((1, 2, 5), np.iinfo(np.int32).max, np.int32)
     until[0, 0, 0], until[0, 1, 1] = 2, 4
     nothing = np.zeros((1, 2, 5))

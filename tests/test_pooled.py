@@ -111,7 +111,7 @@ def test_pages_that_are_not_used_are_not_attended_to(spec, monkeypatch):
 @pytest.mark.parametrize("stores", [1, 2, 6])
 @pytest.mark.parametrize("live", [0.7, 1.0])
 def test_newcomers_take_free_slots_and_then_the_lowest(stores, live):
-    """Free slots first, then the lowest rank, among equals the oldest, then that of the first head: as sorting says."""
+    """Free slots first, then the lowest score, among equals the oldest, then the first head: as by sorting."""
     rng, policy, kv_heads, least = np.random.default_rng(stores), Corm(window=99, recent=1), 6, -(2**31)
     cache = make_cache(policy, CacheSpec(kv_heads=kv_heads, capacity=8, head_dim=4, stores=stores))
     size, each = cache.position.shape[1], kv_heads // stores

@@ -324,7 +324,7 @@ class NoAgeForTheNewest(H2O):
 
 @policy
 class HardlyEver(Full):
-    """Would evict, but not in any text that anybody reads."""
+    """Would evict, but only in texts longer than any in use."""
 
     def retain(self, state, slots):
         return slots.live & (slots.position < 2**19)

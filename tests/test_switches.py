@@ -214,7 +214,7 @@ def elsewhere():
 
 @pytest.mark.parametrize("programs", [in_layers, in_models, elsewhere])
 def test_float32_is_multiplied_in_full(programs):
-    """Told nothing, a GPU rounds float32 factors to TF32. Every product of ours says that it must not."""
+    """By default a GPU rounds float32 factors to TF32. Every product here sets a precision that forbids it."""
     for program in programs():
         found = products(*program)
         assert found

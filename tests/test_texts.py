@@ -205,7 +205,7 @@ def test_questions(tokenizers, data, name, length, blind):
 
 
 class Stop(BaseException):
-    """What a command gave to the model; it goes no further."""
+    """The tokens that a command gives to the model, raised instead of running it."""
 
 
 @pytest.fixture

@@ -168,7 +168,7 @@ def save(folder, files):
 
 
 def opened(folder):
-    """The tokenizer of a directory, and what was said about it."""
+    """The tokenizer of a directory, and the warnings about it."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         tokenizer = directory_tokenizer.from_directory(folder)
@@ -178,7 +178,7 @@ def opened(folder):
 @settings(max_examples=80)
 @given(directories(), st.lists(TEXTS, min_size=4, max_size=4))
 def test_directories_give_the_ids_of_transformers(files, texts):
-    """Or it is said that they may not: where a class of transformers builds another tokenizer than the file holds."""
+    """Or there is a warning: a class of transformers may build another tokenizer than the file holds."""
     with tempfile.TemporaryDirectory() as folder:
         ours, said = opened(save(folder, files))
         theirs = AutoTokenizer.from_pretrained(folder)

@@ -75,7 +75,7 @@ def test_a_mean_by_hand(name):
 
 
 def test_what_is_not_a_number_counts_as_nothing():
-    """Of two heads one says NaN: the other's 6 is half of the mean, in a rectangle and out of step."""
+    """One of two heads has NaN: half of the other's 6 is the mean, for equal and for different slots."""
     for position in ([[0, 1], [0, 1]], [[0, 1], [1, 0]]):
         value = np.where(np.array(position) == 1, np.array([[np.nan], [6.0]]), 1.0)
         slots = slots_of(position, seen=2)

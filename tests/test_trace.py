@@ -102,7 +102,7 @@ PACKAGES = {
     kind=st.sampled_from(["qkv", "attention"]),
 )
 def test_arrays_of_any_library_in_any_package(library, package, dtype, heads_first, kind):
-    """The same numbers come out, or the order of the axes has to be said."""
+    """The same numbers are read, or the order of the axes has to be given."""
 
     def given_as(x):
         with jax.enable_x64(dtype == "float64"):
