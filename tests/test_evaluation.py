@@ -281,7 +281,7 @@ def test_a_damaged_row_is_refused(tmp_path, kind):
         ):
             read_rows(path.parent, run)
     path.write_bytes(whole + json.dumps(good | {"policy": "x"}).encode() + b"\n")
-    with pytest.raises(CormError, match="line 2, has the policy 'x', which the run lacks"):
+    with pytest.raises(CormError, match="line 2, has the policy 'x', which is not in the run"):
         read_rows(path.parent, run)
     path.write_bytes(whole + b"\n" + json.dumps(good).encode() + b"\n")
     with pytest.raises(CormError, match="line 2, cannot be used: Invalid JSON"):

@@ -8,8 +8,8 @@ alpha_t[i] >= 1/t for any query head of its group.
   (Charikar 2002): with b signs of random directions, of which m agree, cos(pi (1 - m / b)).
 - *Recent queries predict importance*: the share of the keys important to query t that one of the w queries before t
   found important, or that are not older than w.
-- *Few keys are kept*: the share of the keys that CORM has not evicted at the end, by w and r, if evictions changed no
-  attention.
+- *Keys that are kept*: the share of the keys that CORM has not evicted at the end, by w and r, if evictions changed
+  no attention.
 """
 
 from collections.abc import Callable, Sequence

@@ -9,7 +9,7 @@ from corm_jax.errors import CormError
 
 @contextmanager
 def only_writer(lock: Path, what: str, way_out: str) -> Iterator[None]:
-    """Holds a lock while a block runs. The operating system releases it when the process ends, even by a kill.
+    """Holds a lock while a block runs. The operating system releases it when the process ends, even if it is killed.
 
     Args:
       lock: a file that is only for the lock. It is removed at the end; a file that is left by a kill does no harm.

@@ -71,7 +71,7 @@ class Haystack:
         """A random stretch of this many tokens.
 
         Raises:
-          CormError: for a text that is too short, or a stretch of no tokens.
+          CormError: for a text that is too short, or fewer than one token.
         """
         if tokens < 1:
             raise CormError("the hidden words take more tokens than the prompt may have: ask for longer prompts")

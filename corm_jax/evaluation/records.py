@@ -154,7 +154,7 @@ def read_rows(folder: Path, run: Run, repair: bool = False) -> list[dict[str, An
         row = asdict(parse_json(line, ROWS[run.kind], what, way_out))
         key = row["policy"], row["example"]
         if row["policy"] not in run.policies:
-            raise CormError(f"{what} has the policy {reprlib.repr(row['policy'])}, which the run lacks: {way_out}")
+            raise CormError(f"{what} has the policy {reprlib.repr(row['policy'])}, which is not in the run: {way_out}")
         if key in seen:
             raise CormError(f"{what} has {key[1]!r} with {key[0]!r} for a second time: {way_out}")
         seen.add(key)
