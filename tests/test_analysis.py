@@ -64,5 +64,5 @@ def test_queries(found, recorded):
 
 
 def test_too_short():
-    with pytest.raises(CormError, match="too little: give at least 128"):
+    with pytest.raises(CormError, match="is too short: give at least 128"):
         analysis.analyse(MODEL, IDS[:20])
