@@ -355,7 +355,7 @@ def test_a_full_disk(tmp_path):
         for _ in range(2):
             resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, hard))
             try:
-                with pytest.raises(CormError, match=r"^cannot write .*: 1 results are there; make room, and run the same"):
+                with pytest.raises(CormError, match=r"^cannot write .*: 1 results are there; make room, and run"):
                     records.add(ROWS[1])
             finally:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
