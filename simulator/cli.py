@@ -53,6 +53,7 @@ class Job(NamedTuple):
       about: all that in the report.
       json_file: where the report is written, or None.
       overwrite: whether files that exist are replaced.
+      program: what the user types first.
     """
 
     trace: Trace
@@ -61,6 +62,7 @@ class Job(NamedTuple):
     about: dict[str, Any]
     json_file: Path | None
     overwrite: bool
+    program: str = "simulator"
 
     @property
     def model(self) -> str:
@@ -79,7 +81,7 @@ class Job(NamedTuple):
         policies = {spec: parse(spec) for spec in specs}
         steps, options = self.trace.meta.steps, self.options
         if options["capacity"] is None:
-            console.note_budgets(specs, "simulator")
+            console.note_budgets(specs, self.program)
         for spec, policy in policies.items():
             with naming({"--policy": spec, "--capacity": options["capacity"]}):
                 slots_for(policy, options["capacity"], steps, options["chunk"])
@@ -89,7 +91,7 @@ class Job(NamedTuple):
     def replay(self, spec: str, policy: Policy, errors: bool) -> tuple[Replay, dict[str, Any]]:
         """A replay and its row in the report."""
         begin = time.perf_counter()
-        with naming({"--policy": spec}), _bar(spec, len(self.layers)) as progress:
+        with naming({"--policy": spec}), bar(spec, len(self.layers)) as progress:
             result = replay(self.trace, policy, **self.options, errors=errors, progress=progress)
         seconds = time.perf_counter() - begin
         return result, {"policy": spec, **summary(result), "seconds": seconds}
@@ -138,7 +140,7 @@ def _command(name: str, sample: bool = False):
             about |= {"layers": chosen, "q_heads": meta.q_heads, "kv_heads": meta.kv_heads, **options}
             return function(Job(trace, chosen, options, about, json_file, overwrite), **own)
 
-        for option in (_fidelity, *_shared) if not sample else _shared:
+        for option in (fidelity_option, *_shared) if not sample else _shared:
             run = option(run)
         return simulator.command(name)(run)
 
@@ -150,29 +152,42 @@ def _part(path: Path, layers: str | None, tokens: int | None, sample: bool) -> t
     trace = Trace.open(path)
     count, steps = trace.meta.layers, trace.meta.steps
     chosen = sorted({0, count // 2, count - 1}) if sample else list(range(count))
-    if layers is not None:
-        if not all(part.strip().isdecimal() and len(part) < 10 for part in layers.split(",")):
-            how = "numbers from 0 with commas between them, as in 0,15,29"
-            raise CormError(f"--layers must be {how}, not {reprlib.repr(layers)}")
-        chosen = [int(part) for part in layers.split(",")]
+    chosen = layers_of(layers) or chosen
     if tokens is None and sample:
         tokens = min(steps, CHECKED)
     with naming({"--layers": layers, "--tokens": tokens}):
         return trace.part(layers=chosen, steps=tokens), chosen
 
 
+def layers_of(text: str | None) -> list[int] | None:
+    """The numbers in ``--layers``, or None without that option.
+
+    Raises:
+      CormError: for anything but numbers from 0.
+    """
+    if text is None:
+        return None
+    if not all(part.strip().isdecimal() and len(part) < 10 for part in text.split(",")):
+        how = "numbers from 0 with commas between them, as in 0,15,29"
+        raise CormError(f"--layers must be {how}, not {reprlib.repr(text)}")
+    return [int(part) for part in text.split(",")]
+
+
 _file = click.Path(path_type=Path)
-_shared = (
-    click.option("--json", "json_file", type=_file, help="write the result here"),
-    console.overwrite_option,
+replay_options = console.options(
     click.option("--chunk", type=COUNT, default=1, show_default=True, help="tokens between evictions"),
     click.option("--capacity", type=COUNT, help="slots a key-value head  [default: all that could be needed]"),
     click.option("--prompt", type=COUNT, help="how many of them are the prompt  [default: unknown]"),
+)
+_shared = (
+    click.option("--json", "json_file", type=_file, help="write the result here"),
+    console.overwrite_option,
+    replay_options,
     click.option("--tokens", type=COUNT, help=f"how many, from the start  [default: all; check: {CHECKED}]"),
     click.option("--layers", metavar="N,N,...", help="which, from 0  [default: all; check: first, middle and last]"),
     click.argument("path", metavar="TRACE", type=_file),
 )
-_fidelity = click.option(
+fidelity_option = click.option(
     "--fidelity",
     type=click.Choice(FIDELITIES),
     default=FIDELITIES[0],
@@ -181,12 +196,12 @@ _fidelity = click.option(
 )
 _policy = partial(click.option, "--policy", type=Spec(), metavar="SPEC", show_default=True)
 _one_policy = _policy("spec", default=DEFAULT_POLICY, help="name:key=value,...")
-_policies = _policy("specs", default=[DEFAULT_POLICY], multiple=True, help="name:key=value,...; repeat to compare")
+policies_option = _policy("specs", default=[DEFAULT_POLICY], multiple=True, help="name:key=value,...; repeat to compare")
 _plot_file = click.option("--plot", "plot_file", type=_file, help="draw it into this PNG file")
 
 
 @_command("replay")
-@_policies
+@policies_option
 @click.option("--no-errors", is_flag=True, help="do without the output errors, which takes two thirds of the time")
 def _replay(job: Job, specs, no_errors):
     """Replay policies: what each keeps, and what that costs."""
@@ -211,7 +226,7 @@ def _sweep(job: Job, spec, items, plot_file):
     meta, points = job.trace.meta, math.prod(map(len, grid.values()))
     numbers = points * meta.steps * meta.layers * (2 * meta.kv_heads + meta.q_heads)
     check_memory(4 * numbers, f"--grid: the results of {points:,} points", "give fewer")
-    with naming({"--policy": spec}), _bar(spec, len(job.layers)) as progress:
+    with naming({"--policy": spec}), bar(spec, len(job.layers)) as progress:
         result = sweep(job.trace, policy, texts, **job.options, progress=progress)
     rows = []
     for index in np.ndindex(*map(len, grid.values())):
@@ -229,7 +244,7 @@ def _sweep(job: Job, spec, items, plot_file):
 
 
 @_command("bounds")
-@_policies
+@policies_option
 @click.option("--exact", is_flag=True, help=f"the true optimum too, of at most {oracle.EXACT_STEPS} tokens: slow")
 @_plot_file
 def _bounds(job: Job, specs, exact, plot_file):
@@ -239,12 +254,12 @@ def _bounds(job: Job, specs, exact, plot_file):
     found, rows = {}, []
     for spec, policy in job.policies(specs).items():
         result, row = job.replay(spec, policy, errors=False)
-        with _bar(f"{spec}: bounds", len(job.layers)) as progress:
+        with bar(f"{spec}: bounds", len(job.layers)) as progress:
             found[spec] = oracle.bounds(job.trace, result, progress)
         heads = {name: getattr(found[spec], name).mean(-1) for name in ("policy", "greedy", "most", "regret")}
         heads["mass"] = heads.pop("policy")
         if exact:
-            with _bar(f"{spec}: optimum", len(job.layers)) as progress:
+            with bar(f"{spec}: optimum", len(job.layers)) as progress:
                 heads["exact"] = _exact(job.trace, result, progress)
         means = {name: float(values.mean(dtype=np.float64)) for name, values in heads.items()}
         per_head = {name: values.tolist() for name, values in heads.items()}
@@ -265,7 +280,7 @@ def _check(job: Job, spec) -> int:
     options = {name: job.options[name] for name in ("chunk", "capacity", "prompt")}
     if options["capacity"]:
         options["capacity"] = min(options["capacity"], job.trace.meta.steps)  # with as many, nothing overflows
-    with naming({"--policy": spec}), _bar(spec, len(job.layers)) as progress:
+    with naming({"--policy": spec}), bar(spec, len(job.layers)) as progress:
         findings = verify(job.trace, policy, **options, progress=progress)
     rows = [{"name": finding.name, "held": finding.held, "detail": finding.detail} for finding in findings]
     title = f"{spec} on {job.title}"
@@ -334,7 +349,7 @@ def _plan(paths, spec, chunk, overflow, spare, tokens, out, overwrite):
     shortest = min(trace.meta.steps for trace in traces)
     if chunk > shortest:
         raise CormError(f"--chunk {chunk} is more than the {shortest} tokens that are read: choose at most as many")
-    with naming({"--policy": spec}), _bar(spec, sum(trace.meta.layers for trace in traces)) as progress:
+    with naming({"--policy": spec}), bar(spec, sum(trace.meta.layers for trace in traces)) as progress:
         made = planner.plan(traces, spec, chunk=chunk, overflow=overflow, spare=spare, progress=progress)
     deliver(out, made.save, overwrite)
     slots, most = np.array(made.capacity), int(np.argmax(made.capacity))
@@ -379,7 +394,8 @@ def _exact(trace: Trace, result: Replay, progress: Callable[[int], None]) -> np.
 
 
 @contextmanager
-def _bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
+def bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Progress on standard error. The block gets a function that is called with how much is done."""
     with console.progress_bar() as progress:
         task = progress.add_task(name, total=total)
         yield lambda done: progress.update(task, completed=done)
