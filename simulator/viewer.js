@@ -5,7 +5,8 @@
 
 const NEVER = 65535;
 const JUMP = 64;
-const SECONDS = 40; // to play a whole text
+const SECONDS = 40; // to play a whole text, at most
+const PACE = 12; // queries played a second, at least
 const NAMES = ["first", "second"];
 const SVG = "http://www.w3.org/2000/svg";
 const $ = (id) => document.getElementById(id);
@@ -119,7 +120,7 @@ function paint(policy) {
   const kept = policy.curve[now.time];
   const read = now.heads * now.time;
   policy.summary.replaceChildren(
-    make("strong", {}, percent(kept / read)), ` of the keys of ${scope()} are kept: ${count(kept)} of ${count(read)}`,
+    make("strong", {}, `${percent(kept / read)} kept`), ` in ${scope()}: ${count(kept)} of ${count(read)} keys`,
   );
 }
 
@@ -155,11 +156,11 @@ function follow() {
 
 function togglePlay() {
   if (now.playing) return pause();
-  if (now.wanted >= about.tokens) goTo(1);
   const [begin, from] = [performance.now(), now.wanted >= about.tokens ? 1 : now.wanted];
+  const pace = Math.max(PACE, about.tokens / SECONDS);
   const advance = (at) => {
     if (!now.playing) return;
-    const time = from + ((at - begin) / 1000 / SECONDS) * about.tokens;
+    const time = from + (pace * (at - begin)) / 1000;
     if (Math.round(time) !== now.time) goTo(time);
     if (time >= about.tokens) return pause();
     now.playing = requestAnimationFrame(advance);
@@ -244,16 +245,14 @@ function printable(text) {
 function word(token) {
   const piece = about.pieces?.[token];
   if (piece === undefined) return `${about.positions[token]}`;
-  return printable(piece).replace("\n", "") || "(empty)";
+  return printable(piece).replaceAll("\n", "").replaceAll(" ", "␣") || "(empty)";
 }
 
 function makePanel(policy) {
-  const swatch = draw("svg", { class: "swatch", viewBox: "0 0 26 8", "aria-hidden": "true" });
-  swatch.append(draw("line", { class: NAMES[policy.index], x1: 0, x2: 26, y1: 4, y2: 4 }));
   policy.summary = make("p", { class: "summary" });
   policy.table = makeMap(policy);
   policy.text = makeText(policy);
-  const title = make("h2", { id: `policy${policy.index}` }, policies.length > 1 ? swatch : "", policy.spec);
+  const title = make("h2", { id: `policy${policy.index}` }, policies.length > 1 ? swatchOf(policy) : "", policy.spec);
   const panel = make("section", { class: "panel", "aria-labelledby": title.id }, title, policy.summary, policy.table, policy.text);
   $("panels").append(panel);
 }
@@ -304,7 +303,7 @@ function makeMap(policy) {
 function describeCell(policy) {
   const cell = policy.pointed;
   if (cell === undefined) {
-    policy.caption.textContent = "Map of what each head keeps: point at a cell for its number, click to see that head alone.";
+    policy.caption.textContent = "Point at a cell for its number; click to see that head alone.";
     return;
   }
   const [layer, head] = [cell.dataset.layer, cell.dataset.head].map((text) => (text === "null" ? null : Number(text)));
@@ -404,10 +403,10 @@ function inspect() {
 
 function fateTable(token) {
   const fates = policies.map((policy) => fate(policy, token));
-  const time = (at) => (at === undefined ? "–" : `at ${count(at)}`);
+  const time = (at) => (at === undefined ? "never" : `at ${count(at)}`);
   const [one, of] = [now.heads, ` of ${now.heads}`];
   const rows = [
-    [`held by, of ${one} head${one === 1 ? "" : "s"}`, (_, policy) => (token < now.time ? count(heldBy(policy, token)) : "not read yet")],
+    [`held now, of ${one} head${one === 1 ? "" : "s"}`, (_, policy) => (token < now.time ? count(heldBy(policy, token)) : "not read yet")],
     ["first eviction", ({ times }) => time(times[0])],
     ["half have evicted it", ({ times }) => time(times[Math.ceil(one / 2) - 1])],
     ["last eviction", ({ times }) => time(times.at(-1))],
@@ -427,8 +426,10 @@ function fateTable(token) {
   return table;
 }
 
+// The name in a SPEC, with a number where both policies have the same name.
 function nameOf(policy) {
-  return policy.spec.split(":")[0] + (policies.every((other) => other === policy || other.spec.split(":")[0] !== policy.spec.split(":")[0]) ? "" : ` ${policy.index + 1}`);
+  const [name, ...others] = policies.map(({ spec }) => spec.split(":")[0]);
+  return others.includes(name) ? `${name} ${policy.index + 1}` : policy.spec.split(":")[0];
 }
 
 function swatchOf(policy) {
@@ -450,9 +451,11 @@ function drawLife(token) {
     const drawn = points.map(([x, gone]) => `${(1000 * x).toFixed(1)},${((70 * gone) / now.heads).toFixed(2)}`);
     svg.append(draw("polyline", { class: NAMES[policy.index], points: drawn.join(" ") }));
   }
-  for (const { query, attention } of looksAt(token)) {
+  const looks = looksAt(token);
+  const most = Math.max(...looks.map((look) => look.attention));
+  for (const { query, attention } of looks) {
     const x = 1000 * across(query + 1);
-    svg.append(draw("line", { class: "look", x1: x, x2: x, y1: 100, y2: 98 - 24 * attention }));
+    svg.append(draw("line", { class: "look", x1: x, x2: x, y1: 100, y2: 98 - (22 * attention) / most }));
   }
   const line = draw("line", { class: "now", y1: 0, y2: 100 });
   moveCursor(line, now.time);
@@ -461,7 +464,7 @@ function drawLife(token) {
 }
 
 function lifeNote() {
-  return make("p", { class: "note" }, `Above: how many of the ${now.heads} heads hold the key, over the whole text. The strokes below are the queries that looked at it, listed here.`);
+  return make("p", { class: "note" }, `Above: heads that hold the key, from ${now.heads === 1 ? "one" : `all ${now.heads}`} (top) to none, over the whole text. The strokes are the queries that looked at it, listed below; the longer, the more attention.`);
 }
 
 function looksTable(token) {
@@ -469,7 +472,7 @@ function looksTable(token) {
   const title = make("h3", {}, "Who looked at it, with the full cache");
   if (!looks.length) return [title, make("p", { class: "note" }, "No later query did.")];
   const table = make("table", { class: "looks" });
-  const columns = ["query", "", "after", "layer", "head", "attention", ...policies.map((policy) => (policies.length > 1 ? nameOf(policy) : "key"))];
+  const columns = ["query", "", "later by", "layer", "head", "attention", ...policies.map((policy) => (policies.length > 1 ? nameOf(policy) : "key"))];
   table.append(make("tr", {}, ...columns.map((name) => make("th", { scope: "col" }, name))));
   for (const look of looks) {
     const { query, head, attention } = look;
@@ -477,7 +480,7 @@ function looksTable(token) {
     const cells = row.map((text, index) => make("td", index === 1 ? { class: "word" } : {}, `${text}`));
     for (const policy of policies) {
       const there = policy.until[head * about.tokens + token] > query;
-      cells.push(make("td", there ? {} : { class: "missed" }, there ? "there" : `evicted at ${count(policy.gone[head * about.tokens + token])}`));
+      cells.push(make("td", there ? {} : { class: "missed" }, there ? "held" : `evicted ${count(policy.gone[head * about.tokens + token])}`));
     }
     table.append(make("tr", {}, ...cells));
   }
