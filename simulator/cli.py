@@ -196,7 +196,9 @@ fidelity_option = click.option(
 )
 _policy = partial(click.option, "--policy", type=Spec(), metavar="SPEC", show_default=True)
 _one_policy = _policy("spec", default=DEFAULT_POLICY, help="name:key=value,...")
-policies_option = _policy("specs", default=[DEFAULT_POLICY], multiple=True, help="name:key=value,...; repeat to compare")
+policies_option = _policy(
+    "specs", default=[DEFAULT_POLICY], multiple=True, help="name:key=value,...; repeat to compare"
+)
 _plot_file = click.option("--plot", "plot_file", type=_file, help="draw it into this PNG file")
 
 

@@ -1,8 +1,8 @@
 """A replay as one HTML page: the text, each token shaded by how many heads still hold its key, at any time.
 
-The page is made of ``viewer.html``, ``viewer.css`` and ``viewer.js``, and of two scripts that hold data and are not run:
-a JSON object, and the arrays of `whole_numbers`, deflated and in base64. It needs no network, and its content security
-policy allows nothing but its own style and script: text from a trace is never executed.
+The page is made of the files in ``page``, and of two scripts that hold data and are not run: a JSON object, and the
+arrays of `whole_numbers`, deflated and in base64. It needs no network, and its content security policy allows nothing
+but its own style and script: text from a trace is never executed.
 
 An evicted key never comes back, so one number for each layer, head and token says everything that a time of the slider
 shows: the last query that could attend to the key.
@@ -28,7 +28,7 @@ from simulator.oracle import attention
 from simulator.replay import FOREVER, Replay
 
 TOKENS, HEADS = 4096, 1024
-"""The most tokens, and the most pairs of a layer and a key-value head, that a page shows unless it is asked for more."""
+"""The most tokens, and pairs of a layer and a key-value head, that a page shows unless it is asked for more."""
 
 MOST_TOKENS, MOST_NUMBERS = 16_384, 2**23
 """The most tokens that a page can show, and the most keys: tokens x layers x key-value heads."""
@@ -41,6 +41,9 @@ NEAR_LOOKS, FAR_LOOKS = 4, 8
 
 PIECE = 200
 """The most characters that are shown of a token."""
+
+SCRIPTS = ("replay.js", "panels.js", "chosen.js", "main.js")
+"""Of the page, which are put together into one."""
 
 NONE = 65_535
 """In the page's numbers of 16 bits: never, or nobody."""
@@ -173,7 +176,7 @@ def page(shown: Part, replays: Mapping[str, Replay], looked: Looks, options: Map
         "group": meta.group,
         "pieces": meta.pieces and [piece[:PIECE] + "…" * (len(piece) > PIECE) for piece in meta.pieces],
         "ids": meta.tokens,
-        "positions": meta.positions,
+        "positions": None if meta.pieces else meta.positions,
         "policies": list(replays),
         "options": dict(options),
         "far": FAR,
@@ -181,7 +184,7 @@ def page(shown: Part, replays: Mapping[str, Replay], looked: Looks, options: Map
         "left_out": left_out,
         "arrays": [[name, array.size] for name, array in arrays.items()],
     }
-    style, script = _asset("viewer.css"), _asset("viewer.js")
+    style, script = _asset("page.css"), "\n".join(map(_asset, SCRIPTS))
     policy = f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}"
     parts = {
         "TITLE": html.escape(f"{_line(meta.model) or 'a trace'}: {' and '.join(replays)}"),
@@ -191,7 +194,7 @@ def page(shown: Part, replays: Mapping[str, Replay], looked: Looks, options: Map
         "ABOUT": _json(about),
         "ARRAYS": base64.b64encode(whole_numbers(list(arrays.values()))).decode(),
     }
-    return re.sub("<!--([A-Z]+)-->", lambda found: parts[found[1]], _asset("viewer.html"))
+    return re.sub("<!--([A-Z]+)-->", lambda found: parts[found[1]], _asset("page.html"))
 
 
 def whole_numbers(arrays: Sequence[np.ndarray]) -> bytes:
@@ -234,7 +237,7 @@ def _json(value: Any) -> str:
 
 
 def _asset(name: str) -> str:
-    return files("simulator").joinpath(name).read_text(encoding="utf-8")
+    return files("simulator").joinpath("page", name).read_text(encoding="utf-8")
 
 
 def _hash(text: str) -> str:
