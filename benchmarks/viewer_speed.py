@@ -46,7 +46,7 @@ def opened(browser, file: Path) -> tuple[Page, float]:
 
 
 def draw(page: Page, path: Path, time: int, token: int) -> None:
-    """A picture of the page at a time, with a token chosen; in few colours, so that the file is small."""
+    """A picture of the page at a time, with a token chosen; in 256 colours, so that the file is small."""
     from PIL import Image
 
     page.evaluate(MOVE, [time])
@@ -55,7 +55,7 @@ def draw(page: Page, path: Path, time: int, token: int) -> None:
     chosen.click()
     page.wait_for_timeout(300)
     page.screenshot(path=path)
-    Image.open(path).convert("RGB").quantize(192, dither=Image.Dither.NONE).save(path, optimize=True)
+    Image.open(path).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE).save(path, optimize=True)
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -249,13 +250,11 @@ def _line(text: str) -> str:
 
 
 def _counted(what: str, numbers: Sequence[int]) -> str:
-    """A few numbers in words.
+    """Numbers in words, in ascending order.
 
-    >>> _counted("Layer", [3]), _counted("Layer", [1, 2, 3]), _counted("Layer", [1, 3])
-    ('Layer 3', 'Layers 1 to 3', 'Layers 1, 3')
+    >>> _counted("Layer", [3]), _counted("Layer", [0, 2, 3, 4, 6])
+    ('Layer 3', 'Layers 0, 2 to 4, 6')
     """
-    if len(numbers) == 1:
-        return f"{what} {numbers[0]}"
-    if len(numbers) == numbers[-1] - numbers[0] + 1:
-        return f"{what}s {numbers[0]:,} to {numbers[-1]:,}"
-    return f"{what}s {', '.join(map(str, numbers))}"
+    runs = [[number for _, number in run] for _, run in groupby(enumerate(numbers), lambda at: at[1] - at[0])]
+    parts = [f"{run[0]:,}" if len(run) == 1 else f"{run[0]:,} to {run[-1]:,}" for run in runs]
+    return f"{what}{'s' if len(numbers) > 1 else ''} {', '.join(parts)}"

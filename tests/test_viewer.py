@@ -168,7 +168,7 @@ def test_what_is_left_out_of_a_large_trace(monkeypatch):
     monkeypatch.setattr(viewer, "HEADS", 8)
     shown = viewer.part(trace)
     assert (shown.trace.meta.steps, shown.layers) == (32, [0, 3, 5, 8])
-    assert shown.left_out == ["Tokens 32 to 39 of the trace are left out.", "Layers 1, 2, 4, 6, 7 are left out."]
+    assert shown.left_out == ["Tokens 32 to 39 of the trace are left out.", "Layers 1 to 2, 4, 6 to 7 are left out."]
     np.testing.assert_array_equal(shown.trace.layer(2).k, trace.layer(5).k[:32])
     assert viewer.part(trace, layers=list(range(9)), tokens=40).left_out == []
     monkeypatch.setattr(viewer, "MOST_NUMBERS", 100)
@@ -341,7 +341,7 @@ def test_the_keyboard(opened, replays):
         if clock(page) > 3:
             break
         page.wait_for_timeout(100)
-    assert 3 < clock(page) < 96
+    assert 3 < clock(page) < 96, page.evaluate("JSON.stringify([now, frame])")
     assert page.locator("#play").inner_text() == "Pause"
     page.keyboard.press("Space")
     stopped = clock(page)

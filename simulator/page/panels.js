@@ -97,6 +97,7 @@ function makeMap(policy) {
   policy.caption = make("caption", { "aria-live": "polite" });
   const map = make("table", { class: "map" }, policy.caption, make("thead", {}, top), body);
   map.style.setProperty("--row", `${Math.max(7, Math.min(18, Math.floor(180 / heads)))}px`);
+  map.style.setProperty("--columns", layers.length);
   policy.cells[0].tabIndex = 0;
   describeCell(policy);
   return map;
