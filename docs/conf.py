@@ -20,7 +20,7 @@ extensions = [
     "sphinx_design",
     "reference",
 ]
-exclude_patterns = []
+suppress_warnings = ["toc.empty_glob"]  # a folder of notebooks may be empty
 
 # Pages. Markdown's anchors are GitHub's, so that a link works in both places.
 myst_enable_extensions = ["attrs_block", "attrs_inline", "colon_fence", "deflist", "dollarmath"]
@@ -39,6 +39,7 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 napoleon_use_rtype = False
+napoleon_attr_annotations = False
 python_maximum_signature_line_length = 80
 python_display_short_literal_types = True
 toc_object_entries_show_parents = "hide"

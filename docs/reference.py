@@ -8,6 +8,7 @@ import ast
 import builtins
 import dataclasses
 import importlib
+import importlib.util
 import inspect
 import re
 import sys
@@ -24,6 +25,7 @@ def setup(app):
     """Registers what follows."""
     app.connect("autodoc-process-docstring", link_names)
     app.connect("autodoc-process-signature", as_written)
+    app.connect("autodoc-skip-member", skip)
     app.connect("missing-reference", resolve)
     app.connect("env-check-consistency", check_all_documented)
     return {"parallel_read_safe": True}
@@ -37,25 +39,41 @@ def warn(message: str, **where: Any) -> None:
 
 
 def link_names(app, what, name, obj, options, lines: list[str]) -> None:
-    """Makes `names` in single backticks links, and anything else in them code."""
+    """Makes `names` in single backticks links, anything else in them code, and indented paragraphs blocks of code."""
     where = inspect.getmodule(inspect.unwrap(obj) if callable(obj) else obj) or importlib.import_module(PROJECT[0])
+    if where.__name__.split(".")[0] not in PROJECT:
+        return
 
     def link(match: re.Match) -> str:
         text = match[1]
-        if not NAME.fullmatch(text):
+        if not NAME.fullmatch(text) or hasattr(builtins, text) or _installed(text.split(".")[0]):
             return f"``{text}``"
         if path := find(text, where, owner_of(name)):
             return f":py:obj:`{text} <{path}>`"
-        if text.split(".")[0] in sys.modules or hasattr(builtins, text):
-            return f"``{text}``"
         warn(f"the docstring of {name} mentions `{text}`, of which {where.__name__} knows nothing")
         return f"``{text}``"
 
-    code = False
+    shown, before, kind, inside = [], "", "", ""  # the last line that was not blank, and whether it stood in code
     for index, line in enumerate(lines):
-        code = (code or line.lstrip().startswith(">>>")) and bool(line.strip())
-        if not code:
-            lines[index] = SINGLE.sub(link, line)
+        blank, first = not line.strip(), index > 0 and not lines[index - 1].strip()
+        if first and not blank:
+            kind = ""
+            if line.startswith("    ") and before[:1] not in " :.->*" and not before.endswith("::"):
+                shown += [".. code-block:: none", ""]
+                kind = "block"
+            elif line.startswith("    ") and before.startswith("    ") and shown and inside == "block":
+                kind = "block"
+        if line.lstrip().startswith(">>>"):
+            kind = "doctest"
+        shown.append(line if kind or blank else SINGLE.sub(link, line))
+        if not blank:
+            before, inside = line, kind
+    lines[:] = shown
+
+
+def _installed(package: str) -> bool:
+    """Whether a name is that of a package other than the project's."""
+    return package not in PROJECT and importlib.util.find_spec(package) is not None
 
 
 def owner_of(name: str) -> Any:
@@ -64,19 +82,23 @@ def owner_of(name: str) -> Any:
 
 
 def find(text: str, where: Any, owner: Any) -> str | None:
-    """The path by which the reference documents a name that a docstring of a module, or of a class in it, mentions."""
-    for start in (owner, where, importlib.import_module(PROJECT[0])):
-        first, *rest = text.split(".")
+    """The path by which the reference documents a name that a docstring of a module, or of a class in it, mentions.
+
+    Looked for in the class, in the module, beside the module, in the package, in what a policy is, and among constants.
+    """
+    package = importlib.import_module(PROJECT[0])
+    first, *rest = text.split(".")
+    for start in (owner, where, package, package.Policy, package.Traits):
         found = getattr(start, first, None)
-        if found is None and first in getattr(start, "__annotations__", {}):
-            return public(start) + f".{first}"
-        if found is None or inspect.ismodule(found):
-            continue
-        if inspect.isclass(start) and start is owner:
-            return ".".join([public(start), text])
-        path = public(found) or f"{start.__name__}.{first}"
-        return ".".join([path, *rest])
-    return public(found) or text if (found := imported(text)) is not None else None
+        if inspect.isclass(start) and (found is not None or first in getattr(start, "__annotations__", {})):
+            return f"{public(start)}.{text}"
+        if found is not None and not inspect.ismodule(found):
+            return ".".join([public(found) or f"{start.__name__}.{first}", *rest])
+    for path in (text, f"{where.__package__}.{text}"):
+        if (found := imported(path)) is not None:
+            return public(found) or path
+    homes = [one for one in sys.modules if one.split(".")[0] in PROJECT and first in vars(sys.modules[one])]
+    return f"{homes[0]}.{text}" if homes and first.isupper() else None
 
 
 @cache
@@ -122,11 +144,29 @@ def as_written(app, what, name, obj, options, signature, returns):
     node = _definition(obj)
     if node is None:
         return None
-    args = node.args
-    if what == "method" and args.args and not isinstance(inspect.getattr_static(obj, "__self__", None), type):
-        first = args.args[0].arg
-        args.args = args.args[1:] if first in ("self", "cls") else args.args
-    return f"({ast.unparse(args)})", ast.unparse(node.returns) if node.returns else None
+    if node.args.args and node.args.args[0].arg in ("self", "cls"):
+        del node.args.args[0]
+    node = _Linked(vars(inspect.getmodule(inspect.unwrap(obj)))).visit(node)
+    return f"({ast.unparse(node.args)})", ast.unparse(node.returns) if node.returns else None
+
+
+class _Linked(ast.NodeTransformer):
+    """Puts the path at which the reference has a class in place of its name in annotations; only the name is shown."""
+
+    def __init__(self, names: dict[str, Any]):
+        self.names = names
+
+    def visit_FunctionDef(self, node):  # noqa: N802
+        node.returns = node.returns and self.visit(node.returns)
+        for one in [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs, node.args.vararg, node.args.kwarg]:
+            if one is not None and one.annotation:
+                one.annotation = self.visit(one.annotation)
+        return node
+
+    def visit_Name(self, node):  # noqa: N802
+        found = self.names.get(node.id)
+        path = public(found) if inspect.isclass(found) else None
+        return ast.Name(f"~{path}") if path else node
 
 
 def _definition(obj: Any) -> ast.FunctionDef | None:
@@ -138,12 +178,12 @@ def _definition(obj: Any) -> ast.FunctionDef | None:
 
 def _of_fields(cls: type) -> str:
     """The constructor of a dataclass."""
-    shown = []
-    for field in dataclasses.fields(cls):
-        default = "" if field.default is dataclasses.MISSING else f"={field.default!r}"
-        shown.append(f"{field.name}{default}")
-    star = "*, " if shown and cls.__dataclass_params__.kw_only else ""
-    return f"({star}{', '.join(shown)})"
+    fields = [field for field in dataclasses.fields(cls) if field.init]
+    shown = [
+        field.name + ("" if field.default is dataclasses.MISSING else f"={field.default!r}")
+        for field in sorted(fields, key=lambda field: field.kw_only)
+    ]
+    return f"({', '.join(['*'] * any(field.kw_only for field in fields) + shown)})"
 
 
 def resolve(app, env, node, contnode):
@@ -154,16 +194,18 @@ def resolve(app, env, node, contnode):
 
     target, objects = node["reftarget"], env.domains["py"].objects
     found = imported(target)
-    path = next((x for x in (public(found) if found is not None else None, target) if x in objects), None)
-    if path is None and node.get("reftype") != "obj":  # in a signature: names as the source has them
-        last = target.rpartition(".")[2]
-        same = [one for one in objects if one.rpartition(".")[2] == last and objects[one].objtype in ("class", "data")]
-        path = same[0] if len(same) == 1 else None
+    paths = [public(found) if found is not None else None, target, target.rpartition(".")[0]]
+    path = next((one for one in paths if one in objects), None)
     if path is not None:
         entry = objects[path]
         return make_refnode(app.builder, node["refdoc"], entry.docname, entry.node_id, contnode, path)
     known = found is not None or target.split(".")[0] not in PROJECT
     return contnode if known else None
+
+
+def skip(app, what, name, obj, skipped, options) -> bool | None:
+    """Leaves out the fields of named tuples, which the docstring of the class explains."""
+    return True if type(obj).__name__ == "_tuplegetter" else None
 
 
 def check_all_documented(app, env) -> None:
