@@ -38,6 +38,7 @@ autosummary_generate = False
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
+napoleon_use_param = False  # "q, k, v: ..." stays one entry
 napoleon_use_rtype = False
 napoleon_attr_annotations = False
 python_maximum_signature_line_length = 80
