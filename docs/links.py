@@ -98,7 +98,10 @@ def main(arguments: list[str]) -> int:
         print(absolute((ROOT / "README.md").read_text(), repository, *arguments[1:]), end="")
         return 0
     if len(arguments) != 1 or not (Path(arguments[0]) / "index.html").is_file():
-        print("usage: python docs/links.py (SITE | --absolute [TAG]): SITE is a folder that sphinx-build made", file=sys.stderr)
+        print(
+            "usage: python docs/links.py (SITE | --absolute [TAG]): SITE is a folder that sphinx-build made",
+            file=sys.stderr,
+        )
         return 2
     dead = [*dead_in_site(Path(arguments[0]).resolve())]
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"):

@@ -27,7 +27,9 @@ def setup(app):
     app.connect("autodoc-process-signature", as_written)
     app.connect("autodoc-skip-member", skip)
     app.connect("missing-reference", resolve)
+    app.connect("doctree-read", keep_intervals)
     app.connect("env-check-consistency", check_all_documented)
+    app.connect("html-page-context", link_back)
     return {"parallel_read_safe": True}
 
 
@@ -186,6 +188,21 @@ def _of_fields(cls: type) -> str:
     return f"({', '.join(['*'] * any(field.kw_only for field in fields) + shown)})"
 
 
+def entry_of(env, found: Any) -> str | None:
+    """The path under which the reference has an object, by whichever path it was found."""
+    objects = env.domains["py"].objects
+    if len(objects) != len(_entries):
+        _entries.clear()
+        _entries.update({path: imported(path) for path in objects})
+    path = public(found) if found is not None else None
+    if path in objects or found is None:
+        return path
+    return next((path for path, one in _entries.items() if one is found), None)
+
+
+_entries: dict[str, Any] = {}
+
+
 def resolve(app, env, node, contnode):
     """A link to what a name stands for, wherever it is documented; plain text for what is not the project's."""
     if node.get("refdomain") != "py":
@@ -194,8 +211,7 @@ def resolve(app, env, node, contnode):
 
     target, objects = node["reftarget"], env.domains["py"].objects
     found = imported(target)
-    paths = [public(found) if found is not None else None, target, target.rpartition(".")[0]]
-    path = next((one for one in paths if one in objects), None)
+    path = next((one for one in (entry_of(env, found), target, target.rpartition(".")[0]) if one in objects), None)
     if path is not None:
         entry = objects[path]
         return make_refnode(app.builder, node["refdoc"], entry.docname, entry.node_id, contnode, path)
@@ -216,3 +232,26 @@ def check_all_documented(app, env) -> None:
             path = f"{module}.{name}"
             if path not in objects and public(getattr(importlib.import_module(module), name)) not in objects:
                 warn(f"{path} is public and has no entry in docs/api")
+
+
+def keep_intervals(app, doctree) -> None:
+    """Keeps an interval such as [0.1, 0.2] on one line of a table."""
+    from docutils import nodes
+
+    for entry in doctree.findall(nodes.entry):
+        for text in list(entry.findall(nodes.Text)):
+            whole = re.sub(r"\[[^]]*\]", lambda match: match[0].replace(" ", "\N{NO-BREAK SPACE}"), text)
+            text.parent.replace(text, nodes.Text(whole))
+
+
+def link_back(app, page, template, context, doctree) -> None:
+    """Makes links from pages of source lead to the entries, for modules of which some names are the package's."""
+    if page.startswith("_modules/") and "body" in context:
+        module = page.removeprefix("_modules/").replace("/", ".")
+        blocks = context["body"].split('<div class="viewcode-block" id="')
+        shown = [blocks[0]]
+        for block in blocks[1:]:
+            name = block.partition('"')[0]
+            path = entry_of(app.env, imported(f"{module}.{name}")) or f"{module}.{name}"
+            shown.append(re.sub(r'(viewcode-back" href="[^"#]*#)[^"]*', rf"\g<1>{path}", block, count=1))
+        context["body"] = '<div class="viewcode-block" id="'.join(shown)
