@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 
 project = "corm-jax"
-copyright = "the authors of corm-jax"
+project_copyright = "the authors of corm-jax"
 extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",

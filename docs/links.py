@@ -1,7 +1,7 @@
 """Checks links that lead nowhere, and makes README's links absolute.
 
-    python docs/links.py build/site          every link and anchor within the site, and relative links of README and the like
-    python docs/links.py --absolute [TAG]    prints README with links to the repository that pyproject.toml names, for PyPI
+    python docs/links.py build/site          every link within the site, and the relative links of README and the like
+    python docs/links.py --absolute [TAG]    prints README with links to the Repository of pyproject.toml, for PyPI
 
 Links to other sites are not followed: ``sphinx-build -b linkcheck`` does that.
 """
@@ -99,7 +99,7 @@ def main(arguments: list[str]) -> int:
         return 0
     if len(arguments) != 1 or not (Path(arguments[0]) / "index.html").is_file():
         print(
-            "usage: python docs/links.py (SITE | --absolute [TAG]): SITE is a folder that sphinx-build made",
+            "usage: python docs/links.py (SITE | --absolute [TAG]), SITE as sphinx-build made it",
             file=sys.stderr,
         )
         return 2

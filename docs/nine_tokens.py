@@ -6,7 +6,7 @@ import numpy as np
 
 from simulator.reference import corm_messages
 
-WORDS = "The cat sat on the mat because it purred".split()
+WORDS = ["The", "cat", "sat", "on", "the", "mat", "because", "it", "purred"]
 ASKED = [{0}, {0, 1}, {1, 2}, {0, 2, 3}, {3}, {0, 3, 5}, {0, 6}, {0, 1, 7}, {7, 8}]
 WINDOW, RECENT = 4, 2
 ATTENDED, LIVE, WANTED = "#0072b2", "#cfe3f1", "#d55e00"
@@ -29,9 +29,9 @@ def draw(path: Path) -> None:
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(-2.5, 9.6), ylim=(10.35, -1.35))
     axes.axis("off")
-    card = dict(boxstyle="round,pad=0,rounding_size=0.15", facecolor="white", edgecolor="none", zorder=-1)
+    card = {"boxstyle": "round,pad=0,rounding_size=0.15", "facecolor": "white", "edgecolor": "none", "zorder": -1}
     axes.add_patch(FancyBboxPatch((-2.3, -1.15), 11.7, 11.3, **card))
-    text = dict(fontsize=11, color="#1b1f24", va="center")
+    text = {"fontsize": 11, "color": "#1b1f24", "va": "center"}
     after = kept()
     for i, word in enumerate(WORDS):
         axes.text(i + 0.5, -0.25, word, ha="center", **text)
@@ -45,12 +45,15 @@ def draw(path: Path) -> None:
             colour = (ATTENDED if wanted else LIVE) if i in visible else "white"
             axes.add_patch(Rectangle((i + 0.05, t + 0.05), 0.9, 0.9, facecolor=colour, edgecolor="none"))
             if wanted and i not in visible:
-                axes.text(i + 0.5, t + 0.5, "×", ha="center", **text | {"color": WANTED, "fontsize": 17})
+                axes.text(
+                    i + 0.5, t + 0.5, "\N{MULTIPLICATION SIGN}", ha="center", **text | {"color": WANTED, "fontsize": 17}
+                )
         for i in visible - after[t]:
             axes.plot([i + 0.05, i + 0.95], [t + 1, t + 1], color=WANTED, linewidth=4, solid_capstyle="butt", zorder=4)
     axes.add_patch(Rectangle((1, 3), 1, 4, fill=False, edgecolor=WANTED, linewidth=1.6, linestyle=(0, (3, 2))))
     notes = (
-        f"After t = 7 the last w = {WINDOW} queries are 4 to 7.\nNone of them attended to “cat” (dashed)\nor “the”: both are evicted.",
+        f"After t = 7 the last w = {WINDOW} queries are 4 to 7.\n"
+        "None of them attended to “cat” (dashed)\nor “the”: both are evicted.",
         "At t = 8 “it” would attend to “cat”:\ntoo late. And “sat” is evicted.",
     )
     for y, note in zip((1.0, 2.9), notes, strict=True):

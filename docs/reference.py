@@ -23,6 +23,7 @@ NAME = re.compile(r"[A-Za-z_][\w.]*")
 
 def setup(app):
     """Registers what follows."""
+    app.connect("autodoc-process-docstring", escape_letters, priority=400)  # before napoleon's
     app.connect("autodoc-process-docstring", link_names)
     app.connect("autodoc-process-signature", as_written)
     app.connect("autodoc-skip-member", skip)
@@ -38,6 +39,11 @@ def warn(message: str, **where: Any) -> None:
     from sphinx.util import logging
 
     logging.getLogger(__name__).warning(message, type="reference", **where)
+
+
+def escape_letters(app, what, name, obj, options, lines: list[str]) -> None:
+    """Keeps an explanation that begins with one letter, such as ``multiple: m. ...``, from becoming a list."""
+    lines[:] = [re.sub(r"^(\s+[\w, ]+: )([A-Za-z]\. )", r"\1\\\2", line) for line in lines]
 
 
 def link_names(app, what, name, obj, options, lines: list[str]) -> None:
@@ -158,14 +164,14 @@ class _Linked(ast.NodeTransformer):
     def __init__(self, names: dict[str, Any]):
         self.names = names
 
-    def visit_FunctionDef(self, node):  # noqa: N802
+    def visit_FunctionDef(self, node):
         node.returns = node.returns and self.visit(node.returns)
         for one in [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs, node.args.vararg, node.args.kwarg]:
             if one is not None and one.annotation:
                 one.annotation = self.visit(one.annotation)
         return node
 
-    def visit_Name(self, node):  # noqa: N802
+    def visit_Name(self, node):
         found = self.names.get(node.id)
         path = public(found) if inspect.isclass(found) else None
         return ast.Name(f"~{path}") if path else node
@@ -248,10 +254,12 @@ def link_back(app, page, template, context, doctree) -> None:
     """Makes links from pages of source lead to the entries, for modules of which some names are the package's."""
     if page.startswith("_modules/") and "body" in context:
         module = page.removeprefix("_modules/").replace("/", ".")
+        objects = app.env.domains["py"].objects
         blocks = context["body"].split('<div class="viewcode-block" id="')
         shown = [blocks[0]]
         for block in blocks[1:]:
             name = block.partition('"')[0]
             path = entry_of(app.env, imported(f"{module}.{name}")) or f"{module}.{name}"
+            path = objects[path].node_id if path in objects else path
             shown.append(re.sub(r'(viewcode-back" href="[^"#]*#)[^"]*', rf"\g<1>{path}", block, count=1))
         context["body"] = '<div class="viewcode-block" id="'.join(shown)
