@@ -33,7 +33,7 @@ nb_merge_streams = True
 
 # The reference. `reference.py` resolves the names in docstrings, and takes signatures as they stand in the source.
 autodoc_member_order = "bysource"
-autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_default_options = {"members": True}
 autosummary_generate = False
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
