@@ -20,7 +20,6 @@ extensions = [
     "sphinx_design",
     "reference",
 ]
-suppress_warnings = ["toc.empty_glob"]  # a folder of notebooks may be empty
 
 # Pages. Markdown's anchors are GitHub's, so that a link works in both places.
 myst_enable_extensions = ["attrs_block", "attrs_inline", "colon_fence", "deflist", "dollarmath"]
