@@ -204,7 +204,7 @@ def draw(rows: dict[str, Reading], tokens: int, figure: "Figure | SubFigure | No
     what = (
         f"What each policy loses, by the share of the keys that it keeps: {tokens:,} tokens of a book, lower is better"
     )
-    title(figure, what, 13.5)
+    title(figure, 13.5, what)
     return figure
 
 

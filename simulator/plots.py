@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from corm_jax.errors import CormError
-from corm_jax.showing.drawing import GREY, SHADES, axes_of, drawable, figure_of, styles, title
+from corm_jax.showing.drawing import BLUE, GREY, RED, SHADES, axes_of, drawable, figure_of, styles, title
 from simulator.oracle import Bounds
 from simulator.replay import FOREVER, Replay
 
@@ -61,7 +61,7 @@ def live(
     axes.set(xlim=(0, replay.steps), ylim=(0, 1.02 * replay.steps))
     axes.legend(loc="upper left", frameon=False)
     axes.figure.colorbar(lines, ax=axes, label="layer", ticks=layers if len(layers) <= 8 else MaxNLocator(integer=True))
-    title(axes, _heading(replay, heading, "How many keys each layer keeps"), 8)
+    title(axes, 8, "How many keys each layer keeps", _of(replay, heading))
     return axes
 
 
@@ -74,7 +74,7 @@ def kept(
     axes = axes_of(axes, width, 1.6 + 0.4 * share.shape[1])
     _heat_map(axes, share.T, range(share.shape[1]), layers, "live keys (%)", limits=(0, 100), digits=0)
     axes.set(xlabel="layer", ylabel="key-value head")
-    title(axes, _heading(replay, heading, "Share of the keys that each head keeps at the end"), width)
+    title(axes, width, "Share of the keys that each head keeps at the end", _of(replay, heading))
     return axes
 
 
@@ -84,9 +84,9 @@ def fates(replay: Replay, layer: int, head: int) -> np.ndarray:
     return np.select([until == FOREVER, lost, regretted], [LIVE, LOST, REGRETTED], EVICTED)
 
 
-def busiest(fate: np.ndarray) -> int:
-    """Where the `SHOWN` consecutive tokens begin whose fates are the most mixed: those of the largest entropy."""
-    size = min(SHOWN, len(fate))
+def busiest(fate: np.ndarray, shown: int = SHOWN) -> int:
+    """Where the ``shown`` consecutive tokens begin whose fates are the most mixed: those of the largest entropy."""
+    size = min(shown, len(fate))
     each = np.pad(np.cumsum(fate == np.arange(len(FATES))[:, None], axis=1), ((0, 0), (1, 0)))
     share = (each[:, size:] - each[:, :-size]) / size
     return int((share * np.log(np.maximum(share, 1e-9))).sum(0).argmin())
@@ -139,7 +139,70 @@ def survival(
     axes.figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize="small", frameon=False)
     if heading is None and about:
         heading = f"{about.policy} on {about.model or 'a trace'}: layer {layer}, head {head}"
-    title(axes, _heading(replay, heading, "When each token is evicted"), 9)
+    title(axes, 9, "When the key of each token is evicted", _of(replay, heading))
+    return axes
+
+
+def history(
+    replay: Replay,
+    layer: int = 0,
+    head: int = 0,
+    start: int = 0,
+    heading: str | None = None,
+    *,
+    attention: np.ndarray | None = None,
+    shown: int = SHOWN,
+    axes: "Axes | None" = None,
+) -> "Axes":
+    """Which keys of a head are live after each query: a row for each query, a column for each token.
+
+    Args:
+      layer, head: indices into the replay.
+      start: the first token shown.
+      attention: ``[steps, keys]``, what each query attends to with the full cache, see `simulator.oracle.attention`.
+        Where it is at least 1/t, the key is important to the query, which gets a dot, or a cross if the key was evicted
+        before.
+      shown: how many tokens.
+    """
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Patch
+
+    stop = min(start + shown, replay.steps)
+    tokens, clock = np.arange(start, stop), np.arange(start + 1, stop + 1)[:, None]
+    gone, until = (x[layer, head, tokens] for x in (replay.gone, replay.until))
+    state = np.where(tokens >= clock, 0, np.where(clock < gone, 1, 2))
+    side = max(5.0, 0.17 * len(tokens) + 2.4)
+    axes = axes_of(axes, side + 0.6, side)
+    colors = ("white", "#a9cfe6", "#d5d8dc")
+    axes.imshow(state, cmap=ListedColormap(list(colors)), vmin=0, vmax=2, aspect="equal")
+    axes.set_xticks(np.arange(len(tokens) + 1) - 0.5, minor=True)
+    axes.set_yticks(np.arange(len(tokens) + 1) - 0.5, minor=True)
+    axes.grid(which="minor", color="white", linewidth=0.6)
+    axes.tick_params(which="both", length=0)
+    handles: list[Any] = [Patch(color=colors[1], label="live after the query")]
+    handles += [Patch(color=colors[2], label="evicted")] * bool((state == 2).any())
+    if attention is not None:
+        important = (attention[start:stop, start:stop] >= 1 / clock) & (tokens < clock)
+        size = 220 / len(tokens)
+        for mark, color, name, where in (
+            ("o", BLUE, "important to the query", important & (clock <= until)),
+            ("X", RED, "important, but evicted before", important & (clock > until)),
+        ):
+            if where.any():
+                rows, columns = np.nonzero(where)
+                handles.append(axes.scatter(columns, rows, s=size, marker=mark, color=color, label=name))
+    pieces = (replay.about and replay.about.pieces) or tuple(map(str, range(replay.steps)))
+    names = [label(pieces[token]) for token in tokens]
+    small = 9 if len(tokens) <= 30 else 7
+    axes.set_xticks(range(len(tokens)), names, rotation=90, fontsize=small)
+    axes.set_yticks(range(len(tokens)), [f"{name}  {t}" for name, t in zip(names, clock[:, 0], strict=True)])
+    axes.tick_params(axis="y", labelsize=small)
+    axes.set(xlabel="key", ylabel="query, and its clock t")
+    axes.spines[:].set_visible(False)
+    axes.figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize="small", frameon=False)
+    if heading is None and (about := replay.about):
+        heading = f"{about.policy}, layer {layer}, head {head}"
+    title(axes, side, "Which keys are live after each query", heading or "")
     return axes
 
 
@@ -160,14 +223,16 @@ def cost(
     place, width = np.arange(len(layers)), 5.5 * len(panels)
     figure = figure_of(figure, width, 4.4)
     for axes, (name, values) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        axes.vlines(place, values.min(1), values.max(1), alpha=0.3, linewidth=5, label="range of the query heads")
-        axes.plot(place, values.mean(1), marker="o", markersize=4, label="their mean")
+        axes.vlines(
+            place, values.min(1), values.max(1), alpha=0.3, linewidth=5, color=BLUE, label="range of the query heads"
+        )
+        axes.plot(place, values.mean(1), marker="o", markersize=4, color=BLUE, label="their mean")
         axes.set(xlabel="layer", ylabel=name)
         axes.set_ylim(bottom=max(0, axes.get_ylim()[0]))
         _layer_ticks(axes, layers)
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize="small", frameon=False)
-    title(figure, _heading(replay, heading, "What evictions cost each layer, mean over queries"), width)
+    title(figure, width, "What evictions cost each layer, mean over queries", _of(replay, heading))
     return figure
 
 
@@ -192,7 +257,7 @@ def sweep(
         _heat_map(axes, values, rows, columns, "%", digits=1)
         axes.set(xlabel=across, ylabel=down)
         axes.set_title(drawable(name), fontsize="medium")
-    title(figure, heading, width)
+    title(figure, width, "A policy over a grid of its hyperparameters", heading)
     return figure
 
 
@@ -227,8 +292,7 @@ def regret(
     by_layer.set_title("by layer, mean over queries", fontsize="medium")
     _layer_ticks(by_layer, layers)
     figure.legend(loc="outside lower center", ncols=min(3, len(found)), fontsize="small", frameon=False)
-    what = "Regret: attention that as many keys, better chosen, would have kept"
-    title(figure, f"{what}. {heading}" if heading else what, 12)
+    title(figure, 12, "Regret: attention that as many keys, better chosen, would have kept", heading)
     return figure
 
 
@@ -247,11 +311,11 @@ def _layers(replay: Replay, layers: Sequence[int] | None) -> Sequence[int]:
     return range(len(replay.until)) if layers is None else layers
 
 
-def _heading(replay: Replay, heading: str | None, what: str) -> str:
-    """What is shown, and of what."""
+def _of(replay: Replay, heading: str | None) -> str:
+    """What is said of the replay in a title: what is given, or what the replay says itself."""
     if heading is None and (about := replay.about):
-        heading = f"{about.policy} on {about.model or 'a trace'}, {replay.steps:,} tokens"
-    return f"{what}. {heading}" if heading else what
+        return f"{about.policy} on {about.model or 'a trace'}, {replay.steps:,} tokens"
+    return heading or ""
 
 
 def _layer_ticks(axes, layers: Sequence[int]) -> None:

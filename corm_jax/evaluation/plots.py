@@ -37,7 +37,7 @@ def compare(result: Mapping[str, Any], *, figure: "Figure | SubFigure | None" = 
     columns = min(3, len(rows))
     figure.legend(loc="outside lower center", ncols=columns, fontsize="small", handles=right.lines, frameon=False)
     text = f" of {result['text']}" if "text" in result else ""
-    title(figure, f"{result['model']} reads {result['tokens']:,} tokens{text}", 11)
+    title(figure, 11, f"{result['model']} reads {result['tokens']:,} tokens{text}")
     return figure
 
 
@@ -121,8 +121,7 @@ def frontier(
     figure.legend(
         loc="outside lower center", ncols=min(columns, len(handles)), fontsize="small", handles=handles, frameon=False
     )
-    what = "Quality against memory: live bytes filled, 95% intervals over examples"
-    title(figure, f"{heading}. {what}" if heading else what, width)
+    title(figure, width, "Quality against memory: live bytes filled, 95% intervals over examples", heading)
     return figure
 
 
@@ -156,7 +155,7 @@ def analysis(
     for panel, axis in ((similarity, "distances"), (coverage, "windows"), (kept, "windows")):
         panel.set_xscale("log", base=2)
         panel.set_xticks(found[axis], labels=map(str, found[axis]))
-    title(figure, f"What CORM rests on. {heading}" if heading else "What CORM rests on", 11)
+    title(figure, 11, "What CORM rests on", heading)
     return figure
 
 
@@ -172,5 +171,5 @@ def heads(
         axes.set_title(drawable(name), fontsize="medium")
         axes.figure.colorbar(image, ax=axes, pad=0.01)
     axes.set_xlabel("layer")
-    title(figure, heading, 11)
+    title(figure, 11, heading)
     return figure

@@ -95,7 +95,7 @@ def drawable(text: str) -> str:
     return seen.replace("$", r"\$")
 
 
-def title(on: Any, text: str, width: float) -> None:
-    """Writes a title over axes or a figure, in as many lines as ``width`` inches need."""
-    words = fill(drawable(text), int(10.5 * width))
-    on.suptitle(words, fontsize="large") if hasattr(on, "suptitle") else on.set_title(words, fontsize="large")
+def title(on: Any, width: float, *parts: str) -> None:
+    """Writes a title over axes or a figure: what is shown, and of what, in as many lines as ``width`` inches need."""
+    words = "\n".join(fill(drawable(part), int(10 * width)) for part in parts if part)
+    on.suptitle(words) if hasattr(on, "suptitle") else on.set_title(words)
