@@ -31,7 +31,7 @@ import corm_jax as cj
 from corm_jax.command.inputs import check_profiles
 from corm_jax.core.policy import Policy
 from corm_jax.errors import CormError
-from corm_jax.evaluation.agreement import blocks, compare
+from corm_jax.evaluation import agreement
 from corm_jax.evaluation.intervals import bootstrap
 from corm_jax.evaluation.texts import read_text
 from corm_jax.files import write_json
@@ -102,7 +102,8 @@ def main() -> None:
         missing = [spec for spec in specs if stored(spec, start) not in kept.setdefault(spec, {})]
         if missing:  # one stretch after the other, for the full cache's predictions of one take 0.2 MB a token
             text = again(book.part(arguments.tokens, start))
-            full = [np.asarray(x.log_probability) for x in blocks(model, cj.Full(), text, None, arguments.chunk)]
+            predicted = agreement.blocks(model, cj.Full(), text, None, arguments.chunk)
+            full = [np.asarray(x.log_probability) for x in predicted]
         for spec in track(missing, f"from token {start:,}", console=Console(stderr=True)):
             kept[spec][stored(spec, start)] = measure(
                 model, cj.parse(spec), text, arguments.tokens, arguments.chunk, full
@@ -138,7 +139,7 @@ def measure(
     model: cj.Llama, policy: Policy, text: Sequence[int], tokens: int, chunk: int, full: Sequence[np.ndarray]
 ) -> dict[str, float]:
     """What `Reading` holds, of a stretch of so many tokens and what comes again, given the full cache's predictions."""
-    found = compare(model, policy, text, None, chunk, full=full)
+    found = agreement.measure(model, policy, text, None, chunk, full=full)
     first, second = slice(tokens - 1), slice(tokens, None)  # not the first of what comes again: it follows a break
     live = found.live[:, tokens // chunk - 1].mean() / tokens
     read = found.nll[first], found.full_nll[first], live, found.nll[second], found.full_nll[second]

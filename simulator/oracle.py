@@ -56,10 +56,10 @@ class Bounds(NamedTuple):
         return line("Bounds", layers=layers, kv_heads=kv_heads, steps=steps, **mass)
 
     def to_xarray(self) -> "xarray.Dataset":
-        """The same, and the regret, with names: axes ``layer``, ``kv_head`` and ``query``, by its clock from 1.
+        """The same, and the regret, with names: axes ``layer``, ``kv_head`` and ``step``, the clock of a query, from 1.
 
         >>> Bounds(*np.ones((3, 2, 1, 4))).to_xarray().regret.dims
-        ('layer', 'kv_head', 'query')
+        ('layer', 'kv_head', 'step')
         """
         names = {
             "policy": "mass that the policy kept",
@@ -68,11 +68,11 @@ class Bounds(NamedTuple):
             "regret": "mass lost beyond what so few keys had to lose",
         }
         variables = {
-            name: Variable("layer kv_head query", getattr(self, name), text, "share of attention")
+            name: Variable("layer kv_head step", getattr(self, name), text, "share of attention")
             for name, text in names.items()
         }
         attrs = {name: getattr(self.about, name) for name in ("policy", "model")} if self.about else {}
-        return dataset(variables, coords={"query": np.arange(1, self.policy.shape[-1] + 1)}, attrs=attrs)
+        return dataset(variables, coords={"step": np.arange(1, self.policy.shape[-1] + 1)}, attrs=attrs)
 
     @property
     def regret(self) -> np.ndarray:

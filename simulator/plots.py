@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from corm_jax.errors import CormError
-from corm_jax.showing.drawing import BLUE, GREY, RED, SHADES, axes_of, drawable, figure_of, styles, title
+from corm_jax.showing.drawing import BLUE, FLAME, GREY, PURPLE, RED, SHADES, axes_of, drawable, figure_of, styles, title
 from simulator.oracle import Bounds
 from simulator.replay import FOREVER, Replay
 
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
 
 FATES = {
-    "live at the end": "#0072b2",
-    "evicted": "#b5bcc4",
-    "evicted and regretted": "#d55e00",
-    "lost for want of a slot": "#3d1f4f",
+    "live at the end": BLUE,
+    "evicted": "#c3c8ce",
+    "evicted and regretted": FLAME,
+    "lost for want of a slot": PURPLE,
 }
 """What becomes of a key, and its colour."""
 
@@ -173,7 +173,7 @@ def history(
     state = np.where(tokens >= clock, 0, np.where(clock < gone, 1, 2))
     side = max(5.0, 0.17 * len(tokens) + 2.4)
     axes = axes_of(axes, side + 0.6, side)
-    colors = ("white", "#a9cfe6", "#d5d8dc")
+    colors = ("white", "#b2d3f0", "#dadde1")
     axes.imshow(state, cmap=ListedColormap(list(colors)), vmin=0, vmax=2, aspect="equal")
     axes.set_xticks(np.arange(len(tokens) + 1) - 0.5, minor=True)
     axes.set_yticks(np.arange(len(tokens) + 1) - 0.5, minor=True)

@@ -145,25 +145,25 @@ class Replay(NamedTuple):
         }
 
     def to_xarray(self) -> "xarray.Dataset":
-        """The same with names: axes ``layer``, ``kv_head``, ``q_head``, ``query`` (by its clock) and ``token``.
+        """The same with names: axes ``layer``, ``kv_head``, ``q_head``, ``step`` and ``token``.
 
-        ``query`` counts from 1 and ``token`` from 0, so that query t is the one of token t - 1. A sweep has the axes of
-        its grid in front, with their values. Where the trace holds its text, ``piece`` is that of each token. Needs
-        ``pip install 'corm-jax[xarray]'``.
+        ``step`` is the clock of a query, from 1, and ``token`` the position of a key, from 0: the query at step t is
+        that of token t - 1. A sweep has the axes of its grid in front, with their values. Where the trace holds its
+        text, ``piece`` is that of each token. Needs ``pip install 'corm-jax[xarray]'``.
 
         >>> from corm_jax import Corm
         >>> from simulator.synthetic import noise
         >>> found = sweep(noise(layers=2, steps=16), Corm, {"window": [2, 4, 8]}).to_xarray()
-        >>> found.live.sel(window=4, query=16).dims
+        >>> found.live.sel(window=4, step=16).dims
         ('layer', 'kv_head')
         >>> found.attrs["policy"]
         'Corm'
         """
         about = self.about
         q_heads, kv_heads = self.mass.shape[-2], self.until.shape[-2]
-        keys, queries = "layer kv_head token", "layer q_head query"
+        keys, queries = "layer kv_head token", "layer q_head step"
         variables = {
-            "live": Variable("layer kv_head query", self.live, "live keys after the query", "keys"),
+            "live": Variable("layer kv_head step", self.live, "live keys after the query", "keys"),
             "mass": Variable(queries, self.mass, "share of the full cache's attention that fell on live keys"),
             "error": Variable(queries, self.error, "relative error of the attention output"),
             "until": Variable(keys, self.until, "last query that could attend to the key", "queries"),
@@ -171,10 +171,10 @@ class Replay(NamedTuple):
             "needed": Variable(keys, self.needed, "last query to which the key is important", "queries"),
             "regretted": Variable(keys, self.regretted, "evicted, and important to a later query"),
             "lost": Variable(keys, self.lost, "evicted for want of a slot"),
-            "kept": Variable("layer kv_head query token", self.kept, "live after the query"),
+            "kept": Variable("layer kv_head step token", self.kept, "live after the query"),
         }
         coords = {
-            "query": np.arange(1, self.steps + 1),
+            "step": np.arange(1, self.steps + 1),
             "kv_head_of": ("q_head", np.arange(q_heads) * kv_heads // q_heads),
         }
         attrs: dict[str, Any] = {"live_until": int(FOREVER)}

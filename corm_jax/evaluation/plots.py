@@ -109,7 +109,7 @@ def frontier(
                 ring = {**style, "markersize": 5, "markerfacecolor": "white", "linestyle": "", "alpha": 0.6}
                 panel.plot(one.allocated / one.full, mean, **ring)
             measure = UNITS.get(points[0].first, points[0].first)
-            panel.set_ylabel(drawable(f"{measure},\nabove {against}" if points[0].against else measure))
+            panel.set_ylabel(drawable(measure) + (f",\nabove {drawable(against)}" if points[0].against else ""))
         panel.set_title(drawable(task), fontsize="medium")
         panel.set_xlabel("cache, share of the full one's bytes")
         panel.set_xlim(0, 1.05 * max(panel.get_xlim()[1], 1))
@@ -147,11 +147,11 @@ def analysis(
     shares = np.array(found["kept"])
     band = {"alpha": 0.2, "color": BLUE, "label": f"r = {found['recents'][-1]}, from the least layer to the most"}
     kept.fill_between(found["windows"], shares[..., -1].min(0), shares[..., -1].max(0), **band)
-    looks = zip((7, 4, 1.5), ("#b5d3e7", "#56b4e9", "#08306b"), strict=True)  # broad to narrow: they may coincide
+    looks = zip((7, 4, 1.5), ("#b2d3f0", BLUE, "#0b2a4a"), strict=True)  # broad to narrow: they may coincide
     for index, (recent, (width, color)) in enumerate(zip(found["recents"], looks, strict=True)):
         kept.plot(found["windows"], shares[:, :, index].mean(0), lw=width, color=color, label=f"r = {recent}, mean")
     kept.set(xlabel="w (queries)", ylabel="live keys / tokens read", ylim=(0, 1.02), title="What CORM would keep")
-    kept.legend(fontsize="small")
+    kept.legend(fontsize="small", loc="upper left")
     for panel, axis in ((similarity, "distances"), (coverage, "windows"), (kept, "windows")):
         panel.set_xscale("log", base=2)
         panel.set_xticks(found[axis], labels=map(str, found[axis]))

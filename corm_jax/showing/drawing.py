@@ -16,16 +16,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
 
-BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9"
-"""The colours of Okabe and Ito, which nearly everybody tells apart: https://jfly.uni-koeln.de/color/"""
-
-GREY = "#5b6067"
-"""Of the full cache, against which others are held, and of legends that are not about one of them."""
+BLUE, RED, ORANGE, PURPLE, BROWN = "#3f90da", "#bd1f01", "#ffa90e", "#832db6", "#a96b59"
+FLAME, KHAKI, SKY, INK, GREY = "#e76300", "#b9ac70", "#92dadd", "#1f2430", "#717581"
+STONE = "#94a4a2"
+"""Colours that nearly everybody tells apart (Petroff, arXiv 2107.02270). Grey is the full cache's, against which
+others are held, and that of legends which are not about one policy."""
 
 SHADES = "viridis"
 """From little, dark, to much, bright, in maps: even in grey, and to all eyes."""
 
-COLORS, MARKERS = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY), "os^DvPX*"
+COLORS, MARKERS = (BLUE, RED, ORANGE, PURPLE, BROWN, FLAME, KHAKI, SKY, INK, STONE), "os^DvPX*"
 
 _unseen: ContextVar[bool] = ContextVar("unseen", default=False)
 

@@ -45,9 +45,9 @@ def dataset(
     Raises:
       CormError: if xarray is not installed.
 
-    >>> live = Variable("layer query", np.ones((2, 3)), "live keys", "keys")
-    >>> dataset({"live": live}, coords={"query": [1, 2, 3]}).sizes
-    Frozen({'layer': 2, 'query': 3})
+    >>> live = Variable("layer step", np.ones((2, 3)), "live keys", "keys")
+    >>> dataset({"live": live}, coords={"step": [1, 2, 3]}).sizes
+    Frozen({'layer': 2, 'step': 3})
     """
     try:
         import xarray
