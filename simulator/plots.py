@@ -123,7 +123,7 @@ def survival(
         height=0.8,
         color=[colors[index] for index in fate],
     )
-    axes.set_yticks(np.arange(len(tokens)), [label(pieces[token]) for token in tokens], fontsize=8)
+    axes.set_yticks(np.arange(len(tokens)), [label(pieces[int(token)]) for token in tokens], fontsize=8)
     axes.tick_params(axis="y", length=0)
     axes.set(ylim=(len(tokens) - 0.4, -0.6), xlim=(start, replay.steps), xlabel="tokens read")
     axes.spines[["top", "right", "left"]].set_visible(False)

@@ -192,7 +192,8 @@ class Replay(NamedTuple):
         values = [choices[place] for choices, place in zip(self.about.grid.values(), index, strict=True)]
         named = ", ".join(f"{name}={value}" for name, value in zip(self.about.grid, values, strict=True))
         about = replace(self.about, policy=f"{self.about.policy}({named})", grid={})
-        return Replay(*(None if x is None else x[index] for x in self[:6]), about)
+        fields = zip(self._fields[:6], self[:6], strict=True)
+        return self._replace(about=about, **{name: x[index] for name, x in fields if x is not None})
 
     @property
     def steps(self) -> int:

@@ -108,7 +108,7 @@ def frontier(
             for one, mean in zip(points, means, strict=True):
                 ring = {**style, "markersize": 5, "markerfacecolor": "white", "linestyle": "", "alpha": 0.6}
                 panel.plot(one.allocated / one.full, mean, **ring)
-            measure = UNITS.get(points[0].first, points[0].first)
+            measure = str(UNITS.get(points[0].first, points[0].first))
             panel.set_ylabel(drawable(measure) + (f",\nabove {drawable(against)}" if points[0].against else ""))
         panel.set_title(drawable(task), fontsize="medium")
         panel.set_xlabel("cache, share of the full one's bytes")

@@ -76,7 +76,7 @@ class Profile:
     def __repr__(self) -> str:
         windows = [window for layer in self.window for window in layer]
         shape = {"layers": len(self.window), "kv_heads": len(self.window[0])}
-        shown = between([window for window in windows if window is not None] or [WHOLE])
+        shown = between([window for window in windows if window is not None] or [EVERYTHING])
         return line("Profile", repr(self.model), **shape, window=shown, whole_heads=windows.count(None))
 
     def to_xarray(self) -> "xarray.Dataset":

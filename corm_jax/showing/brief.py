@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 
 def line(name: str, *parts: str, **named: Any) -> str:
@@ -49,7 +50,7 @@ def table(title: str, rows: Mapping[str, Any]) -> str:
 def numbers(x: Any) -> np.ndarray | None:
     """The numbers of an array, or None where there are none: while a program is traced, after a donation, elsewhere."""
     if isinstance(x, jax.Array):
-        if isinstance(x, jax.core.Tracer) or x.is_deleted() or not x.is_fully_addressable:
+        if isinstance(x, Tracer) or x.is_deleted() or not x.is_fully_addressable:
             return None
         return np.asarray(x)
     return x if isinstance(x, np.ndarray) else None
