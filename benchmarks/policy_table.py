@@ -18,7 +18,7 @@ import numpy as np
 
 import corm_jax as cj
 from corm_jax.command.inputs import encode, text_from
-from corm_jax.evaluation.agreement import compare
+from corm_jax.evaluation.agreement import measure
 from corm_jax.evaluation.intervals import Interval, bootstrap
 from corm_jax.files import write_json
 from corm_jax.policies import keys_of
@@ -68,7 +68,7 @@ def main() -> None:
     for path in arguments.text:
         words, name = text_from(path)
         ids = encode(model, tokenizer, words, name, arguments.tokens)
-        full = compare(model, cj.Full(), ids, prompt, chunk).nll.mean(dtype=np.float64)
+        full = measure(model, cj.Full(), ids, prompt, chunk).nll.mean(dtype=np.float64)
         print(f"\nSmolLM2-135M, tokens {prompt:,} to {len(ids):,} of {Path(name).name}: ", end="")
         print(f"NLL with the full cache {full:.4f}\n")
         print("| budget | policy | kept | NLL - full [95%] | KL [95%] | same likeliest token [95%] |")
@@ -76,7 +76,7 @@ def main() -> None:
         for budget in arguments.budget:
             keys = keys_of(budget, prompt)
             for spec in (fitted(each, model, ids, keys, chunk=chunk)[0] for each in arguments.policy):
-                found = compare(model, cj.parse(spec), ids, prompt, chunk)
+                found = measure(model, cj.parse(spec), ids, prompt, chunk)
                 row = {"text": Path(name).name, "tokens": len(ids), "prompt": prompt, "budget": budget, "policy": spec}
                 row |= {"kept": float(np.asarray(found.usage.live).mean() / len(ids)), "full_nll": full}
                 measures = found.nll - found.full_nll, found.kl, found.same

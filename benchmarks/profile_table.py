@@ -21,7 +21,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -31,12 +31,16 @@ import corm_jax as cj
 from corm_jax.command.inputs import check_profiles
 from corm_jax.core.policy import Policy
 from corm_jax.errors import CormError
-from corm_jax.evaluation.agreement import blocks, compare
+from corm_jax.evaluation import agreement
 from corm_jax.evaluation.intervals import bootstrap
 from corm_jax.evaluation.texts import read_text
 from corm_jax.files import write_json
 from corm_jax.model.prompts import Text
 from corm_jax.policies import SELF_SIZED, keys_of, on_budget, profile_of
+from corm_jax.showing.drawing import GREY, figure_of, saving, styles, title
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure, SubFigure
 
 AGAIN, BEFORE = 512, 1536
 """Tokens that are read once more, and where they began."""
@@ -98,7 +102,8 @@ def main() -> None:
         missing = [spec for spec in specs if stored(spec, start) not in kept.setdefault(spec, {})]
         if missing:  # one stretch after the other, for the full cache's predictions of one take 0.2 MB a token
             text = again(book.part(arguments.tokens, start))
-            full = [np.asarray(x.log_probability) for x in blocks(model, cj.Full(), text, None, arguments.chunk)]
+            predicted = agreement.blocks(model, cj.Full(), text, None, arguments.chunk)
+            full = [np.asarray(x.log_probability) for x in predicted]
         for spec in track(missing, f"from token {start:,}", console=Console(stderr=True)):
             kept[spec][stored(spec, start)] = measure(
                 model, cj.parse(spec), text, arguments.tokens, arguments.chunk, full
@@ -122,7 +127,7 @@ def main() -> None:
     if len([spec for spec in specs if "profile=" in spec]) > 1:
         print(f"\n{frontier(rows)}")
     if arguments.plot:
-        draw(rows, arguments)
+        saving(draw, rows, arguments.tokens)(arguments.plot)
 
 
 def again(stretch: Sequence[int]) -> list[int]:
@@ -134,7 +139,7 @@ def measure(
     model: cj.Llama, policy: Policy, text: Sequence[int], tokens: int, chunk: int, full: Sequence[np.ndarray]
 ) -> dict[str, float]:
     """What `Reading` holds, of a stretch of so many tokens and what comes again, given the full cache's predictions."""
-    found = compare(model, policy, text, None, chunk, full=full)
+    found = agreement.measure(model, policy, text, None, chunk, full=full)
     first, second = slice(tokens - 1), slice(tokens, None)  # not the first of what comes again: it follows a break
     live = found.live[:, tokens // chunk - 1].mean() / tokens
     read = found.nll[first], found.full_nll[first], live, found.nll[second], found.full_nll[second]
@@ -170,36 +175,38 @@ def held(policies: list[str], budgets: list[str], tokens: int) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def draw(rows: dict[str, Reading], arguments: argparse.Namespace) -> None:
+def draw(rows: dict[str, Reading], tokens: int, figure: "Figure | SubFigure | None" = None) -> "Figure | SubFigure":
     """What is lost against the live share, a line for each policy."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     families: dict[str, list[Reading]] = {}
     for spec, row in rows.items():
         name, _, options = spec.partition(":")
         name += ":profile" if "profile=" in options else ":attention=mean" if "attention=mean" in options else ""
         families.setdefault(name, []).append(row)
     full = families.pop("full")[0]
-    figure, panels = pyplot.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
-    for name, points in families.items():
-        points = sorted(points, key=lambda row: row.live.mean())
+    figure = figure_of(figure, 13.5, 5.2)
+    panels = figure.subplots(1, 3)
+    for name, style in styles(families).items():
+        points = sorted(families[name], key=lambda row: row.live.mean())
         live = [row.live.mean() for row in points]
         for axes, field in zip(panels, ("above", "kl", "again"), strict=True):
             lost = [getattr(row, field).mean() for row in points]
-            how = "D" if name == "adaptive_corm" else "o-"  # its readings differ in more than one thing
-            axes.plot(live, lost, how, ms=4, lw=2.5 if "profile" in name else 1.2, label=name)
-    panels[2].axhline(full.again.mean(), color="black", lw=0.8, ls="--", label="full")
-    panels[0].set(yscale="log", ylabel="NLL above the full cache, %", title=f"{arguments.tokens:,} tokens of a book")
-    panels[1].set(yscale="log", ylabel="KL(full || policy), nats a token", title="the same")
-    panels[2].set(ylabel="NLL, nats a token", title=f"{AGAIN} of them, read again")
+            style |= {"markersize": 5, "linewidth": 2.5 if "profile" in name else 1.2}
+            style |= {"linestyle": ""} if name == "adaptive_corm" else {}  # its readings differ in more than one thing
+            axes.plot(live, lost, label=name, **style)
+    panels[2].axhline(full.again.mean(), color=GREY, lw=1.2, ls="--", label="full")
+    panels[0].set(yscale="log", ylabel="NLL above the full cache (%)", title="Prediction: likelihood of the text")
+    panels[1].set(yscale="log", ylabel="KL(full || policy) (nats a token)", title="Prediction: the whole distribution")
+    panels[2].set(ylabel="NLL (nats a token)", title=f"Recall: {AGAIN} tokens read a second time")
     for axes in panels:
-        axes.set(xlabel="live share of the keys")
+        axes.set(xlabel="live keys / tokens read")
         axes.grid(alpha=0.3)
-    figure.legend(*panels[2].get_legend_handles_labels(), fontsize=8, loc="outside right center")
-    figure.savefig(arguments.plot, dpi=110)
+    handles, labels = panels[2].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize="small", loc="outside lower center", ncols=6, frameon=False)
+    what = (
+        f"What each policy loses, by the share of the keys that it keeps: {tokens:,} tokens of a book, lower is better"
+    )
+    title(figure, 13.5, what)
+    return figure
 
 
 if __name__ == "__main__":

@@ -18,11 +18,13 @@ import numpy as np
 
 import corm_jax as cj
 from corm_jax.command.inputs import encode
+from corm_jax.evaluation import plots
 from corm_jax.evaluation.texts import read_text
 from corm_jax.files import make_directory
 from corm_jax.policies.profile import Profile
 from corm_jax.runs import calibrate
 from corm_jax.runs.calibrate import CHOICES, choose, chosen
+from corm_jax.showing.drawing import saving
 
 MOST = 12
 """Heads that are printed."""
@@ -81,7 +83,9 @@ def main() -> None:
         print(f"| {at[0]} | {at[1]} | {gain[0][at]:.3f} | {what} | {cost.live[calibrated[at]][at]:.2f} |")
     print(f"\nAll heads: {gain[0].sum():.2f} nats; these {MOST}: {gain[0].reshape(-1)[order[:MOST]].sum():.2f}.")
     if arguments.plot:
-        draw(chosen(cost.live, calibrated), gain[0], arguments.plot)
+        panels = {"live keys at the end of a text, share": chosen(cost.live, calibrated)}
+        panels |= {"what a second reading loses without the head, nats a token": gain[0]}
+        saving(plots.heads, panels, "What calibration keeps in each head of smollm2-135m, and why")(arguments.plot)
 
 
 def alike(live: np.ndarray, whole: np.ndarray, target: float, choices: Sequence[int]) -> np.ndarray:
@@ -90,27 +94,6 @@ def alike(live: np.ndarray, whole: np.ndarray, target: float, choices: Sequence[
     every.reshape(len(choices), -1)[:, whole] = len(CHOICES) - 1
     size = np.take_along_axis(live, every, axis=0).mean((1, 2))
     return every[np.abs(size - target).argmin()]
-
-
-def draw(live: np.ndarray, gain: np.ndarray, path: Path) -> None:
-    """What each head keeps, and what a second reading gains from it."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, both = pyplot.subplots(2, 1, figsize=(11, 3.6), layout="constrained", sharex=True)
-    for axes, values, title in zip(
-        both,
-        (live, gain),
-        ("live share of the keys", "what a second reading loses without it, nats a token"),
-        strict=True,
-    ):
-        picture = axes.imshow(values.T, aspect="auto", cmap="viridis")
-        axes.set(title=title, ylabel="head", yticks=range(values.shape[1]))
-        figure.colorbar(picture, ax=axes, pad=0.01)
-    both[1].set(xlabel="layer")
-    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

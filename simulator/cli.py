@@ -18,6 +18,7 @@ from corm_jax.core.policy import Policy
 from corm_jax.errors import CormError
 from corm_jax.files import check_new, deliver, finish, write_json
 from corm_jax.policies import parse
+from corm_jax.showing.drawing import saving
 from corm_jax.terminal import console
 from corm_jax.terminal.console import COUNT, SEED, Real, Spec, Whole, naming
 from corm_jax.terminal.limits import check_matplotlib, check_memory
@@ -106,8 +107,8 @@ class Job(NamedTuple):
         finish(*steps)
 
     def draw(self, path: Path | None, picture: Callable[..., object], *arguments: Any) -> Callable[[], object]:
-        """The step that draws a picture, if there is to be one; its last argument is the file."""
-        return lambda: path and deliver(path, partial(picture, *arguments), self.overwrite)
+        """The step that draws a picture into a file, if there is to be one."""
+        return lambda: path and deliver(path, saving(picture, *arguments), self.overwrite)
 
 
 def main() -> NoReturn:
@@ -232,10 +233,10 @@ def _sweep(job: Job, spec, items, plot_file):
         result = sweep(job.trace, policy, texts, **job.options, progress=progress)
     rows = []
     for index in np.ndindex(*map(len, grid.values())):
-        one = result._replace(**{field: x[index] for field, x in result._asdict().items() if x is not None})
         point = {name: values[i] for (name, values), i in zip(grid.items(), index, strict=True)}
-        rows.append(point | summary(one))
-    panels, shape = {"kept at the end": "kept_final", "retained attention mass": "mass"}, [*map(len, grid.values())]
+        rows.append(point | summary(result.point(*index)))
+    panels = {"keys live at the end": "kept_final", "attention that fell on live keys": "mass"}
+    shape = [*map(len, grid.values())]
     values = {name: np.array([row[key] for row in rows]).reshape(shape) for name, key in panels.items()}
     title, columns = f"{spec} on {job.title}", [*grid, "kept_final", "mass", "regretted", "overflow"]
     job.finish(
@@ -317,7 +318,7 @@ def _plot(job: Job, spec, out, layer, head, start):
     index, head = sorted(heads, key=lambda where: result.live[(*where, -1)])[len(heads) // 2]
     start = plots.busiest(plots.fates(result, index, head)) if start is None else start
     pieces = meta.pieces or tuple(map(str, meta.positions or ()))
-    which = f"{spec} on {job.model}: layer {job.layers[index]}, head {head}"
+    which = f"{spec} on {job.model}: layer {job.layers[index]}, head {head}, tokens from {start:,} on"
     job.finish(
         {"rows": [row], "survival": {"layer": job.layers[index], "head": head, "from": start}},
         job.draw(files["live"], plots.live, result, job.layers, title),

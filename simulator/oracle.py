@@ -12,16 +12,21 @@ So  policy <= exact <= most  and  greedy <= exact,  at the same ``n``, summed ov
 """
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from corm_jax.errors import CormError
+from corm_jax.showing.brief import leaves, line
+from corm_jax.showing.labelled import Variable, dataset
 from corm_jax.traces.meta import Rows
 from corm_jax.traces.trace import Trace
-from simulator.replay import Replay
+from simulator.replay import About, Replay
+
+if TYPE_CHECKING:
+    import xarray
 
 EXACT_STEPS = 300
 """The most steps of a head that `exact` takes: its linear programme has steps^2 / 2 variables."""
@@ -34,18 +39,40 @@ class Bounds(NamedTuple):
       policy: what the replayed policy kept.
       most: the upper bound of every policy.
       greedy: what a clairvoyant without return keeps at least.
+      about: what was replayed, and how.
     """
 
     policy: np.ndarray
     most: np.ndarray
     greedy: np.ndarray
+    about: About | None = None
 
     def __repr__(self) -> str:
-        if not all(np.ndim(values) == 3 for values in self):
-            return f"Bounds{tuple.__repr__(self)}"
+        if not all(np.ndim(values) == 3 for values in self[:3]):
+            return leaves("Bounds", self[:3])
         layers, kv_heads, steps = np.shape(self.policy)
-        mass = ", ".join(f"{name}={np.mean(values, dtype=np.float64):.3f}" for name, values in self._asdict().items())
-        return f"Bounds(layers={layers}, kv_heads={kv_heads}, steps={steps}, {mass})"
+        names = zip(self._fields[:3], self[:3], strict=True)
+        mass = {name: f"{np.mean(values, dtype=np.float64):.3f}" for name, values in names}
+        return line("Bounds", layers=layers, kv_heads=kv_heads, steps=steps, **mass)
+
+    def to_xarray(self) -> "xarray.Dataset":
+        """The same, and the regret, with names: axes ``layer``, ``kv_head`` and ``step``, the clock of a query, from 1.
+
+        >>> Bounds(*np.ones((3, 2, 1, 4))).to_xarray().regret.dims
+        ('layer', 'kv_head', 'step')
+        """
+        names = {
+            "policy": "mass that the policy kept",
+            "greedy": "mass that a clairvoyant without return keeps",
+            "most": "mass of the heaviest keys, as many as the policy had",
+            "regret": "mass lost beyond what so few keys had to lose",
+        }
+        variables = {
+            name: Variable("layer kv_head step", getattr(self, name), text, "share of attention")
+            for name, text in names.items()
+        }
+        attrs = {name: getattr(self.about, name) for name in ("policy", "model")} if self.about else {}
+        return dataset(variables, coords={"step": np.arange(1, self.policy.shape[-1] + 1)}, attrs=attrs)
 
     @property
     def regret(self) -> np.ndarray:
@@ -85,7 +112,7 @@ def bounds(trace: Trace, replay: Replay, progress: Callable[[int], None] = lambd
     mass = replay.mass.reshape(meta.layers, meta.kv_heads, -1, meta.steps).mean(2)
     if (mass > upper + 1e-3).any():
         raise CormError("the replay keeps more attention than there is: it is a replay of another trace")
-    return Bounds(mass, upper, lower)
+    return Bounds(mass, upper, lower, replay.about)
 
 
 def attention(trace: Trace, layer: int) -> Iterator[np.ndarray]:

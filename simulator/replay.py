@@ -14,25 +14,32 @@ Three fidelities, from the cheapest to the truth:
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from corm_jax.core.arrays import ENDLESS
 from corm_jax.core.capacity import per_layer, slots_for
 from corm_jax.core.exact import FOREVER, planned
 from corm_jax.core.options import at_least, is_share, numbers_in
 from corm_jax.core.policy import Policy
 from corm_jax.core.prompt import prompt_of
 from corm_jax.core.step import counts_in_cache
-from corm_jax.core.wrapper import name_of
+from corm_jax.core.wrapper import in_short, name_of
 from corm_jax.errors import CormError
+from corm_jax.showing.brief import between, leaves, line, table
+from corm_jax.showing.labelled import Variable, dataset
 from corm_jax.traces.meta import QKV, Rows
 from corm_jax.traces.trace import Trace
 from simulator.recurrence import replay_layer
+
+if TYPE_CHECKING:
+    import xarray
 
 FIDELITIES = ("renormalized", "recorded")
 
@@ -40,12 +47,35 @@ STEPS_PER_BLOCK = 64
 """Queries whose logits are computed at once, rounded up to a multiple of the chunk. Does not change results."""
 
 
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class About:
+    """What was replayed, and how. It is no part of the numbers, so that pytrees of replays do not carry it.
+
+    Attributes:
+      policy: in short.
+      model: of the trace.
+      fidelity, capacity, chunk, prompt: as in `replay`.
+      pieces: the text of each token, if the trace says it.
+      grid: of a sweep, the values of each hyperparameter, in the order of the axes.
+    """
+
+    policy: str
+    model: str
+    fidelity: str
+    capacity: int | None
+    chunk: int
+    prompt: int | None
+    pieces: tuple[str, ...] | None = field(default=None, repr=False, compare=False)
+    grid: dict[str, list[Any]] = field(default_factory=dict, compare=False)
+
+
 class Replay(NamedTuple):
     """What a policy did with a trace. A sweep has the axes of its grid in front.
 
-    ``until`` and ``lost`` say it all; the properties are other views of them. Clocks count from 1. Its short form shows
-    the share of the keys that are live at the end, means of the mass and the error, and the overflow: of a sweep, the
-    range over the grid.
+    ``until`` and ``lost`` say it all; the properties are other views of them, and `to_xarray` gives names to the axes.
+    Clocks count from 1. Its short form shows the policy, the share of the keys that are live at the end, means of the
+    mass and the error, and the overflow: of a sweep, the range over the grid.
 
     Attributes:
       until: int32 ``[layers, kv_heads, keys]``, the clock of the last query that could attend to the key; `FOREVER` if
@@ -57,6 +87,7 @@ class Replay(NamedTuple):
       needed: int32 ``[layers, kv_heads, keys]``, the clock of the last query that, with the full cache, found the key
         important (alpha >= 1/t for a query head of its group); 0 for never.
       kept: bool ``[layers, kv_heads, steps, keys]``, which keys are live after each step, if ``keep_history``.
+      about: what was replayed, and how.
     """
 
     until: np.ndarray
@@ -65,17 +96,104 @@ class Replay(NamedTuple):
     error: np.ndarray | None
     needed: np.ndarray
     kept: np.ndarray | None = None
+    about: About | None = None
 
     def __repr__(self) -> str:
-        if not all(isinstance(x, np.ndarray) and x.ndim > 2 for x in self[:3]):  # shapes, say, or numbers being traced
-            return f"Replay{tuple.__repr__(self)}"
-        each = (-3, -2, -1)
-        shares = {"kept": (self.until == FOREVER).mean(each), "mass": self.mass.mean(each, dtype=np.float64)}
-        shares |= {} if self.error is None else {"error": self.error.mean(each, dtype=np.float64)}
+        if not self._whole:
+            return leaves("Replay", self[:6])
         *grid, layers, kv_heads, steps = self.until.shape
-        parts = [f"grid={tuple(grid)}"] * bool(grid) + [f"layers={layers}, kv_heads={kv_heads}, steps={steps}"]
-        parts += [f"{name}={_range(share, '.3f')}" for name, share in shares.items()]
-        return f"Replay({', '.join(parts)}, overflow={_range(self.overflow.sum((-2, -1)), 'd')})"
+        policy = [self.about.policy] if self.about else []
+        shape = {"grid": tuple(grid) or None, "layers": layers, "kv_heads": kv_heads, "steps": steps}
+        return line("Replay", *policy, **shape, **self._summary)
+
+    def _repr_html_(self) -> str | None:
+        if not self._whole:
+            return None
+        *grid, layers, kv_heads, steps = self.until.shape
+        about = self.about
+        names = list(about.grid) if about else []
+        rows = {
+            "policy": about and about.policy,
+            "grid": " x ".join(f"{size} {name}" for name, size in zip(names, grid, strict=True)) or None,
+            "model": (about and about.model) or None,
+            "shape": f"{layers} layers, {kv_heads} key-value heads, {steps:,} tokens",
+            "replayed": about and f"{about.fidelity}, chunks of {about.chunk}",
+        }
+        means = {
+            "kept": "keys live at the end, share",
+            "mass": "attention that fell on live keys, share",
+            "error": "relative error of the outputs",
+            "overflow": "keys lost for want of a slot",
+        }
+        return table("Replay", rows | {means[name]: value for name, value in self._summary.items()})
+
+    @property
+    def _whole(self) -> bool:
+        """Whether the fields are arrays of numbers: neither shapes, say, nor traced."""
+        return all(isinstance(x, np.ndarray) and x.ndim > 2 for x in self[:3])
+
+    @property
+    def _summary(self) -> dict[str, str | None]:
+        """Means over layers, heads and steps: of a sweep their range over the grid."""
+        each = (-3, -2, -1)
+        error = None if self.error is None else between(self.error.mean(each, dtype=np.float64), ".3f")
+        return {
+            "kept": between((self.until == FOREVER).mean(each), ".3f"),
+            "mass": between(self.mass.mean(each, dtype=np.float64), ".3f"),
+            "error": error,
+            "overflow": between(self.overflow.sum((-2, -1)), "d"),
+        }
+
+    def to_xarray(self) -> "xarray.Dataset":
+        """The same with names: axes ``layer``, ``kv_head``, ``q_head``, ``step`` and ``token``.
+
+        ``step`` is the clock of a query, from 1, and ``token`` the position of a key, from 0: the query at step t is
+        that of token t - 1. A sweep has the axes of its grid in front, with their values. Where the trace holds its
+        text, ``piece`` is that of each token. Needs ``pip install 'corm-jax[xarray]'``.
+
+        >>> from corm_jax import Corm
+        >>> from simulator.synthetic import noise
+        >>> found = sweep(noise(layers=2, steps=16), Corm, {"window": [2, 4, 8]}).to_xarray()
+        >>> found.live.sel(window=4, step=16).dims
+        ('layer', 'kv_head')
+        >>> found.attrs["policy"]
+        'Corm'
+        """
+        about = self.about
+        q_heads, kv_heads = self.mass.shape[-2], self.until.shape[-2]
+        keys, queries = "layer kv_head token", "layer q_head step"
+        variables = {
+            "live": Variable("layer kv_head step", self.live, "live keys after the query", "keys"),
+            "mass": Variable(queries, self.mass, "share of the full cache's attention that fell on live keys"),
+            "error": Variable(queries, self.error, "relative error of the attention output"),
+            "until": Variable(keys, self.until, "last query that could attend to the key", "queries"),
+            "lifetime": Variable(keys, self.lifetime, "queries that could attend to the key", "queries"),
+            "needed": Variable(keys, self.needed, "last query to which the key is important", "queries"),
+            "regretted": Variable(keys, self.regretted, "evicted, and important to a later query"),
+            "lost": Variable(keys, self.lost, "evicted for want of a slot"),
+            "kept": Variable("layer kv_head step token", self.kept, "live after the query"),
+        }
+        coords = {
+            "step": np.arange(1, self.steps + 1),
+            "kv_head_of": ("q_head", np.arange(q_heads) * kv_heads // q_heads),
+        }
+        attrs: dict[str, Any] = {"live_until": int(FOREVER)}
+        if about:
+            coords |= {"piece": ("token", list(about.pieces))} if about.pieces else {}
+            names = ("policy", "model", "fidelity", "capacity", "chunk", "prompt")
+            attrs |= {name: getattr(about, name) for name in names}
+        return dataset(variables, coords=coords, attrs=attrs, grid=about.grid if about else None)
+
+    def point(self, *index: int) -> "Replay":
+        """One point of a sweep, by its place on each axis of the grid."""
+        if self.about is None or len(index) != len(self.about.grid):
+            names = ", ".join(self.about.grid) if self.about else ""
+            raise CormError(f"a point of this sweep has a place on each axis of its grid ({names}), not {index}")
+        values = [choices[place] for choices, place in zip(self.about.grid.values(), index, strict=True)]
+        named = ", ".join(f"{name}={value}" for name, value in zip(self.about.grid, values, strict=True))
+        about = replace(self.about, policy=f"{self.about.policy}({named})", grid={})
+        fields = zip(self._fields[:6], self[:6], strict=True)
+        return self._replace(about=about, **{name: x[index] for name, x in fields if x is not None})
 
     @property
     def steps(self) -> int:
@@ -155,7 +273,7 @@ def replay(
     >>> q, k, v = (rng.normal(size=(1, 8, heads, 4)) for heads in (2, 1, 1))      # one layer, 8 steps
     >>> result = replay(Trace.from_qkv(q, k, v), Corm(window=3, recent=2))
     >>> result
-    Replay(layers=1, kv_heads=1, steps=8, kept=0.875, mass=0.986, error=0.033, overflow=0)
+    Replay(Corm(window=3, recent=2), layers=1, kv_heads=1, steps=8, kept=0.875, mass=0.986, error=0.033, overflow=0)
     >>> result.live[0, 0]
     array([1, 2, 3, 4, 5, 6, 6, 7], dtype=int32)
     >>> int(result.regretted.sum())
@@ -165,7 +283,8 @@ def replay(
     chunk, prompt = _checked(trace, given, fidelity, capacity, chunk, prompt)
     policies = per_layer(policy, trace.meta.layers)
     result = _run(trace, policies, _compiled, fidelity, capacity, chunk, prompt, errors, progress)
-    return result._replace(kept=result.history()) if keep_history else result
+    about = _about(trace, in_short(policy), fidelity, capacity, chunk, prompt, {})
+    return result._replace(about=about, kept=result.history() if keep_history else None)
 
 
 def sweep(
@@ -186,14 +305,15 @@ def sweep(
       policy_factory: makes a policy from one value of each hyperparameter, given by name.
       grid: for each hyperparameter its values. Those that are static in the policy cannot be swept together.
 
-    Other arguments as for `replay`. In the result each array has the axes of the grid in front, in its order.
+    Other arguments as for `replay`. In the result each array has the axes of the grid in front, in its order;
+    `Replay.to_xarray` names them, and `Replay.point` takes one point out.
 
     >>> from corm_jax import Corm
     >>> from simulator.synthetic import noise
     >>> grid = {"window": [2, 4, 8], "recent": [1, 2]}
     >>> result = sweep(noise(layers=1, steps=16), Corm, grid)
     >>> result
-    Replay(grid=(3, 2), layers=1, kv_heads=2, steps=16, kept=0.531..0.844, mass=0.675..0.944, overflow=0)
+    Replay(Corm, grid=(3, 2), layers=1, kv_heads=2, steps=16, kept=0.531..0.844, mass=0.675..0.944, overflow=0)
     >>> result.live[..., -1].shape                                  # [window, recent, layers, kv_heads]
     (3, 2, 1, 2)
     """
@@ -226,7 +346,9 @@ def sweep(
         x = np.moveaxis(x, 1, 0)
         return x.reshape(*shape, *x.shape[1:])
 
-    return jax.tree.map(arrange, result)
+    name, values = name_of(points[0]), {name: list(values) for name, values in grid.items()}
+    about = _about(trace, name, fidelity, capacity, chunk, prompt, values)
+    return jax.tree.map(arrange, result)._replace(about=about)
 
 
 def _checked(
@@ -262,6 +384,11 @@ def _checked(
     chunk = min(int(chunk), trace.meta.steps)
     slots_for(policies, capacity, trace.meta.steps, chunk)
     return chunk, prompt_of(policies, prompt, trace.meta.steps)
+
+
+def _about(trace, policy, fidelity, capacity, chunk, prompt, grid) -> About:
+    ends = None if prompt == ENDLESS else prompt
+    return About(policy, trace.meta.model, fidelity, capacity, chunk, ends, trace.meta.pieces, grid)
 
 
 def _run(trace, policies, compiled, fidelity, capacity, chunk, prompt, errors, progress) -> Replay:
@@ -322,12 +449,6 @@ def _compiled_grid(policies, layer, scale, steps, capacity, prompt, *, points, d
         return replay_layer(structure.unflatten(numbers), layer, scale, steps, capacity, prompt, **static)
 
     return jax.vmap(one, in_axes=(axes,), axis_size=points)(numbers)
-
-
-def _range(values: np.ndarray, how: str) -> str:
-    """One number, or the least and the largest of a grid, if they differ."""
-    low, high = (format(value, how) for value in (np.min(values), np.max(values)))
-    return low if low == high else f"{low}..{high}"
 
 
 def _cumulative(clock: np.ndarray) -> np.ndarray:

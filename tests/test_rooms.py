@@ -9,16 +9,17 @@ import pytest
 ROOMS = {
     "errors": "",
     "files": "errors",
-    "core": "errors",
-    "policies": "core files errors",
-    "model": "core files errors",
+    "showing": "errors",
+    "core": "showing errors",
+    "policies": "core showing files errors",
+    "model": "core showing files errors",
     "traces": "files errors",
     "terminal": "policies core files errors",
-    "runs": "model policies core files errors",
-    "evaluation": "runs model policies core files errors",
-    "command": "evaluation runs model policies core traces terminal files errors",
+    "runs": "model policies core showing files errors",
+    "evaluation": "runs model policies core showing files errors",
+    "command": "evaluation runs model policies core showing traces terminal files errors",
     "corm_jax": "model policies core errors",
-    "simulator": "policies core traces terminal files errors",
+    "simulator": "policies core showing traces terminal files errors",
 }
 """What a room may import beside itself. No room needs `corm_jax`, the names that ``import corm_jax`` gives."""
 

@@ -1,6 +1,5 @@
 """``corm analyse``: what CORM rests on, measured."""
 
-from functools import partial
 from pathlib import Path
 
 import click
@@ -13,6 +12,7 @@ from corm_jax.evaluation import analysis, plots
 from corm_jax.evaluation.intervals import bootstrap
 from corm_jax.evaluation.texts import read_texts
 from corm_jax.files import check_new, deliver, finish, write_json
+from corm_jax.showing.drawing import saving
 from corm_jax.terminal import console
 from corm_jax.terminal.console import Whole
 from corm_jax.terminal.limits import check_matplotlib
@@ -64,14 +64,15 @@ def analyse(model, dtype, paths, datasets, tokens, out, overwrite):
         row(f"kept with w = {window}, r = {axes['recents'][-1]}", "kept", index, -1)
     for index, bits in enumerate(axes["bits"]):
         row(f"error of the cosine from {bits} signs", "lsh_error", index)
+    title = f"{model} reads {tokens:,} tokens of {', '.join(ids)}"
     headings = "mean over layers\nand texts [95%]", "least of\na layer", "most of\na layer"
     finish(
         lambda: deliver(out, lambda path: write_json(path, result), overwrite),
-        lambda: deliver(picture, partial(plots.analysis, analysis.mean(every)), overwrite),
+        lambda: deliver(picture, saving(plots.analysis, analysis.mean(every), title), overwrite),
         lambda: print_table(
             [Column("what"), *(Column(heading, number=True) for heading in headings)],
             rows,
-            title=f"{model} reads {tokens:,} tokens of {', '.join(ids)}",
+            title=title,
             notes=[f"{out}, {picture}"],
         ),
     )

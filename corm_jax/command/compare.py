@@ -22,6 +22,7 @@ from corm_jax.model.prompts import scored_from
 from corm_jax.policies import keys_of, lacks_window, on_budget, parse
 from corm_jax.runs.fitting import PASSES, fitted
 from corm_jax.runs.perplexity import Reading, read_text
+from corm_jax.showing.drawing import saving
 from corm_jax.terminal import console
 from corm_jax.terminal.console import COUNT, Budget, Spec, Whole, naming
 from corm_jax.terminal.limits import check_matplotlib
@@ -130,7 +131,7 @@ def compare(
     result["peak_memory_bytes"] = _peak_memory()
     steps = [partial(_print_table, result)]
     if plot_file:
-        steps.insert(0, partial(deliver, plot_file, partial(plots.compare, result), overwrite))
+        steps.insert(0, partial(deliver, plot_file, saving(plots.compare, result), overwrite))
     if json_file:
         steps.insert(0, partial(deliver, json_file, lambda path: write_json(path, result), overwrite))
     finish(*steps)

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from corm_jax.core.layout import Layout
+from corm_jax.showing.brief import between, leaves, line, numbers, table
 
 State: TypeAlias = PyTree[Any]
 """The state of a policy: a pytree of arrays ``[..., *slots]``, one part for each slot, and of `OfHead`."""
@@ -143,6 +144,10 @@ class LayerCache(NamedTuple):
     made: Made | None = None
     clock: Clock | None = None
 
+    def __repr__(self) -> str:
+        about = _in_short([self], self.clock)
+        return leaves("LayerCache", self) if about is None else line("LayerCache", **about)
+
 
 @partial(jax.tree_util.register_dataclass, data_fields=["layers", "clock"], meta_fields=[])
 @dataclass(frozen=True)
@@ -174,6 +179,42 @@ class Caches:
     def __iter__(self) -> Iterator[LayerCache]:
         return (one._replace(clock=self.clock) for one in self.layers)
 
+    def __repr__(self) -> str:
+        about = _in_short(self.layers, self.clock)
+        if about is None:
+            return f"Caches(layers={self.layers!r}, clock={self.clock!r})"
+        return line("Caches", **{"layers": len(self.layers)} | about)
+
+    def _repr_html_(self) -> str | None:
+        about = _in_short(self.layers, self.clock)
+        return None if about is None else table("Caches", {"layers": len(self.layers)} | about)
+
+
+def _in_short(layers: Any, clock: Any) -> dict[str, Any] | None:
+    """What there is to say of caches: their shapes and, if they hold numbers that can be read, how full they are.
+
+    None where the leaves are no arrays. While a program is traced, or after a donation, there are only shapes.
+    """
+    try:
+        heads = [one.overflow.shape[-1] for one in layers]
+        slots = [one.position.shape[-2:] for one in layers]
+        batch = {one.position.shape[:-2] for one in layers}
+        about: dict[str, Any] = {"policy": layers[0].made.policy if layers[0].made else None}
+        about |= {"batch": (batch.pop() or (None,))[0] if len(batch) == 1 else None, "kv_heads": between(heads)}
+        about |= {"slots": between([stores * size // n for (stores, size), n in zip(slots, heads, strict=True)])}
+        about |= {"stores": between([stores for stores, _ in slots]), "head_dim": layers[0].k.shape[-1]}
+        about |= {"dtype": str(layers[0].k.dtype)}
+    except (AttributeError, IndexError, TypeError, ValueError):
+        return None
+    found = [(numbers(one.position), numbers(one.overflow)) for one in layers]
+    seen = None if clock is None else numbers(clock.seen)
+    about |= {"seen": None if seen is None else between(seen)}
+    if all(position is not None and overflow is not None for position, overflow in found):
+        live = sum(int((position >= 0).sum()) for position, _ in found)  # pyright: ignore
+        about |= {"live": f"{live / sum(overflow.size for _, overflow in found):.1f}"}  # pyright: ignore
+        about |= {"overflow": sum(int(overflow.sum()) for _, overflow in found)}  # pyright: ignore
+    return about
+
 
 class Usage(NamedTuple):
     """How full the caches of a model are. Arrays have the axes ``[layer, batch, kv_heads]`` unless said otherwise.
@@ -193,3 +234,21 @@ class Usage(NamedTuple):
     bytes_live: int
     bytes_full: int
     bytes_allocated: int
+
+    def __repr__(self) -> str:
+        live, seen, overflow = map(numbers, self[:3])
+        if live is None or seen is None or overflow is None or live.ndim != 3:
+            return leaves("Usage", self)
+        layers, batch, kv_heads = live.shape
+        return line("Usage", layers=layers, batch=batch, kv_heads=kv_heads, seen=between(seen), **self._summary)
+
+    def _repr_html_(self) -> str | None:
+        if any(numbers(values) is None for values in self[:3]):
+            return None
+        return table("Usage", {"tokens read": between(self.seen)} | self._summary)
+
+    @property
+    def _summary(self) -> dict[str, str]:
+        sizes = {"live": self.bytes_live, "allocated": self.bytes_allocated, "full": self.bytes_full}
+        keys = {"live_keys": between(self.live), "overflow": str(int(np.asarray(self.overflow).sum()))}
+        return keys | {name: f"{size / 2**20:.2f} MiB" for name, size in sizes.items()}

@@ -13,6 +13,7 @@ from corm_jax.evaluation.rows import Run
 from corm_jax.evaluation.summary import MEASURES, Line, lines
 from corm_jax.files import check_new, deliver, finish
 from corm_jax.policies import Corm, parse
+from corm_jax.showing.drawing import saving
 
 MIB = 2**20
 SAMPLES = 2
@@ -57,7 +58,7 @@ def report(folders: Sequence[Path], page: Path, against: str = "full", overwrite
     for kind, picture in pictures.items():
         of_kind = [found for found in every if found.run.kind == kind]
         points = [line for found in of_kind for line in found.lines]
-        draw.append(partial(deliver, picture, partial(plots.frontier, points, against=against), overwrite))
+        draw.append(partial(deliver, picture, saving(plots.frontier, points, against, f"corm eval {kind}"), overwrite))
         parts += [f"## {kind}", "", f"![Quality against live memory]({picture.name})", ""]
         for found in of_kind:
             parts += [*_table(found, against), *_grid(found, against), *_samples(found)]

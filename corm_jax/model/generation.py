@@ -22,6 +22,7 @@ from corm_jax.core.prompt import check_clock, check_prompt, end_prompt, set_prom
 from corm_jax.core.types import Caches, Capacity
 from corm_jax.errors import CacheOverflowError
 from corm_jax.model.llama import Llama
+from corm_jax.showing.brief import between, leaves, line
 
 TOKENS_PER_BLOCK = 256
 """Tokens that go through the model at once, rounded up to a multiple of the chunk. Does not change results."""
@@ -64,6 +65,11 @@ class Generation(NamedTuple):
 
     tokens: list[list[int]]
     caches: Caches
+
+    def __repr__(self) -> str:
+        if not isinstance(self.tokens, list):
+            return leaves("Generation", self)
+        return line("Generation", tokens=f"{between([len(row) for row in self.tokens])} new", caches=self.caches)
 
 
 def prefill(

@@ -23,6 +23,7 @@ from corm_jax.core.options import integer
 from corm_jax.core.policy import Policy
 from corm_jax.core.types import Caches, CacheSpec, Capacity, LayerCache
 from corm_jax.errors import CormError
+from corm_jax.showing.brief import line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +181,12 @@ class Llama(nnx.Module):
         self.layers = nnx.List([Layer(config, dtype, rngs) for _ in range(config.layers)])
         self.norm = _Norm(config, dtype, rngs)
         self.head = None if config.tied else _linear(config.dim, config.vocab, dtype=dtype, rngs=rngs)
+
+    def __repr__(self) -> str:
+        sizes = {name: getattr(self.config, name) for name in ("vocab", "layers", "heads", "kv_heads", "head_dim")}
+        return line("Llama", **sizes, dtype=self.dtype)
+
+    __str__ = __repr__
 
     @property
     def dtype(self) -> np.dtype:

@@ -3,7 +3,7 @@
 import reprlib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import jax
 import numpy as np
@@ -11,6 +11,11 @@ import numpy as np
 from corm_jax.errors import CormError
 from corm_jax.files import STRICT, read_json, write_json
 from corm_jax.policies import parse
+from corm_jax.showing.brief import between, line
+from corm_jax.showing.labelled import Variable, dataset
+
+if TYPE_CHECKING:
+    import xarray
 
 Format = Literal["corm-jax plan 1"]
 FORMAT: Format = "corm-jax plan 1"
@@ -47,10 +52,15 @@ class Plan:
     capacity: tuple[int, ...]
 
     def __repr__(self) -> str:
-        slots = "..".join(dict.fromkeys(map(str, (min(self.capacity), max(self.capacity)))))
-        shown = {name: getattr(self, name) for name in ("model", "policy", "kv_heads", "tokens", "chunk", "overflow")}
-        parts = [f"{name}={value!r}" for name, value in shown.items()]
-        return f"Plan({', '.join(parts)}, layers={len(self.capacity)}, capacity={slots})"
+        names = ("model", "policy", "kv_heads", "tokens", "chunk", "overflow")
+        shown = {name: repr(getattr(self, name)) for name in names}
+        return line("Plan", **shown, layers=len(self.capacity), capacity=between(self.capacity))
+
+    def to_xarray(self) -> "xarray.Dataset":
+        """The capacity of each ``layer``, and what it was planned for. Needs ``pip install 'corm-jax[xarray]'``."""
+        capacity = Variable("layer", self.capacity, "slots a key-value head, on average", "slots")
+        attrs = {name: value for name, value in asdict(self).items() if name not in ("capacity", "format")}
+        return dataset({"capacity": capacity}, attrs=attrs)
 
     def __post_init__(self):
         numbers = {name: getattr(self, name) for name in ("kv_heads", "head_dim", "chunk", "tokens")}

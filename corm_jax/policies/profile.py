@@ -6,7 +6,7 @@
 import reprlib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
@@ -14,6 +14,11 @@ from corm_jax.errors import CormError
 from corm_jax.files import STRICT, read_json, write_json
 from corm_jax.policies.corm import Corm
 from corm_jax.policies.protect import Protect, protect
+from corm_jax.showing.brief import between, line
+from corm_jax.showing.labelled import Variable, dataset
+
+if TYPE_CHECKING:
+    import xarray
 
 Format = Literal["corm-jax profile 1"]
 FORMAT: Format = "corm-jax profile 1"
@@ -67,6 +72,32 @@ class Profile:
                         raise CormError(f"{name}.{layer}.{head}: {must}")
         if not 0 <= self.sinks <= EVERYTHING:
             raise CormError(f"sinks: must be from 0 to {EVERYTHING}, not {reprlib.repr(self.sinks)}")
+
+    def __repr__(self) -> str:
+        windows = [window for layer in self.window for window in layer]
+        shape = {"layers": len(self.window), "kv_heads": len(self.window[0])}
+        shown = between([window for window in windows if window is not None] or [EVERYTHING])
+        return line("Profile", repr(self.model), **shape, window=shown, whole_heads=windows.count(None))
+
+    def to_xarray(self) -> "xarray.Dataset":
+        """The same with names: axes ``layer`` and ``kv_head``. Needs ``pip install 'corm-jax[xarray]'``.
+
+        A head that keeps everything has an infinite window. ``live`` and ``again`` are what calibration measured.
+
+        >>> found = Profile.load("smollm2-135m").to_xarray()
+        >>> int(np.isinf(found.window).sum()), found.sizes["layer"]
+        (6, 30)
+        """
+        window = np.array([[np.inf if w is None else w for w in layer] for layer in self.window])
+        texts = {
+            "window": (window, "w: queries whose verdict counts", "queries"),
+            "recent": (self.recent, "r: newest keys that are never evicted", "keys"),
+            "multiple": (self.multiple, "m: how many times 1/t of the attention makes a key important", "1"),
+            "live": (self.made.get("live_by_head"), "share of the keys that was live at the end of a text", "1"),
+            "again": (self.made.get("again_by_head"), "loss of a second reading without the head", "nats a token"),
+        }
+        variables = {name: Variable("layer kv_head", *rest) for name, rest in texts.items()}
+        return dataset(variables, attrs={"model": self.model, "sinks": self.sinks, "group": self.group})
 
     def policy(self) -> Protect:
         """CORM with these windows."""

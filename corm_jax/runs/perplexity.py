@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, SupportsIndex
+from typing import TYPE_CHECKING, NamedTuple, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,11 @@ from corm_jax.core.types import Capacity, Usage
 from corm_jax.errors import CormError
 from corm_jax.model.generation import OVERFLOW, Blocks, Overflow, Policies, watch
 from corm_jax.model.llama import Llama
+from corm_jax.showing.brief import line, table
+from corm_jax.showing.labelled import Variable, dataset
+
+if TYPE_CHECKING:
+    import xarray
 
 
 class Reading(NamedTuple):
@@ -51,6 +56,30 @@ class Reading(NamedTuple):
     def kept_per_layer(self) -> np.ndarray:
         """The same at the end, for each layer: ``[layer]``."""
         return self.live[:, -1].mean(-1) / self.seen[-1]
+
+    def __repr__(self) -> str:
+        return line("Reading", tokens=len(self.nll) + 1, **self._summary)
+
+    def _repr_html_(self) -> str:
+        names = {"nll": "NLL, nats a token", "kept": "keys live at the end, share", "usage": "memory"}
+        rows = {names[name]: value for name, value in self._summary.items()}
+        return table("Reading", {"tokens": f"{len(self.nll) + 1:,}"} | rows)
+
+    @property
+    def _summary(self) -> dict[str, object]:
+        nll, kept = self.nll.mean(dtype=np.float64), self.kept[-1]
+        return {"nll": f"{nll:.4f}", "kept": f"{kept:.3f}", "usage": self.usage}
+
+    def to_xarray(self) -> "xarray.Dataset":
+        """The same with names: axes ``layer``, ``kv_head``, ``token`` and ``seen``, the tokens read after each chunk.
+
+        ``nll`` has no first token, which nothing predicts. Needs ``pip install 'corm-jax[xarray]'``.
+        """
+        live = Variable("layer seen kv_head", self.live, "live keys", "keys")
+        nll = Variable("token", self.nll, "negative log-likelihood of the token", "nats")
+        coords = {"seen": self.seen, "token": np.arange(1, len(self.nll) + 1)}
+        sizes = {name: getattr(self.usage, name) for name in ("bytes_live", "bytes_allocated", "bytes_full")}
+        return dataset({"nll": nll, "live": live}, coords=coords, attrs=sizes | {"passes": self.passes})
 
 
 def read_text(

@@ -1,0 +1,1 @@
+"""How results show themselves: in one line, as a table in a notebook, as labelled arrays, as pictures."""
