@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from corm_jax.errors import CormError
-from corm_jax.showing.brief import leaves, line
+from corm_jax.showing.brief import leaves, line, table
 from corm_jax.showing.labelled import Variable, dataset
 from corm_jax.traces.meta import Rows
 from corm_jax.traces.trace import Trace
@@ -51,9 +51,19 @@ class Bounds(NamedTuple):
         if not all(np.ndim(values) == 3 for values in self[:3]):
             return leaves("Bounds", self[:3])
         layers, kv_heads, steps = np.shape(self.policy)
+        return line("Bounds", layers=layers, kv_heads=kv_heads, steps=steps, **self._means)
+
+    def _repr_html_(self) -> str | None:
+        if not all(np.ndim(values) == 3 for values in self[:3]):
+            return None
+        about = {"policy": self.about.policy, "model": self.about.model or None} if self.about else {}
+        means = {f"mass, {name}": value for name, value in self._means.items()}
+        return table("Bounds", {"replay of": about.pop("policy", None)} | about | means)
+
+    @property
+    def _means(self) -> dict[str, str]:
         names = zip(self._fields[:3], self[:3], strict=True)
-        mass = {name: f"{np.mean(values, dtype=np.float64):.3f}" for name, values in names}
-        return line("Bounds", layers=layers, kv_heads=kv_heads, steps=steps, **mass)
+        return {name: f"{np.mean(values, dtype=np.float64):.3f}" for name, values in names}
 
     def to_xarray(self) -> "xarray.Dataset":
         """The same, and the regret, with names: axes ``layer``, ``kv_head`` and ``step``, the clock of a query, from 1.

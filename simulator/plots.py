@@ -70,7 +70,7 @@ def kept(
 ) -> "Axes":
     """The share of the keys that each head keeps at the end: a heat map of heads and layers."""
     share, layers = replay.live[..., -1] / replay.steps, _layers(replay, layers)
-    width = max(6.5, 2.2 + 0.36 * len(layers))
+    width = max(6.5, 2.2 + 0.28 * len(layers))
     axes = axes_of(axes, width, 1.6 + 0.4 * share.shape[1])
     _heat_map(axes, share.T, range(share.shape[1]), layers, "live keys (%)", limits=(0, 100), digits=0)
     axes.set(xlabel="layer", ylabel="key-value head")

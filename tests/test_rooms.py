@@ -13,7 +13,7 @@ ROOMS = {
     "core": "showing errors",
     "policies": "core showing files errors",
     "model": "core showing files errors",
-    "traces": "files errors",
+    "traces": "showing files errors",
     "terminal": "policies core files errors",
     "runs": "model policies core showing files errors",
     "evaluation": "runs model policies core showing files errors",

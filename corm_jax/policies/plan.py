@@ -11,7 +11,7 @@ import numpy as np
 from corm_jax.errors import CormError
 from corm_jax.files import STRICT, read_json, write_json
 from corm_jax.policies import parse
-from corm_jax.showing.brief import between, line
+from corm_jax.showing.brief import between, line, table
 from corm_jax.showing.labelled import Variable, dataset
 
 if TYPE_CHECKING:
@@ -52,9 +52,19 @@ class Plan:
     capacity: tuple[int, ...]
 
     def __repr__(self) -> str:
+        return line("Plan", **{name: repr(value) for name, value in self._about.items()}, **self._sizes)
+
+    def _repr_html_(self) -> str:
+        return table("Plan", self._about | self._sizes)
+
+    @property
+    def _about(self) -> dict[str, Any]:
         names = ("model", "policy", "kv_heads", "tokens", "chunk", "overflow")
-        shown = {name: repr(getattr(self, name)) for name in names}
-        return line("Plan", **shown, layers=len(self.capacity), capacity=between(self.capacity))
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def _sizes(self) -> dict[str, Any]:
+        return {"layers": len(self.capacity), "capacity": between(self.capacity)}
 
     def to_xarray(self) -> "xarray.Dataset":
         """The capacity of each ``layer``, and what it was planned for. Needs ``pip install 'corm-jax[xarray]'``."""

@@ -14,7 +14,7 @@ from corm_jax.errors import CormError
 from corm_jax.files import STRICT, read_json, write_json
 from corm_jax.policies.corm import Corm
 from corm_jax.policies.protect import Protect, protect
-from corm_jax.showing.brief import between, line
+from corm_jax.showing.brief import between, line, table
 from corm_jax.showing.labelled import Variable, dataset
 
 if TYPE_CHECKING:
@@ -63,8 +63,8 @@ class Profile:
         for name, shape in heads.items():
             if shape != heads["window"] or len(set(shape)) != 1 or not shape[0]:
                 raise CormError(f"{name}: must have a number for as many heads in every layer as window, not {shape}")
-        for name, table in tables.items():
-            for layer, row in enumerate(table):
+        for name, layers in tables.items():
+            for layer, row in enumerate(layers):
                 for head, number in enumerate(row):
                     if not (name == "window" and number is None) and not 1 <= (number or 0) <= EVERYTHING:
                         null = ", or null for all keys" if name == "window" else ""
@@ -74,10 +74,17 @@ class Profile:
             raise CormError(f"sinks: must be from 0 to {EVERYTHING}, not {reprlib.repr(self.sinks)}")
 
     def __repr__(self) -> str:
+        return line("Profile", repr(self.model), **self._summary)
+
+    def _repr_html_(self) -> str:
+        return table("Profile", {"model": self.model} | self._summary)
+
+    @property
+    def _summary(self) -> dict[str, Any]:
         windows = [window for layer in self.window for window in layer]
         shape = {"layers": len(self.window), "kv_heads": len(self.window[0])}
         shown = between([window for window in windows if window is not None] or [EVERYTHING])
-        return line("Profile", repr(self.model), **shape, window=shown, whole_heads=windows.count(None))
+        return shape | {"window": shown, "whole_heads": windows.count(None)}
 
     def to_xarray(self) -> "xarray.Dataset":
         """The same with names: axes ``layer`` and ``kv_head``. Needs ``pip install 'corm-jax[xarray]'``.

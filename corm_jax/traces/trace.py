@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from corm_jax.showing.brief import line, table
 from corm_jax.traces.arrays import DTYPES, TraceError, by_layer, require
 from corm_jax.traces.meta import QKV, Meta, Rows, layer_of, whole_number
 from corm_jax.traces.storage import Writer, reader
@@ -35,10 +36,16 @@ class Trace:
         self.meta, self._read = meta, read
 
     def __repr__(self) -> str:
+        return line("Trace", **{name: reprlib.repr(value) for name, value in self._summary.items()})
+
+    def _repr_html_(self) -> str:
+        return table("Trace", self._summary)
+
+    @property
+    def _summary(self) -> dict[str, object]:
         names = ("kind", "model", "layers", "steps", "q_heads", "kv_heads", "head_dim")
         shown = {name: getattr(self.meta, name) for name in names}
-        shown = {name: value for name, value in shown.items() if value not in (None, "")}
-        return f"Trace({', '.join(f'{name}={reprlib.repr(value)}' for name, value in shown.items())})"
+        return {name: value for name, value in shown.items() if value not in (None, "")}
 
     def layer(self, index: int) -> QKV | Rows:
         """Layer ``index``, counted from 0, in float32: a `QKV` or a `Rows`, depending on the kind of the trace.
