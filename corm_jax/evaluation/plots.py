@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from corm_jax.policies import Notation
+
 MIB = 2**20
 
 
@@ -101,4 +103,4 @@ def _plain(text: str) -> str:
 
 
 def _rule(line: Any) -> str:
-    return line.policy.partition(":")[0]
+    return Notation.read(line.policy).name
