@@ -75,8 +75,8 @@ def specifies(policy: type[Policy]) -> Callable[[RuleClass], RuleClass]:
     """
     if not (isinstance(policy, type) and issubclass(policy, Policy)):
         raise CormError(f"specifies takes the class of a policy, as in specifies(Odd), not {policy!r}")
-    if policy in RULES or policy in WHOLE:
-        raise CormError(f"{policy.__name__} has a specification already: {(RULES | WHOLE)[policy].__name__}")
+    if policy in RULES or policy in REFERENCES:
+        raise CormError(f"{policy.__name__} has a specification already: {(RULES | REFERENCES)[policy].__name__}")
 
     def register(rule: RuleClass) -> RuleClass:
         RULES[policy] = rule
