@@ -36,7 +36,7 @@ from corm_jax.evaluation.intervals import bootstrap
 from corm_jax.evaluation.texts import read_text
 from corm_jax.files import write_json
 from corm_jax.model.prompts import Text
-from corm_jax.policies import SELF_SIZED, keys_of, on_budget, profile_of
+from corm_jax.policies import held_by, keys_of, on_budget, profile_of
 from corm_jax.showing.drawing import GREY, figure_of, saving, styles, title
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ def held(policies: list[str], budgets: list[str], tokens: int) -> list[str]:
     """The SPECs to be read, `full` first: each at each budget, unless it decides by itself."""
     found = ["full"]
     for spec in policies:
-        free = spec.partition(":")[0] in SELF_SIZED or not budgets or "budget=" in spec
+        free = held_by(spec) == "cap" or not budgets or "budget=" in spec
         found += [spec] if free else [on_budget(spec, keys_of(budget, tokens)) for budget in budgets]
     return list(dict.fromkeys(found))
 

@@ -17,7 +17,7 @@ from corm_jax.core.capacity import slots_for
 from corm_jax.core.policy import Policy
 from corm_jax.errors import CormError
 from corm_jax.files import check_new, deliver, finish, write_json
-from corm_jax.policies import parse
+from corm_jax.policies import Notation, parse
 from corm_jax.showing.drawing import saving
 from corm_jax.terminal import console
 from corm_jax.terminal.console import COUNT, SEED, Real, Spec, Whole, naming
@@ -28,6 +28,7 @@ from corm_jax.traces.trace import Trace
 from simulator import oracle, planner, plots
 from simulator.replay import FIDELITIES, Replay, replay, sweep
 from simulator.report import print_replays, print_rows, summary
+from simulator.specification import MISSING, specified
 from simulator.verify import verify
 
 # isort: split
@@ -121,7 +122,8 @@ def main() -> NoReturn:
 def simulator():
     """Replay cache policies on a TRACE, a directory that `corm record` made.
 
-    A SPEC is a name from `corm policies` with options, as in corm:window=64,recent=32.
+    A SPEC is a name from `corm policies` with options, as in corm:window=64,recent=32, or a class of your own, as in
+    my_policies:Recent:budget=64, whose module is imported, from the current directory too.
     """
 
 
@@ -223,7 +225,7 @@ def _sweep(job: Job, spec, items, plot_file):
         raise CormError(f"--plot draws grids of two options, not of {len(texts)}")
 
     def policy(**point: str) -> Policy:
-        return parse(spec + ("," if ":" in spec else ":") + ",".join(f"{name}={text}" for name, text in point.items()))
+        return parse(str(Notation.read(spec).having(**point)))
 
     grid = {name: [_plain(text) for text in values] for name, values in texts.items()}
     meta, points = job.trace.meta, math.prod(map(len, grid.values()))
@@ -286,6 +288,8 @@ def _check(job: Job, spec) -> int:
     with naming({"--policy": spec}), bar(spec, len(job.layers)) as progress:
         findings = verify(job.trace, policy, **options, progress=progress)
     rows = [{"name": finding.name, "held": finding.held, "detail": finding.detail} for finding in findings]
+    if not specified(policy):
+        rows.insert(0, {"name": "specification", "held": False, "detail": f"there is none: {MISSING}"})
     title = f"{spec} on {job.title}"
     job.finish({"policy": spec, "rows": rows}, lambda: print_rows(title, job.options, ["name", "held", "detail"], rows))
     return 0 if all(row["held"] for row in rows) else 1

@@ -21,11 +21,13 @@ class Rule:
     Attributes:
       prompt: the clock at which the prompt ends; infinity if nobody said.
       margin: see `Reading`; also the smallest relative difference between two keys, one of which had to go.
+      tied: whether a key was evicted, and another of equal score was not.
       waits: whether all keys stay until the prompt has been read.
     """
 
     prompt = math.inf
     margin = math.inf
+    tied = False
     waits = False
 
     def begins(self, prompt: float) -> None:
@@ -53,6 +55,10 @@ class Rule:
     def without(self, live: list[int], t: int, count: int) -> list[int]:
         """The live keys without the ``count`` that are first in the order of eviction."""
         return without([self], [live], t, count)[0]
+
+    def heeds(self, other: "Rule") -> None:
+        """The close calls and ties of another rule, which this one asks, are its own."""
+        self.margin, self.tied = min(self.margin, other.margin), self.tied or other.tied
 
 
 class Corm(Rule):
@@ -318,6 +324,7 @@ class AdaKV(SnapKV):
         for (low, *_), (high, *_) in zip(every[:cut][-1:], every[cut:], strict=False):
             if low != high:
                 self.margin = min(self.margin, (high - low) / high)
+            self.tied |= low == high
         mine = sum(head == self.head for _, _, head in every[cut:])
         share = Fraction(round(1000 * self.floor), 1000)
         return math.floor((1 - share) * mine + share * even + Fraction(1, 2))
@@ -338,7 +345,7 @@ class Oneshot(Rule):
 
     def keeps(self, live, t):
         live = live if t < self.prompt else self.rule.keeps(live, t)
-        self.margin = min(self.margin, self.rule.margin)
+        self.heeds(self.rule)
         return live
 
 
@@ -351,7 +358,7 @@ class Protect(Rule):
 
     def keeps(self, live, t):
         kept = self.rule.keeps(live, t)
-        self.margin = min(self.margin, self.rule.margin)
+        self.heeds(self.rule)
         return [i for i in live if i in kept or self._safe(i, t)]
 
     def exempt(self, i, t):
@@ -378,7 +385,7 @@ class Budget(Rule):
 
     def keeps(self, live, t):
         live = self.rule.keeps(live, t)
-        self.margin = min(self.margin, self.rule.margin)
+        self.heeds(self.rule)
         if self.waits and t < self.prompt:
             return live
         limit = max(self.tokens + t * self.per_mille // 1000, self.least)
@@ -445,19 +452,22 @@ class Form:
 def without(rules: Sequence[Rule], live: list[list[int]], t: int, count: int) -> list[list[int]]:
     """The live keys of some heads without the first ``count`` of all by eviction order, of equals the first head's."""
     live = [list(keys) for keys in live]
-    for _ in range(count):
+    for left in range(count, 0, -1):
         ranked = []
         for head, rule in enumerate(rules):
             for i in live[head]:
                 exempt = rule.exempt(i, t)
                 order = 0 if exempt else rule.order(i, t)
                 ranked.append((exempt, -math.inf if math.isnan(order) else order, i, head))
-        (_, a, i, head), *others = sorted(ranked)
+        (last, a, i, head), *others = sorted(ranked)
         for exempt, b, *_ in others:
             if not exempt and isinstance(b, float) and a != b and math.isfinite(a + b):  # else rounding decides nothing
                 for rule in rules:
                     rule.margin = min(rule.margin, abs(a - b) / max(abs(a), abs(b)))
         live[head].remove(i)
+        tied = any(other[:2] == (last, a) for other in others)
+        for rule in rules if left == 1 else ():  # the order in which all of them are evicted decides nothing
+            rule.tied |= tied
     return live
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -39,6 +39,51 @@ RULES: dict[type, type[rules.Rule]] = {
     policies.PyramidKV: rules.PyramidKV,
     policies.AdaKV: rules.AdaKV,
 }
+
+MISSING = "register its rule in NumPy with simulator.specification.specifies, see docs/policies.md"
+"""The way out for a policy without a specification."""
+
+RuleClass = TypeVar("RuleClass", bound=type[rules.Rule])
+
+
+def specifies(policy: type[Policy]) -> Callable[[RuleClass], RuleClass]:
+    """Registers a rule as the specification of a policy of your own; a decorator of the rule's class.
+
+    ``check_policy``, ``check_kept`` and ``python -m simulator check`` find it from then on. The rule is made with the
+    policy's fields as keyword arguments, a fresh one for each head of each layer: `simulator.rules.Rule`. Where the two
+    are in separate modules, name the policy by that of the rule: ``my_rules:Odd``.
+
+    >>> import corm_jax as cj
+    >>> @cj.policy
+    ... class Oldest(cj.Policy):
+    ...     first: int = 2
+    ...
+    ...     def score(self, state, slots):
+    ...         return -slots.position
+    >>> @specifies(Oldest)
+    ... class OldestRule(rules.Rule):
+    ...     def __init__(self, *, first):
+    ...         self.first = first
+    ...
+    ...     def order(self, i, t):
+    ...         return -i
+    >>> specified(cj.budget(Oldest(), 4))
+    True
+
+    Raises:
+      CormError: for what is not a policy's class, or has a specification already.
+    """
+    if not (isinstance(policy, type) and issubclass(policy, Policy)):
+        raise CormError(f"specifies takes the class of a policy, as in specifies(Odd), not {policy!r}")
+    if policy in RULES or policy in REFERENCES:
+        raise CormError(f"{policy.__name__} has a specification already: {(RULES | REFERENCES)[policy].__name__}")
+
+    def register(rule: RuleClass) -> RuleClass:
+        RULES[policy] = rule
+        return rule
+
+    return register
+
 
 COMBINATORS = policies.Budget | policies.Protect | policies.Oneshot
 
@@ -98,7 +143,7 @@ def rule_of(policy: Any, head: int, layer: int = 0, layers: int = 1) -> rules.Ru
             return rules.Budget(inner, least=int(_own(policy.traits.protected, head, layer)), **fields)
         return (rules.Protect if isinstance(policy, policies.Protect) else rules.Oneshot)(inner, **fields)
     if type(policy) not in RULES:
-        raise CormError(f"{type(policy).__name__} has no specification in simulator.rules")
+        raise CormError(f"{type(policy).__name__} has no specification: {MISSING}")
     where: dict[str, Any] = {"layer": layer, "layers": layers} if isinstance(policy, policies.PyramidKV) else {}
     if issubclass(RULES[type(policy)], rules.AdaKV):
         sizes = (getattr(policy, name) for name in ("budget", "window"))

@@ -10,6 +10,9 @@ Each check (see `simulator.checks`) has a name and draws histories with Hypothes
 `InvariantError` that says which invariant broke, in which head, at which clock, for which key, after shrinking to a
 history that can be read. Policies are tried on sequences of `strategies.TOKENS` tokens: give them numbers small enough
 for something to happen.
+
+`check_kept` (see `simulator.kept`) is for caches and prompt compressors of any framework: NumPy in, NumPy out. All of
+this needs the extra ``checks`` alone: Hypothesis and pytest.
 """
 
 from functools import cache, partial
@@ -26,6 +29,7 @@ from corm_jax.policies import Corm
 from simulator.checks import CHECKS, CORM, ENOUGH, evicts_something, specification, untried
 from simulator.construction import check_construction
 from simulator.invariants import InvariantError
+from simulator.kept import Tried, check_kept
 from simulator.reference import corm_messages
 from simulator.specification import Reference, specified
 from simulator.subject import Implementation, Subject
@@ -147,4 +151,4 @@ def _run(check, policy, reference, implementation, examples: int, shrink: bool) 
         raise InvariantError(check.__name__, what) from None
 
 
-__all__ = ["CHECKS", "Implementation", "InvariantError", "check_policy", "parametrize_checks"]
+__all__ = ["CHECKS", "Implementation", "InvariantError", "Tried", "check_kept", "check_policy", "parametrize_checks"]

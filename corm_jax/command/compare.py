@@ -71,8 +71,9 @@ def compare(
     """Read a text through each policy's cache: what forgetting costs, what it saves.
 
     Every token is predicted from what the cache still holds (teacher forcing). A SPEC is a name from `corm policies`
-    with options, as in corm:window=64,recent=32. On a --budget, corm without a window gets the one with which it ends
-    the text with as many keys, searched in passes of their own; with a window it is capped.
+    with options, as in corm:window=64,recent=32, or a class of your own, as in my_policies:Recent:budget=64, whose
+    module is imported, from the current directory too. On a --budget, corm without a window gets the one with which it
+    ends the text with as many keys, searched in passes of their own; with a window it is capped.
     """
     specs = list(dict.fromkeys(specs or DEFAULT_POLICIES))
     keys = None if budget is None else keys_of(budget, tokens)

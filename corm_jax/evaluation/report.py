@@ -12,7 +12,7 @@ from corm_jax.evaluation.records import read_rows, read_run
 from corm_jax.evaluation.rows import Run
 from corm_jax.evaluation.summary import MEASURES, Line, lines
 from corm_jax.files import check_new, deliver, finish
-from corm_jax.policies import Corm, parse
+from corm_jax.policies import Corm, Notation, parse
 from corm_jax.showing.drawing import saving
 
 MIB = 2**20
@@ -106,7 +106,7 @@ def _grid(found: Found, against: str) -> list[str]:
         cells = {}
         for line in found.lines:
             with suppress(CormError):  # the profile of a policy may have been deleted
-                policy = parse(line.policy)
+                policy = Notation.read(line.policy).name == "corm" and parse(line.policy)
                 if line.task == task and isinstance(policy, Corm):
                     cells[policy.window, policy.recent] = line
         windows, recents = (sorted({key[axis] for key in cells}) for axis in (0, 1))

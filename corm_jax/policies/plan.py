@@ -10,7 +10,7 @@ import numpy as np
 
 from corm_jax.errors import CormError
 from corm_jax.files import STRICT, read_json, write_json
-from corm_jax.policies import parse
+from corm_jax.policies import Notation, parse
 from corm_jax.showing.brief import between, line, table
 from corm_jax.showing.labelled import Variable, dataset
 
@@ -83,7 +83,8 @@ class Plan:
         if not 0 <= self.overflow < 1:
             raise CormError(f"overflow: must be a share of the keys in [0, 1), not {self.overflow}")
         try:
-            parse(self.policy)
+            if Notation.read(self.policy).ours:  # no file has a user's module imported
+                parse(self.policy)
         except CormError as error:
             raise CormError(f"policy: {error}") from None
 
@@ -114,6 +115,8 @@ class Plan:
 
     def is_for(self, spec: str) -> bool:
         """Whether a SPEC means the policy of the plan."""
+        if Notation.read(spec).name != Notation.read(self.policy).name:
+            return False
         one, other = parse(spec), parse(self.policy)
         return jax.tree.structure(one) == jax.tree.structure(other) and all(
             map(np.array_equal, jax.tree.leaves(one), jax.tree.leaves(other))

@@ -18,7 +18,7 @@ from corm_jax.core.wrapper import Wrapper, name_of
 from corm_jax.errors import CormError
 from corm_jax.model.generation import prefill
 from corm_jax.model.llama import Llama
-from corm_jax.policies import SELF_SIZED, Corm, lacks_window, on_budget, parse, policy
+from corm_jax.policies import Corm, Notation, held_by, lacks_window, on_budget, parse, policy
 from corm_jax.runs.perplexity import read_text
 
 TOLERANCE = 0.02
@@ -120,6 +120,5 @@ def fitted(
     """
     if lacks_window(spec):
         window = fit_window(model, tokens, keys, parse(spec), chunk=chunk, progress=progress)
-        return f"{spec}{',' if ':' in spec else ':'}window={window},recent={window}", "searched"
-    name = spec.partition(":")[0]
-    return on_budget(spec, keys), "none" if name == "full" else "cap" if name in SELF_SIZED else "fixed"
+        return str(Notation.read(spec).having(window=window, recent=window)), "searched"
+    return on_budget(spec, keys), held_by(spec)

@@ -19,7 +19,7 @@ from corm_jax.core.policy import Policy
 from corm_jax.core.prompt import prompt_of
 from corm_jax.errors import CormError
 from corm_jax.files import reason
-from corm_jax.policies import keeps_everything, keys_of, parse
+from corm_jax.policies import Notation, keeps_everything, keys_of, parse
 from corm_jax.terminal import compiled
 from corm_jax.terminal.stopping import stoppable
 
@@ -188,6 +188,8 @@ def run(command: click.Group, name: str, program: str | None = None) -> NoReturn
       program: the command as the user types it, if that is not ``name``.
     """
     _open_streams()
+    if not {"", str(Path.cwd())} & set(sys.path):
+        sys.path.append("")  # for policies of the user's own; last, so that it hides no module that is installed
     with stoppable(name):
         compiled.keep()
         sys.exit(_code(command, name, program or name))
@@ -229,10 +231,10 @@ def _code(command: click.Group, name: str, program: str) -> int:
 def note_budgets(specs: Sequence[str], program: str = "corm") -> None:
     """Prints a note on standard error if policies only score keys and have no budget, so that nothing is evicted."""
     if found := [spec for spec in dict.fromkeys(specs) if keeps_everything(spec)]:
-        have, example = "has" if len(found) == 1 else "have", found[0] + (":" if ":" not in found[0] else ",")
+        have, example = "has" if len(found) == 1 else "have", Notation.read(found[0])
         print(
             f"{program}: note: {', '.join(found)} {have} no budget, so that every key stays: add one, as in "
-            f"{example}budget=512 or {example}budget=0.25",
+            f"{example.having(budget=512)} or {example.having(budget=0.25)}",
             file=sys.stderr,
         )
 
