@@ -17,6 +17,7 @@ from corm_jax.core.step import look, read, step
 from corm_jax.core.types import Caches, CacheSpec, Clock, LayerCache, OfHead, Usage
 from corm_jax.errors import CacheOverflowError, CheckpointError, CheckpointWarning, CormError
 from corm_jax.model.checkpoint import load
+from corm_jax.model.decoder import Decoder, Shape, make_caches
 from corm_jax.model.generation import Generation, decode, generate, prefill, stream
 from corm_jax.model.llama import Config, Llama
 from corm_jax.policies import (
@@ -64,6 +65,7 @@ __all__ = [
     "Config",
     "Corm",
     "CormError",
+    "Decoder",
     "Full",
     "Generation",
     "L2Norm",
@@ -80,6 +82,7 @@ __all__ = [
     "Rope",
     "Rotary",
     "Scissorhands",
+    "Shape",
     "Slots",
     "SnapKV",
     "StreamingLLM",
@@ -94,6 +97,7 @@ __all__ = [
     "load",
     "look",
     "make_cache",
+    "make_caches",
     "oneshot",
     "parse",
     "partition_specs",

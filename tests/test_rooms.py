@@ -12,12 +12,13 @@ ROOMS = {
     "core": "errors",
     "policies": "core files errors",
     "model": "core files errors",
+    "adapters": "model core errors",
     "traces": "files errors",
     "terminal": "policies core files errors",
     "runs": "model policies core files errors",
     "evaluation": "runs model policies core files errors",
     "command": "evaluation runs model policies core traces terminal files errors",
-    "corm_jax": "model policies core errors",
+    "corm_jax": "adapters model policies core errors",
     "simulator": "policies core traces terminal files errors",
 }
 """What a room may import beside itself. No room needs `corm_jax`, the names that ``import corm_jax`` gives."""

@@ -20,7 +20,7 @@ import numpy as np
 
 from corm_jax.core.arrays import broadcasts, iota
 from corm_jax.errors import CormError
-from corm_jax.model.llama import Llama
+from corm_jax.model.decoder import Decoder
 from corm_jax.runs.recording import record
 
 DISTANCES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -38,7 +38,9 @@ SHORTEST = 2 * FIRST
 """Tokens of a text."""
 
 
-def analyse(model: Llama, tokens: Sequence[int], progress: Callable[[int], None] = lambda done: None) -> dict[str, Any]:
+def analyse(
+    model: Decoder, tokens: Sequence[int], progress: Callable[[int], None] = lambda done: None
+) -> dict[str, Any]:
     """Numbers for each layer; lists run over layers first.
 
     Returns:

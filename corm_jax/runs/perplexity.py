@@ -18,8 +18,8 @@ from corm_jax.core.options import integer, one_of
 from corm_jax.core.prompt import check_prompt, expect, prompt_of
 from corm_jax.core.types import Capacity, Usage
 from corm_jax.errors import CormError
+from corm_jax.model.decoder import Decoder, forward, make_caches
 from corm_jax.model.generation import OVERFLOW, Blocks, Overflow, Policies, watch
-from corm_jax.model.llama import Llama
 
 
 class Reading(NamedTuple):
@@ -54,7 +54,7 @@ class Reading(NamedTuple):
 
 
 def read(
-    model: Llama,
+    model: Decoder,
     policy: Policies,
     tokens: Tokens,
     *,
@@ -87,7 +87,7 @@ def read(
     capacity = slots_for(policy, capacity, len(tokens), chunk)
     check_prompt(policy, capacity, prompt := prompt_of(policy, prompt, len(tokens)))
     blocks, targets, counts = cut(tokens, prompt, model.config.vocab, chunk)
-    caches = model.make_caches(policy, batch=1, capacity=capacity, stores=stores, tokens=len(tokens))
+    caches = make_caches(model, policy, batch=1, capacity=capacity, stores=stores, tokens=len(tokens))
     caches = expect(policy, caches, np.array([len(tokens)], np.int32), np.array([prompt], np.int32), chunk)
     check = watch(caches, overflow)
     # A block without tokens changes nothing, but it compiles: the clock starts after it.
@@ -135,6 +135,6 @@ def cut(
 @partial(jax.jit, static_argnames="chunk", donate_argnames="caches")
 @broadcasts
 def _score(model, policy, caches, tokens, targets, count, *, chunk):
-    x, caches, course = model(policy, caches, tokens, count, chunk=chunk)
+    x, caches, course = forward(model, policy, caches, tokens, count, chunk=chunk)
     log_probability = jax.nn.log_softmax(model.logits(x))
     return -jnp.take_along_axis(log_probability, targets[..., None], axis=-1)[..., 0], course, caches
