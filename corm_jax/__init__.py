@@ -4,6 +4,7 @@
 >>> policy = cj.Corm(window=256, recent=256)
 """
 
+from corm_jax import adapters
 from corm_jax.core.attention import attend
 from corm_jax.core.cache import make_cache, usage
 from corm_jax.core.capacity import per_layer
@@ -88,6 +89,7 @@ __all__ = [
     "StreamingLLM",
     "Traits",
     "Usage",
+    "adapters",
     "attend",
     "begin_prompt",
     "budget",

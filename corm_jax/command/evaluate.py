@@ -26,7 +26,7 @@ from corm_jax.evaluation.rows import FORMAT, Kind, Run
 from corm_jax.evaluation.suite import Suite, checksum, memory, surroundings
 from corm_jax.evaluation.summary import MEASURES, lines
 from corm_jax.evaluation.texts import read_texts, stretches
-from corm_jax.model.decoder import Decoder
+from corm_jax.model.decoder import Decoder, hidden
 from corm_jax.model.prompts import scored_from
 from corm_jax.model.tokenizer import Tokenizer
 from corm_jax.policies import parse
@@ -83,7 +83,7 @@ class Job:
             format=FORMAT,
             kind=self.kind,
             model=self.model,
-            dtype=self.dtype,
+            dtype=hidden(model).dtype.name,
             policies=list(self.specs),
             budget=self.budget,
             chunk=self.chunk,

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
+from corm_jax.command import own_model
+from corm_jax.command.options import DTYPES
 from corm_jax.errors import CheckpointWarning, CormError
 from corm_jax.evaluation.texts import read_text, reference_text
 from corm_jax.model import checkpoint
@@ -19,7 +21,11 @@ from corm_jax.terminal.console import progress_bar
 
 
 def load(model: str, dtype: str) -> tuple[Decoder, Tokenizer]:
-    """`checkpoint.load` with a bar."""
+    """`checkpoint.load` with a bar, or what a module of the user's own returns."""
+    if own_model.is_own(model):
+        if dtype != DTYPES[0]:
+            raise CormError(f"--dtype {dtype} is for checkpoints: {model} decides about its own, leave the option out")
+        return own_model.load(model)
 
     def bar(parameters):
         with progress_bar() as progress:
