@@ -59,10 +59,10 @@ class _Block:
     block: linen.Module
 
     def __call__(self, variables, x, position, attend):
-        from gemma.gm.nn._modules import Attention
+        from gemma import gm
 
         def intercept(proceed, args, options, context):
-            if isinstance(context.module, Attention) and context.method_name == "__call__":
+            if isinstance(context.module, gm.nn.Attention) and context.method_name == "__call__":
                 return None, _attention(context.module, args[0], position, attend)
             return proceed(*args, **options)
 
@@ -71,8 +71,8 @@ class _Block:
 
 
 def _attention(own, x, position, attend):
+    from gemma import gm
     from gemma.gm.math._positional_embeddings import apply_rope
-    from gemma.gm.nn._modules import AttentionType
 
     if own.use_qkv_einsum:
         q, k, v = own.qkv_einsum("BTD,SNDH->SBTNH", x)
@@ -81,6 +81,6 @@ def _attention(own, x, position, attend):
     if own.use_qk_norm:
         q, k = own._query_norm(q), own._key_norm(k)
     rope = partial(apply_rope, base_frequency=own.rope_base_frequency, scale_factor=own.rope_scale_factor)
-    window = own.sliding_window_size if own.attn_type == AttentionType.LOCAL_SLIDING else None
+    window = own.sliding_window_size if own.attn_type == gm.nn.AttentionType.LOCAL_SLIDING else None
     form = {"scale": own.query_pre_attn_scalar, "softcap": own.attn_logits_soft_cap, "window": window}
     return own.attn_vec_einsum("BTNH,NHD->BTD", attend(rope(q, position), rope(k, position), v, **form))

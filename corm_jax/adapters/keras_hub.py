@@ -22,14 +22,15 @@ def decoder(model: Any, *, context: int = 8192) -> Functions:
       context: positions that it was trained on.
 
     Raises:
-      CormError: for another backend than JAX.
+      CormError: for another backend than JAX; and, when it reads, for a model that has no place for other attention.
     """
     import keras
 
     if keras.backend.backend() != "jax":
         raise CormError(f"keras runs on {keras.backend.backend()}: set KERAS_BACKEND=jax before it is imported")
     backbone, layers = model.backbone, model.backbone.transformer_layers
-    heads = getattr(backbone, "num_query_heads", None) or backbone.num_heads
+    names = ("num_query_heads", "num_heads", "num_attention_heads")
+    heads = next(getattr(backbone, name) for name in names if hasattr(backbone, name))
     shape = Shape(
         vocab=backbone.vocabulary_size,
         layers=len(layers),
@@ -71,14 +72,18 @@ class _Layer:
     layer: Any
 
     def __call__(self, weights, x, position, attend):
-        batch, tokens = position.shape
+        (batch, tokens), called = position.shape, []
 
         def attention(cache, q, k, v, scale, head_dim, heads, kv_heads, sliding_window=None, soft_cap=None):
+            called.append(self.layer)
             q, k, v = (one.reshape(batch, tokens, -1, head_dim) for one in (q, k, v))
             out = attend(q, k, v, scale=scale, window=sliding_window, softcap=soft_cap)
             return cache, out.reshape(batch * tokens, -1)
 
-        return _serving(self.layer, weights, x, position, attention)
+        x = _serving(self.layer, weights, x, position, attention)
+        if not called:
+            raise CormError(f"{type(self.layer).__name__} of keras_hub has no place for other attention")
+        return x
 
 
 @dataclass(frozen=True, eq=False)

@@ -36,7 +36,7 @@ class PlainTokenizer(Tokenizer):
             ids = [int(one) for one in self.inner.encode(text)]
         except TypeError as error:
             kind = type(self.inner).__name__
-            raise CormError(f"the tokenizer's encode must return whole numbers, and that of {kind} does not: {error}")
+            raise CormError(f"encode of the tokenizer, a {kind}, must return whole numbers: {error}") from None
         return [*self.begin, *ids] if special else ids
 
     def decode(self, ids: list[int]) -> str:
