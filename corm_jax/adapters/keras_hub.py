@@ -52,7 +52,9 @@ def decoder(model: Any, *, context: int = 8192) -> Functions:
 
 def _hidden(tensors):
     """The hidden states, without the masks that are beside them."""
-    return tensors[0] if isinstance(tensors, list | tuple) else tensors
+    from keras import tree
+
+    return next(one for one in tree.flatten(tensors) if "float" in one.dtype)
 
 
 def _weights(layer):
@@ -103,5 +105,5 @@ def _serving(layer, weights, x, position, attention=None):
 
     rows = x.reshape(-1, 1, *x.shape[2:])
     with vllm_context_scope(attention, position.reshape(-1)):
-        out, _ = layer.stateless_call(*weights, rows, training=False)
+        out, _ = layer.stateless_call(*weights, rows)
     return out.reshape(*position.shape, -1)
