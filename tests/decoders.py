@@ -67,10 +67,8 @@ def attended(model, policy):
                 grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
                 step = jax.vmap(lambda *row: read(one, *row, TOKENS, encoding, chunk=1, **form)[0])
                 found.append((q, k, v))
-                frequencies = None if encoding is None else np.asarray(encoding.frequencies)
-                forms.append(
-                    {name: value for name, value in form.items() if value is not None} | {"frequencies": frequencies}
-                )
+                about = form | {"frequencies": None if encoding is None else np.asarray(encoding.frequencies)}
+                forms.append({name: value for name, value in about.items() if value is not None})
                 return step(cache, grouped, k, v).reshape(q.shape)
 
             return layer(x, position, attend), found[0]

@@ -28,7 +28,7 @@ def model(local, kv_heads, **options):
         local_base_frequency=100,
         **options,
     )
-    one, rng = gm.nn.Gemma3_270M(config=config, dtype=jnp.float32), np.random.default_rng(0)
+    one, rng = gm.nn.Transformer(config=config, dtype=jnp.float32), np.random.default_rng(0)
     drawn = jax.eval_shape(one.init, jax.random.key(0), IDS)["params"]
     return one, jax.tree.map(lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), jnp.float32), drawn)
 

@@ -21,7 +21,7 @@ def decoder(model: Any, params: Any, *, context: int = 8192) -> Functions:
     """A `corm_jax.Decoder` of a model of ``gemma``.
 
     Args:
-      model: a module such as ``gm.nn.Gemma3_270M()``.
+      model: a ``gm.nn.Transformer``, such as ``gm.nn.Gemma3_270M()``.
       params: its parameters, as ``gm.ckpts.load_params`` returns them.
       context: positions that it was trained on.
 

@@ -4,7 +4,7 @@ keras-hub has a place where a server puts its own attention: layers that find a 
 and values, rotated at the positions that the context names. To them every token is a row by itself.
 """
 
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from jax.tree_util import Partial
@@ -44,9 +44,9 @@ def decoder(model: Any, *, context: int = 8192) -> Functions:
     head = backbone.token_embedding
     return Functions(
         shape,
-        Partial(_Embed(enter), _weights(enter)),
-        tuple(Partial(_Layer(layer), _weights(layer)) for layer in layers),
-        Partial(_Logits(leave, head), _weights(leave), _weights(head)),
+        Partial(partial(_serving, enter), _weights(enter)),
+        tuple(Partial(partial(_layer, layer), _weights(layer)) for layer in layers),
+        Partial(partial(_logits, leave, head), _weights(leave), _weights(head)),
     )
 
 
@@ -61,49 +61,30 @@ def _weights(layer):
     return [one.value for one in layer.trainable_variables], [one.value for one in layer.non_trainable_variables]
 
 
-@dataclass(frozen=True, eq=False)
-class _Embed:
-    model: Any
-
-    def __call__(self, weights, tokens, position):
-        return _serving(self.model, weights, tokens, position)
-
-
-@dataclass(frozen=True, eq=False)
-class _Layer:
-    layer: Any
-
-    def __call__(self, weights, x, position, attend):
-        (batch, tokens), called = position.shape, []
-
-        def attention(cache, q, k, v, scale, head_dim, heads, kv_heads, sliding_window=None, soft_cap=None):
-            called.append(self.layer)
-            q, k, v = (one.reshape(batch, tokens, -1, head_dim) for one in (q, k, v))
-            out = attend(q, k, v, scale=scale, window=sliding_window, softcap=soft_cap)
-            return cache, out.reshape(batch * tokens, -1)
-
-        x = _serving(self.layer, weights, x, position, attention)
-        if not called:
-            raise CormError(f"{type(self.layer).__name__} of keras_hub has no place for other attention")
-        return x
-
-
-@dataclass(frozen=True, eq=False)
-class _Logits:
-    leave: Any
-    head: Any
-
-    def __call__(self, weights, table, x):
-        rows = x.reshape(1, -1, x.shape[-1])
-        rows, _ = self.leave.stateless_call(*weights, rows)
-        return self.head.stateless_call(*table, rows, reverse=True)[0].reshape(*x.shape[:-1], -1)
-
-
 def _serving(layer, weights, x, position, attention=None):
     """What a layer makes of tokens, each of which is a row by itself."""
     from keras_hub.src.vllm.context import vllm_context_scope
 
-    rows = x.reshape(-1, 1, *x.shape[2:])
     with vllm_context_scope(attention, position.reshape(-1)):
-        out, _ = layer.stateless_call(*weights, rows)
+        out, _ = layer.stateless_call(*weights, x.reshape(-1, 1, *x.shape[2:]))
     return out.reshape(*position.shape, -1)
+
+
+def _layer(layer, weights, x, position, attend):
+    called = []
+
+    def attention(cache, q, k, v, scale, head_dim, heads, kv_heads, sliding_window=None, soft_cap=None):
+        called.append(layer)
+        q, k, v = (one.reshape(*position.shape, -1, head_dim) for one in (q, k, v))
+        out = attend(q, k, v, scale=scale, window=sliding_window, softcap=soft_cap)
+        return cache, out.reshape(position.size, -1)
+
+    x = _serving(layer, weights, x, position, attention)
+    if not called:
+        raise CormError(f"{type(layer).__name__} of keras_hub has no place for other attention")
+    return x
+
+
+def _logits(leave, head, weights, table, x):
+    rows, _ = leave.stateless_call(*weights, x.reshape(1, -1, x.shape[-1]))
+    return head.stateless_call(*table, rows, reverse=True)[0].reshape(*x.shape[:-1], -1)
