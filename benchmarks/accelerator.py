@@ -202,7 +202,7 @@ def prefill(report: Report, model: cj.Llama, tokens: int) -> None:
     for name, policy, chunk in (("full", cj.Full(), 256), ("CORM", CORM, 256), ("CORM, exact", CORM, 1)):
         if not report.enough(40, f"{title}, {name}"):
             continue
-        start = model.make_caches(policy, batch=1, capacity=tokens)
+        start = cj.make_caches(model, policy, batch=1, capacity=tokens)
         start = cj.end_prompt(start) if policy.traits.whole_prompt else cj.begin_prompt(start, tokens)
         cut = blocks[chunk]
 

@@ -58,7 +58,7 @@ class Contender:
         return 1 if self.layout == "pooled" else None
 
     def make_caches(self, model):
-        made = model.make_caches(self.policy, batch=self.batch, capacity=self.slots, stores=self.stores)
+        made = cj.make_caches(model, self.policy, batch=self.batch, capacity=self.slots, stores=self.stores)
         return cj.end_prompt(cj.begin_prompt(made, 1))
 
     def arguments(self, model, caches):

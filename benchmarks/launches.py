@@ -43,7 +43,7 @@ def compiled(spec: str, stores: int | None, layers: int, capacity: int, **option
     policy = cj.parse(spec)
 
     def caches():
-        made = model.make_caches(policy, batch=1, capacity=capacity, stores=stores)
+        made = cj.make_caches(model, policy, batch=1, capacity=capacity, stores=stores)
         return cj.end_prompt(cj.begin_prompt(made, 1))
 
     numbers = np.int32(STEPS), np.zeros(0, np.int32), np.float32(0), np.float32(1)

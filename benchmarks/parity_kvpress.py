@@ -78,7 +78,7 @@ def run_press(model, press, ids, full) -> tuple[np.ndarray, np.ndarray]:
 
 def run_ours(model, policy, ids) -> np.ndarray:
     """Which keys our policy kept, ``[layer, kv_heads, token]``."""
-    caches = model.make_caches(policy, batch=1, capacity=len(ids))
+    caches = cj.make_caches(model, policy, batch=1, capacity=len(ids))
     _, caches = cj.prefill(model, policy, caches, [ids], chunk=64)
     position = np.stack([np.asarray(cache.position[0]) for cache in caches])
     return (position[..., None] == np.arange(len(ids))).any(-2)

@@ -37,7 +37,7 @@ def ours(spec: str, ids, chunk: int, capacity, pooled: bool) -> dict:
     model, _ = cj.load()
     policy = cj.parse(spec)
     for prompt in (ids[:512], ids):
-        caches = model.make_caches(policy, batch=1, capacity=capacity, stores=1 if pooled else None)
+        caches = cj.make_caches(model, policy, batch=1, capacity=capacity, stores=1 if pooled else None)
         started = time.perf_counter()
         logits, caches = jax.block_until_ready(cj.prefill(model, policy, caches, [prompt], chunk=chunk))
         seconds, steps = time.perf_counter() - started, []

@@ -35,7 +35,7 @@ POLICIES = ("corm:window=256,recent=256", "corm:window=256,recent=256,group=mean
 def live(model, policy, ids) -> tuple[np.ndarray, np.ndarray]:
     """The model's own: live keys ``[layers, kv_heads, steps]``, and which are left ``[layers, kv_heads, keys]``."""
     counts = read_text(model, policy, ids).live.transpose(0, 2, 1)
-    caches = model.make_caches(policy, batch=1, capacity=len(ids))
+    caches = cj.make_caches(model, policy, batch=1, capacity=len(ids))
     _, caches = cj.prefill(model, policy, caches, [ids], chunk=1)
     position = np.stack([np.asarray(cache.position[0]) for cache in caches])
     kept = np.zeros((*counts.shape[:2], len(ids)), bool)

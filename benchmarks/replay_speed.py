@@ -53,7 +53,7 @@ def recorded(model, ids, path: Path) -> Trace:
 
 
 def prefill(model, ids, chunk: int) -> None:
-    caches = model.make_caches(cj.Full(), batch=1, capacity=len(ids))
+    caches = cj.make_caches(model, cj.Full(), batch=1, capacity=len(ids))
     jax.block_until_ready(cj.prefill(model, cj.Full(), caches, [ids], chunk=chunk))
 
 

@@ -4,6 +4,7 @@
 >>> policy = cj.Corm(window=256, recent=256)
 """
 
+from corm_jax import adapters
 from corm_jax.core.attention import attend
 from corm_jax.core.cache import make_cache, usage
 from corm_jax.core.capacity import per_layer
@@ -17,6 +18,7 @@ from corm_jax.core.step import look, read, step
 from corm_jax.core.types import Caches, CacheSpec, Clock, LayerCache, OfHead, Usage
 from corm_jax.errors import CacheOverflowError, CheckpointError, CheckpointWarning, CormError
 from corm_jax.model.checkpoint import load
+from corm_jax.model.decoder import Decoder, Shape, make_caches
 from corm_jax.model.generation import Generation, decode, generate, prefill, stream
 from corm_jax.model.llama import Config, Llama
 from corm_jax.policies import (
@@ -64,6 +66,7 @@ __all__ = [
     "Config",
     "Corm",
     "CormError",
+    "Decoder",
     "Full",
     "Generation",
     "L2Norm",
@@ -80,11 +83,13 @@ __all__ = [
     "Rope",
     "Rotary",
     "Scissorhands",
+    "Shape",
     "Slots",
     "SnapKV",
     "StreamingLLM",
     "Traits",
     "Usage",
+    "adapters",
     "attend",
     "begin_prompt",
     "budget",
@@ -94,6 +99,7 @@ __all__ = [
     "load",
     "look",
     "make_cache",
+    "make_caches",
     "oneshot",
     "parse",
     "partition_specs",

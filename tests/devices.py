@@ -36,7 +36,7 @@ def model():
     llama, policy = tiny(), cj.parse("h2o:recent=4,budget=12")
     prompts = [np.random.default_rng(row).integers(0, 97, 20 + row).tolist() for row in range(8)]
     mesh = jax.make_mesh((4,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
-    caches = llama.make_caches(policy, batch=8, capacity=24)
+    caches = cj.make_caches(llama, policy, batch=8, capacity=24)
     specs = cj.partition_specs(caches, mesh, batch="rows")
     found = []
     for placed in (caches, jax.device_put(caches, jax.tree.map(partial(NamedSharding, mesh), specs))):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import corm_jax as cj
 from corm_jax.core.capacity import slots_for
 from corm_jax.core.wrapper import Wrapper
+from corm_jax.model.decoder import forward
 from corm_jax.runs.perplexity import read_text
 from simulator.testing import check_policy
 from tests.drive import at_clock
@@ -301,16 +302,19 @@ TWO = [[1, 2, 3], [4, 5, 6]]
 @pytest.mark.parametrize(
     ("caches", "message"),
     [
-        (lambda: MODEL.make_caches(CORM, batch=3, capacity=8), "are of a batch of 3, and there are 2 rows to read"),
+        (lambda: cj.make_caches(MODEL, CORM, batch=3, capacity=8), "are of a batch of 3, and there are 2 rows to read"),
         (
-            lambda: cj.Caches.of(list(MODEL.make_caches(CORM, batch=2, capacity=8))[:1]),
+            lambda: cj.Caches.of(list(cj.make_caches(MODEL, CORM, batch=2, capacity=8))[:1]),
             "caches for 1 layers, and the model has 2",
         ),
-        (lambda: MODEL.make_caches(cj.TOVA(), batch=2, capacity=8), "was made for TOVA, and Corm cannot go on"),
-        (lambda: tiny(kv_heads=1).make_caches(CORM, batch=2, capacity=8), "of layer 0 is for 1 key-value heads of 8"),
+        (lambda: cj.make_caches(MODEL, cj.TOVA(), batch=2, capacity=8), "was made for TOVA, and Corm cannot go on"),
+        (
+            lambda: cj.make_caches(tiny(kv_heads=1), CORM, batch=2, capacity=8),
+            "of layer 0 is for 1 key-value heads of 8",
+        ),
         (lambda: cj.Caches.of([cache_of()] * 2), "the caches are of one sequence, and there are 2 rows to read"),
         (
-            lambda: MODEL.make_caches(CORM, batch=2, capacity=8)[0],
+            lambda: cj.make_caches(MODEL, CORM, batch=2, capacity=8)[0],
             "are Caches, as make_caches returns them, not LayerCache",
         ),
         (lambda: None, "are Caches, as make_caches returns them, not NoneType"),
@@ -326,7 +330,7 @@ def test_caches_of_another(caches, message):
 
 
 def test_what_else_the_model_refuses():
-    caches = MODEL.make_caches(CORM, batch=2, capacity=8)
+    caches = cj.make_caches(MODEL, CORM, batch=2, capacity=8)
     for count, tokens, message in (
         ([3, 4], TWO, "count must be from 0 to 3"),
         ([3], TWO, "count must be 2 whole numbers, one a row"),
@@ -337,11 +341,11 @@ def test_what_else_the_model_refuses():
     ):
         refused(message, MODEL, CORM, caches, jnp.array(tokens), jnp.array(count), chunk=1)
     for policy in ("tova", cj.TOVA, ["tova", "tova"], None):
-        refused("a policy must be an object such as", MODEL.make_caches, policy, batch=1, capacity=8)
+        refused("a policy must be an object such as", cj.make_caches, MODEL, policy, batch=1, capacity=8)
     for capacity in (0, 1.5, "8", None, [8], [8, 0], True):
-        refused("capacit", MODEL.make_caches, CORM, batch=1, capacity=capacity)
+        refused("capacit", cj.make_caches, MODEL, CORM, batch=1, capacity=capacity)
     for capacity in (np.int64(8), [8, np.int64(8)], np.array([8, 8]), jnp.array([8, 8]), jnp.int32(8)):
-        assert MODEL.make_caches(CORM, batch=1, capacity=capacity)[1].k.shape == (1, 2, 8, 8)
+        assert cj.make_caches(MODEL, CORM, batch=1, capacity=capacity)[1].k.shape == (1, 2, 8, 8)
 
 
 # --- D.5: the end of the prompt
@@ -388,13 +392,13 @@ def test_a_prompt_that_cannot_be():
 
 def test_a_model_that_was_not_told_the_prompt():
     policy = cj.SnapKV(budget=4, window=2)
-    caches = MODEL.make_caches(policy, batch=1, capacity=16)
+    caches = cj.make_caches(MODEL, policy, batch=1, capacity=16)
     refused("SnapKV waits for the end", MODEL, policy, caches, jnp.array([[1, 2, 3]]), jnp.array([3]), chunk=1)
     told = cj.begin_prompt(caches, 3)
-    _, after, _ = MODEL(policy, told, jnp.array([[1, 2, 3, 4, 5, 6]]), jnp.array([6]), chunk=3)
+    _, after, _ = forward(MODEL, policy, told, jnp.array([[1, 2, 3, 4, 5, 6]]), jnp.array([6]), chunk=3)
     assert (np.asarray(cj.usage(after).live) == 6).all()
     told = cj.begin_prompt(caches, 6)
-    _, after, _ = MODEL(policy, told, jnp.array([[1, 2, 3, 4, 5, 6]]), jnp.array([6]), chunk=3)
+    _, after, _ = forward(MODEL, policy, told, jnp.array([[1, 2, 3, 4, 5, 6]]), jnp.array([6]), chunk=3)
     assert (np.asarray(cj.usage(after).live) == 4).all()
 
 
@@ -457,7 +461,7 @@ def test_what_policies_say_of_themselves_holds(policy):
 
 def test_overflow_of_an_earlier_call_is_no_error():
     patient, eager = cj.Corm(window=100, recent=2), cj.Corm(window=1, recent=1)
-    caches = MODEL.make_caches(patient, batch=1, capacity=20)
+    caches = cj.make_caches(MODEL, patient, batch=1, capacity=20)
     _, caches = cj.prefill(MODEL, patient, caches, [list(range(30))], overflow="evict")
     assert (cj.usage(caches).overflow == 10).all()
     _, caches = cj.prefill(MODEL, eager, caches, [[1]], overflow="evict")  # makes room
@@ -482,7 +486,7 @@ def test_slots_for_all_tokens_are_enough_for_any_policy():
 
 
 def test_logits_of_another_vocabulary():
-    caches = MODEL.make_caches(cj.Full(), batch=1, capacity=8)
+    caches = cj.make_caches(MODEL, cj.Full(), batch=1, capacity=8)
     numbers = jnp.int32(1), jnp.zeros(0, jnp.int32), jnp.float32(0), jnp.float32(1)
     wrong = jnp.zeros((1, MODEL.config.vocab - 1))
     arguments = MODEL, cj.Full(), caches, wrong, jax.random.key(0), jnp.zeros(1, bool), *numbers

@@ -31,6 +31,7 @@ from corm_jax import (
     usage,
 )
 from corm_jax.core.arrays import ENDLESS
+from corm_jax.model.decoder import make_caches
 from corm_jax.policies import Budget
 from tests.drive import CHUNK, KV_HEADS, TOKENS, at_clock, in_cache, in_numpy, normal
 from tests.heads import chunks_of
@@ -130,7 +131,7 @@ def test_the_end_of_the_clock():
 
 def test_who_would_pass_the_end_of_the_clock_is_told():
     model, policy = tiny(), Corm(window=4, recent=2)
-    caches = model.make_caches(policy, batch=2, capacity=8)
+    caches = make_caches(model, policy, batch=2, capacity=8)
     caches = Caches.of(at_clock(one, seen=jnp.array([0, ENDLESS - 2], jnp.int32)) for one in caches)
     with pytest.raises(CormError, match="the clock of a cache ends at 2147483647 tokens, not 2147483648: go on in an"):
         prefill(model, policy, caches, [[1, 2], [1, 2, 3]])

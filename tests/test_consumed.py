@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from corm_jax import CheckpointError, Full
 from corm_jax.model import checkpoint
+from corm_jax.model.decoder import forward, make_caches
 from corm_jax.model.gguf import Metadata
 from corm_jax.model.huggingface import HARMLESS
 from tests.test_checkpoint import write_gguf
@@ -77,9 +78,9 @@ class Pair:
     @staticmethod
     def _logits(model):
         policy = Full()
-        caches = model.make_caches(policy, batch=1, capacity=24)
+        caches = make_caches(model, policy, batch=1, capacity=24)
         with jax.disable_jit():
-            x, *_ = model(policy, caches, jnp.asarray(TOKENS), jnp.full(1, 24, jnp.int32), chunk=24)
+            x, *_ = forward(model, policy, caches, jnp.asarray(TOKENS), jnp.full(1, 24, jnp.int32), chunk=24)
             return np.asarray(model.logits(x))
 
     def check(self, config, *names):

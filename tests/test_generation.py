@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from corm_jax import CacheOverflowError, Corm, CormError, Full, decode, generate, oneshot, parse, prefill, stream, usage
 from corm_jax.core.capacity import slots_for
+from corm_jax.model.decoder import forward, make_caches
 from corm_jax.model.generation import sample
 from tests.drive import FUSED
 from tests.heads import live_sets
@@ -24,7 +25,7 @@ prompts_of_length = st.lists(st.integers(1, 300), min_size=2, max_size=3).map(
 
 
 def read(policy, prompts, capacity=320, **options):
-    caches = MODEL.make_caches(policy, batch=len(prompts), capacity=capacity)
+    caches = make_caches(MODEL, policy, batch=len(prompts), capacity=capacity)
     return prefill(MODEL, policy, caches, prompts, **options)
 
 
@@ -153,7 +154,7 @@ def test_sampling():
 
 def test_caches_are_updated_in_place():
     policy = Corm(window=4, recent=2)
-    before = MODEL.make_caches(policy, batch=1, capacity=64)
+    before = make_caches(MODEL, policy, batch=1, capacity=64)
     _, after = prefill(MODEL, policy, before, [[1, 2, 3]])
     assert all(
         leaf.is_deleted()
@@ -174,7 +175,7 @@ def test_a_policy_for_each_layer():
     assert (live[0] == 30).all()
     assert (live[1] < 30).all()
     with pytest.raises(CormError, match="3 policies for 2 layers"):
-        MODEL.make_caches((Full(),) * 3, batch=1, capacity=8)
+        make_caches(MODEL, (Full(),) * 3, batch=1, capacity=8)
 
 
 @pytest.mark.parametrize(("spec", "slots"), [("h2o:recent=4,budget=12", 13), ("h2o:recent=4,budget=0.5", 30)])
@@ -238,13 +239,20 @@ def test_bad_input(options, message):
 
 
 def test_a_block_is_whole_chunks():
-    caches = MODEL.make_caches(Full(), batch=1, capacity=8)
+    caches = make_caches(MODEL, Full(), batch=1, capacity=8)
     with pytest.raises(CormError, match="chunk 2 does not divide a block of 3 tokens"):
-        MODEL(Full(), caches, jnp.array([[1, 2, 3]]), jnp.array([3]), chunk=2)
+        forward(MODEL, Full(), caches, jnp.array([[1, 2, 3]]), jnp.array([3]), chunk=2)
     with pytest.raises(CormError, match="5 new keys do not fit into 4 slots"):
-        MODEL(Full(), MODEL.make_caches(Full(), batch=1, capacity=4), jnp.zeros((1, 5), int), jnp.array([5]), chunk=5)
+        forward(
+            MODEL,
+            Full(),
+            make_caches(MODEL, Full(), batch=1, capacity=4),
+            jnp.zeros((1, 5), int),
+            jnp.array([5]),
+            chunk=5,
+        )
     with pytest.raises(CormError, match="capacity must be a whole number from 1 to 2147483647, not 0"):
-        MODEL.make_caches(Full(), batch=1, capacity=0)
+        make_caches(MODEL, Full(), batch=1, capacity=0)
 
 
 def test_overflow_is_counted_or_an_error():
@@ -347,7 +355,7 @@ def test_rows_that_stand_still_keep_their_logits():
 
 def test_a_mistake_costs_no_cache():
     """Mistakes are reported before the caches are donated."""
-    caches = MODEL.make_caches(Full(), batch=1, capacity=8)
+    caches = make_caches(MODEL, Full(), batch=1, capacity=8)
     for prompt, options in (([1], {"overflow": "ignore"}), ([97], {}), ([], {}), ([1], {"chunk": 0})):
         with pytest.raises(CormError):
             prefill(MODEL, Full(), caches, [prompt], **options)

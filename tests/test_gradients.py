@@ -12,6 +12,7 @@ from corm_jax.core import attention
 from corm_jax.core.arrays import ENDLESS
 from corm_jax.core.positions import Rope
 from corm_jax.core.step import read
+from corm_jax.model.decoder import forward, make_caches
 from tests.drive import CHUNK, KV_HEADS, TOKENS, in_numpy, normal
 from tests.heads import chunks_of
 from tests.models import tiny
@@ -122,8 +123,8 @@ def test_through_a_model(stores, monkeypatch):
     model, tokens = tiny(), jnp.asarray(np.random.default_rng(0).integers(0, 97, (2, 20)), jnp.int32)
 
     def loss(model, policy, chunk):
-        caches = model.make_caches(policy, batch=2, capacity=20, stores=stores)
-        x, _, _ = model(policy, caches, tokens[:, :-1], jnp.full(2, 19, jnp.int32), chunk=chunk)
+        caches = make_caches(model, policy, batch=2, capacity=20, stores=stores)
+        x, _, _ = forward(model, policy, caches, tokens[:, :-1], jnp.full(2, 19, jnp.int32), chunk=chunk)
         scores = jax.nn.log_softmax(model.logits(x))
         return -jnp.take_along_axis(scores, tokens[:, 1:, None], axis=-1).mean()
 

@@ -186,7 +186,7 @@ def abstract_model(dtype=jnp.float32, tied=True):
 
 def abstract_caches(model, policy, stores, length, capacity=CAPACITY):
     """Caches before they read ``length`` tokens, with the static fields that `corm_jax.prefill` would set."""
-    made = jax.eval_shape(lambda: model.make_caches(policy, batch=BATCH, capacity=capacity, stores=stores))
+    made = jax.eval_shape(lambda: cj.make_caches(model, policy, batch=BATCH, capacity=capacity, stores=stores))
     tokens = np.full(BATCH, length, np.int32)
     caches = set_prompt(policy, replace(made, clock=Clock(0 * tokens, 0 * tokens)), tokens, tokens, chunk=1)
     return jax.eval_shape(lambda: caches)
@@ -275,7 +275,7 @@ def test_replay(name, what, fidelity, chunk):
 def measurements():
     """Programs that measure: name, function, arguments, and what is static."""
     model, policy = abstract_model(), POLICIES["corm:window=8,recent=4"]
-    caches = jax.eval_shape(lambda: model.make_caches(policy, batch=1, capacity=CAPACITY))
+    caches = jax.eval_shape(lambda: cj.make_caches(model, policy, batch=1, capacity=CAPACITY))
     tokens, count = array(1, BLOCK, dtype=jnp.int32), array(1, dtype=jnp.int32)
     recorder = POLICIES["recorder"]
     spec = cj.CacheSpec(KV_HEADS, CAPACITY, HEAD_DIM)

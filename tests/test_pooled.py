@@ -16,6 +16,7 @@ from corm_jax import CacheSpec, Corm, Full, begin_prompt, decode, generate, make
 from corm_jax.core.layout import Apart, Shared
 from corm_jax.core.slots import Slots
 from corm_jax.core.storing import insert
+from corm_jax.model.decoder import make_caches
 from simulator.subject import Implementation, by_head
 from simulator.testing import parametrize_checks
 from tests.drive import TOKENS, in_cache, in_numpy
@@ -167,7 +168,7 @@ def test_a_prompt_far_longer_than_the_pool():
 def test_decoding_copies_no_keys(stores):
     """The compiled program updates keys and values in place: no copy of their shape, and no more memory than that."""
     policy, batch = Corm(window=8, recent=4), 3
-    caches = MODEL.make_caches(policy, batch=batch, capacity=500, stores=stores)
+    caches = make_caches(MODEL, policy, batch=batch, capacity=500, stores=stores)
     arguments = jnp.zeros((batch, 97)), jax.random.key(0), jnp.zeros(batch, bool)
     numbers = np.int32(9), np.zeros(1, np.int32), np.float32(0), np.float32(1)
     compiled = decode.lower(MODEL, policy, caches, *arguments, *numbers, steps=4).compile()

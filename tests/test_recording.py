@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from corm_jax import CormError, Full, prefill
 from corm_jax.model import generation
+from corm_jax.model.decoder import make_caches
 from corm_jax.runs import recording
 from corm_jax.runs.recording import record, resume
 from corm_jax.traces.meta import Meta
@@ -25,7 +26,7 @@ TOKENS = np.random.default_rng(1).integers(0, 97, 300).tolist()  # a whole block
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_keys_and_values_are_those_in_the_caches(kv_heads):
     network = tiny(kv_heads=kv_heads, layers=3)
-    caches = network.make_caches(Full(), batch=1, capacity=320)
+    caches = make_caches(network, Full(), batch=1, capacity=320)
     _, caches = prefill(network, Full(), caches, [TOKENS], chunk=10)
     layers = list(record(network, TOKENS))
     assert [one.layer for one in layers] == [0, 1, 2]
@@ -42,7 +43,7 @@ def test_a_layer_in_numpy_attends_to_the_same(kv_heads):
     """Projections, rotation, and query head j attending through key-value head j // group, in float64."""
     network = tiny(kv_heads=kv_heads)
     weight = {path: np.asarray(leaf, np.float64) for path, leaf in paths(network)}
-    x = weight["embed.embedding"][TOKENS]
+    x = weight["embedding.embedding"][TOKENS]
     for one in record(network, TOKENS):
 
         def linear(name, x, layer=one.layer):

@@ -13,12 +13,13 @@ ROOMS = {
     "core": "showing errors",
     "policies": "core showing files errors",
     "model": "core showing files errors",
+    "adapters": "model core errors",
     "traces": "showing files errors",
     "terminal": "policies core files errors",
     "runs": "model policies core showing files errors",
     "evaluation": "runs model policies core showing files errors",
     "command": "evaluation runs model policies core showing traces terminal files errors",
-    "corm_jax": "model policies core errors",
+    "corm_jax": "adapters model policies core errors",
     "simulator": "policies core showing traces terminal files errors",
 }
 """What a room may import beside itself. No room needs `corm_jax`, the names that ``import corm_jax`` gives."""

@@ -12,6 +12,7 @@ from corm_jax.core.options import policy as policy_class
 from corm_jax.core.positions import Rope
 from corm_jax.core.step import read
 from corm_jax.core.wrapper import Wrapper
+from corm_jax.model.decoder import make_caches
 from simulator import rules
 from simulator.replay import replay
 from simulator.specification import rule_of
@@ -57,7 +58,7 @@ def test_a_layer_sees_the_sinks_and_the_newest_as_a_text_of_their_own():
     prompt = np.random.default_rng(0).integers(0, 97, 40).tolist()
 
     def predict(policy, tokens):
-        return prefill(model, policy, model.make_caches(policy, batch=1, capacity=40), [tokens])[0]
+        return prefill(model, policy, make_caches(model, policy, batch=1, capacity=40), [tokens])[0]
 
     # The last query attends to the seven that stayed before it came, and to itself.
     shortened = predict(Full(), prompt[:2] + prompt[-6:])

@@ -33,6 +33,7 @@ from corm_jax import (
 )
 from corm_jax import budget as on_budget
 from corm_jax.core.step import read
+from corm_jax.model.decoder import forward, make_caches
 from corm_jax.model.generation import decode
 from corm_jax.runs import calibrate, perplexity, worth
 from corm_jax.traces.meta import QKV
@@ -159,7 +160,7 @@ def test_no_number_has_64_bits(policy):
 def test_no_number_of_a_model_has_64_bits():
     model, policy = tiny(), parse("tova:budget=5")
     with jax.enable_x64(True):
-        caches = model.make_caches(policy, batch=2, capacity=9)
+        caches = make_caches(model, policy, batch=2, capacity=9)
         numbers = np.int32(9), np.zeros(1, np.int32), np.float32(0), np.float32(1)
         arguments = jnp.zeros((2, 97), jnp.float32), jax.random.key(0), jnp.zeros(2, bool)
         program = jax.make_jaxpr(partial(decode, steps=3))(model, policy, caches, *arguments, *numbers)
@@ -188,10 +189,12 @@ def in_layers():
 def in_models():
     for tied in (False, True):
         model, policy = tiny(tied=tied), Corm()
-        caches = model.make_caches(policy, batch=1, capacity=600)
+        caches = make_caches(model, policy, batch=1, capacity=600)
 
         def run(model, caches, policy=policy):
-            x, _, _ = model(policy, caches, jnp.zeros((1, 12), jnp.int32), jnp.full(1, 12, jnp.int32), chunk=12)
+            x, _, _ = forward(
+                model, policy, caches, jnp.zeros((1, 12), jnp.int32), jnp.full(1, 12, jnp.int32), chunk=12
+            )
             return model.logits(x)
 
         yield run, model, caches

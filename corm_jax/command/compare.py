@@ -18,6 +18,7 @@ from corm_jax.core.prompt import check_prompt, prompt_of
 from corm_jax.errors import CormError
 from corm_jax.evaluation import plots
 from corm_jax.files import check_new, deliver, finish, write_json
+from corm_jax.model.decoder import hidden
 from corm_jax.model.prompts import scored_from
 from corm_jax.policies import keys_of, lacks_window, on_budget, parse
 from corm_jax.runs.fitting import PASSES, fitted
@@ -108,7 +109,7 @@ def compare(
         "tokens": tokens,
         "prompt": prompt,
         "scored": tokens - first,
-        "dtype": dtype,
+        "dtype": hidden(network).dtype.name,
         "device": _device(),
         "chunk": chunk,
         "layout": layout,

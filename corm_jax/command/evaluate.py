@@ -26,7 +26,7 @@ from corm_jax.evaluation.rows import FORMAT, Kind, Run
 from corm_jax.evaluation.suite import Suite, checksum, memory, surroundings
 from corm_jax.evaluation.summary import MEASURES, lines
 from corm_jax.evaluation.texts import read_texts, stretches
-from corm_jax.model.llama import Llama
+from corm_jax.model.decoder import Decoder, hidden
 from corm_jax.model.prompts import scored_from
 from corm_jax.model.tokenizer import Tokenizer
 from corm_jax.policies import parse
@@ -59,8 +59,8 @@ class Job:
         self,
         settings: dict[str, Any],
         data: Mapping[str, str | bytes],
-        make_examples: Callable[[Llama, Tokenizer], Sequence[Any]],
-        make_score: Callable[[Llama, Tokenizer, Sequence[Any]], Callable[[Policy, Any, Policy], dict[str, Any]]],
+        make_examples: Callable[[Decoder, Tokenizer], Sequence[Any]],
+        make_score: Callable[[Decoder, Tokenizer, Sequence[Any]], Callable[[Policy, Any, Policy], dict[str, Any]]],
     ) -> None:
         """Scores examples with each policy into the records, and prints the table.
 
@@ -83,7 +83,7 @@ class Job:
             format=FORMAT,
             kind=self.kind,
             model=self.model,
-            dtype=self.dtype,
+            dtype=hidden(model).dtype.name,
             policies=list(self.specs),
             budget=self.budget,
             chunk=self.chunk,

@@ -8,18 +8,24 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
+from corm_jax.command import own_model
+from corm_jax.command.options import DTYPES
 from corm_jax.errors import CheckpointWarning, CormError
 from corm_jax.evaluation.texts import read_text, reference_text
 from corm_jax.model import checkpoint
-from corm_jax.model.llama import Llama
+from corm_jax.model.decoder import Decoder
 from corm_jax.model.prompts import Text
 from corm_jax.model.tokenizer import Tokenizer
 from corm_jax.policies import profile_of
 from corm_jax.terminal.console import progress_bar
 
 
-def load(model: str, dtype: str) -> tuple[Llama, Tokenizer]:
-    """`checkpoint.load` with a bar."""
+def load(model: str, dtype: str) -> tuple[Decoder, Tokenizer]:
+    """`checkpoint.load` with a bar, or what a module of the user's own returns."""
+    if own_model.is_own(model):
+        if dtype != DTYPES[0]:
+            raise CormError(f"--dtype {dtype} is for checkpoints: {model} decides about its own, leave the option out")
+        return own_model.load(model)
 
     def bar(parameters):
         with progress_bar() as progress:
@@ -34,14 +40,14 @@ def load(model: str, dtype: str) -> tuple[Llama, Tokenizer]:
         raise CormError(f"{error.name} is not installed: pip install 'corm-jax[cli]'") from None
 
 
-def check_profiles(specs: Sequence[str], model: str, network: Llama) -> None:
+def check_profiles(specs: Sequence[str], model: str, network: Decoder) -> None:
     """Raises if a SPEC has a profile, and it is for another model."""
     for spec in specs:
         if profile := profile_of(spec):
             profile.check(model, network.config)
 
 
-def encode(network: Llama, tokenizer: Tokenizer, words: str, name: str, tokens: int) -> list[int]:
+def encode(network: Decoder, tokenizer: Tokenizer, words: str, name: str, tokens: int) -> list[int]:
     """The first ``tokens`` token ids of a text that is called ``name``, with what the tokenizer puts first.
 
     Raises:
@@ -52,7 +58,7 @@ def encode(network: Llama, tokenizer: Tokenizer, words: str, name: str, tokens: 
     return ids
 
 
-def note_context(network: Llama, tokens: int) -> None:
+def note_context(network: Decoder, tokens: int) -> None:
     """Says so if the model was not trained on as many tokens."""
     if tokens > network.config.context:
         print(

@@ -11,7 +11,12 @@ DTYPES = ("float32", "bfloat16")
 DEFAULT_POLICY = "corm:window=256,recent=256"
 
 model_options = console.options(
-    click.option("--model", default="smollm2-135m", show_default=True, help="name, directory, .gguf or hub id"),
+    click.option(
+        "--model",
+        default="smollm2-135m",
+        show_default=True,
+        help="name, directory, .gguf, hub id, or module:function of your own, which is imported and called",
+    ),
     click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True),
 )
 

@@ -13,7 +13,7 @@ from corm_jax.command.options import DEFAULT_POLICY, DTYPES, model_options, text
 from corm_jax.errors import CormError
 from corm_jax.evaluation.lock import only_writer
 from corm_jax.files import check_writable
-from corm_jax.model.llama import Config
+from corm_jax.model.decoder import Decoder, hidden
 from corm_jax.runs import recording
 from corm_jax.terminal import console
 from corm_jax.terminal.console import COUNT, naming
@@ -60,7 +60,7 @@ def record(model, dtype, text, tokens, out, store):
     )
     lock = out.with_name(f".{out.name}.lock")
     with only_writer(lock, str(out), "choose another --out"):
-        _check_room(out, config, tokens, store)
+        _check_room(out, network, tokens, store)
         with Writer(out, meta) as writer, console.progress_bar() as progress:
             if writer.done:
                 print(f"corm: note: {writer.done} of {config.layers} layers are there already", file=sys.stderr)
@@ -76,11 +76,12 @@ def record(model, dtype, text, tokens, out, store):
     print(f"python -m simulator replay {shlex.quote(str(out))} --policy {DEFAULT_POLICY}")
 
 
-def _check_room(out: Path, config: Config, tokens: int, store: str) -> None:
+def _check_room(out: Path, network: Decoder, tokens: int, store: str) -> None:
     """Raises unless the disk has room for a trace, less what is there of it already."""
+    config, dim = network.config, hidden(network).shape[-1]
     size = 2 if store != "float32" else 4
     numbers = config.layers * config.head_dim * (config.heads + 2 * config.kv_heads)
-    need = tokens * (size * numbers + 2 * 4 * config.dim)  # the hidden states are there twice while they are replaced
+    need = tokens * (size * numbers + 2 * 4 * dim)  # the hidden states are there twice while they are replaced
     part = out.with_name(f".{out.name}.part")
     there = sum(file.stat().st_size for file in part.iterdir()) if part.is_dir() else 0
     free = shutil.disk_usage(out.parent).free + there

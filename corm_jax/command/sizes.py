@@ -15,7 +15,7 @@ from corm_jax.core.capacity import per_layer_capacity, slots_for
 from corm_jax.core.policy import Policy
 from corm_jax.core.types import Capacity
 from corm_jax.errors import CormError
-from corm_jax.model.llama import Config, Llama
+from corm_jax.model.decoder import Decoder, make_caches
 from corm_jax.policies.plan import Plan
 from corm_jax.terminal import console
 from corm_jax.terminal.console import COUNT, Whole, naming
@@ -98,12 +98,12 @@ class Sizes(NamedTuple):
         """The capacity for one policy."""
         return self.plan.capacity if self.plan and self.plan.is_for(spec) else self.capacity
 
-    def check(self, model: str, config: Config) -> None:
+    def check(self, model: str, config: Any) -> None:
         """Raises if there is a plan, and it is for another model."""
         if self.plan:
             self.plan.check(model, config)
 
-    def check_memory(self, network: Llama, spec: str, policy: Policy, tokens: int, chunk: int, option: str) -> None:
+    def check_memory(self, network: Decoder, spec: str, policy: Policy, tokens: int, chunk: int, option: str) -> None:
         """Raises unless the caches for so many tokens, which ``option`` says, can fit into memory."""
         if tokens > ENDLESS:
             raise CormError(f"{tokens:,} tokens are beyond {ENDLESS:,}, where the clock ends: lower {option}")
@@ -114,12 +114,12 @@ class Sizes(NamedTuple):
 
 
 def check_reading(
-    model: Llama, policy: Policy, capacity: Capacity, chunk: int, *, stores: int | None = None, fewer: str
+    model: Decoder, policy: Policy, capacity: Capacity, chunk: int, *, stores: int | None = None, fewer: str
 ) -> None:
     """Raises if caches of so many slots, or chunks of so many tokens, cannot fit into memory.
 
     Args:
-      capacity, stores, policy: as for `Llama.make_caches`, for one sequence.
+      capacity, stores, policy: as for `corm_jax.make_caches`, for one sequence.
       chunk: tokens between evictions: each takes its logits over the vocabulary, and its attention to all slots.
       fewer: what to do if there are too many slots.
 
@@ -128,7 +128,7 @@ def check_reading(
     """
     config = model.config
     # Bytes are all that matters here: with one token to read, no policy protects more than there are slots.
-    make = partial(model.make_caches, policy, batch=1, capacity=capacity, stores=stores, tokens=1)
+    make = partial(make_caches, model, policy, batch=1, capacity=capacity, stores=stores, tokens=1)
     caches = jax.eval_shape(make)
     slots = max(per_layer_capacity(capacity, config.layers))
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in (*jax.tree.leaves(caches), *jax.tree.leaves(model)))

@@ -14,7 +14,7 @@ from corm_jax.core.capacity import slots_for
 from corm_jax.core.policy import Policy
 from corm_jax.core.prompt import prompt_of, set_prompt
 from corm_jax.core.types import Caches, Usage
-from corm_jax.model.llama import Llama
+from corm_jax.model.decoder import Decoder, forward, make_caches
 from corm_jax.policies import Full
 from corm_jax.runs.perplexity import cut
 
@@ -53,7 +53,7 @@ class Block(NamedTuple):
 
 
 def measure(
-    model: Llama,
+    model: Decoder,
     policy: Policy,
     tokens: Sequence[int],
     prompt: int | None,
@@ -87,12 +87,12 @@ def measure(
     return Agreement(nll, full_nll, kl, same, np.concatenate(live, axis=1), usage(caches))
 
 
-def blocks(model: Llama, policy: Policy, tokens: Sequence[int], prompt: int | None, chunk: int) -> Iterator[Block]:
+def blocks(model: Decoder, policy: Policy, tokens: Sequence[int], prompt: int | None, chunk: int) -> Iterator[Block]:
     """Reads a text with a policy's caches. The caches of a block are valid until the next block is read."""
     prompt = prompt_of(policy, prompt, len(tokens))
     parts, _, counts = cut(tokens, prompt, model.config.vocab, chunk)
     capacity = slots_for(policy, None, len(tokens), chunk)
-    caches = model.make_caches(policy, batch=1, capacity=capacity, tokens=len(tokens))
+    caches = make_caches(model, policy, batch=1, capacity=capacity, tokens=len(tokens))
     caches = set_prompt(policy, caches, np.array([len(tokens)], np.int32), np.array([prompt], np.int32), chunk)
     for part, count in zip(parts, counts, strict=True):
         block = Block(*_read(model, policy, caches, part[None], count, chunk=chunk))
@@ -102,7 +102,7 @@ def blocks(model: Llama, policy: Policy, tokens: Sequence[int], prompt: int | No
 
 @partial(jax.jit, static_argnames="chunk", donate_argnames="caches")
 def _read(model, policy, caches, tokens, count, *, chunk):
-    x, caches, course = model(policy, caches, tokens, count, chunk=chunk)
+    x, caches, course = forward(model, policy, caches, tokens, count, chunk=chunk)
     return jax.nn.log_softmax(model.logits(x)[0]), course.live[:, 0], caches
 
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from corm_jax.core.arrays import broadcasts, iota
 from corm_jax.errors import CormError
-from corm_jax.model.llama import Llama
+from corm_jax.model.decoder import Decoder
 from corm_jax.runs.recording import record
 
 DISTANCES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -39,7 +39,9 @@ SHORTEST = 2 * FIRST
 """The fewest tokens of a text."""
 
 
-def analyse(model: Llama, tokens: Sequence[int], progress: Callable[[int], None] = lambda done: None) -> dict[str, Any]:
+def analyse(
+    model: Decoder, tokens: Sequence[int], progress: Callable[[int], None] = lambda done: None
+) -> dict[str, Any]:
     """Measures for each layer, as nested lists of which the first axis is the layers.
 
     Returns:

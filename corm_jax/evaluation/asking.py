@@ -12,8 +12,8 @@ from corm_jax.core.cache import usage
 from corm_jax.core.capacity import per_layer_capacity
 from corm_jax.core.policy import Policy
 from corm_jax.core.types import Caches, Capacity, Usage
+from corm_jax.model.decoder import Decoder, forward, make_caches
 from corm_jax.model.generation import STRETCH, decode, prefill
-from corm_jax.model.llama import Llama
 
 ANSWER = 32
 """Tokens of an answer that the model reads at once, rounded up to a multiple of the chunk."""
@@ -33,15 +33,15 @@ class Asked(NamedTuple):
     usage: Usage
 
 
-def ask(model: Llama, policy: Policy, prompt: Sequence[int], capacity: Capacity, chunk: int) -> Asked:
+def ask(model: Decoder, policy: Policy, prompt: Sequence[int], capacity: Capacity, chunk: int) -> Asked:
     """Reads a prompt into caches of ``capacity`` slots a head, which have to suffice for prompt and answer."""
     least = min(per_layer_capacity(capacity, model.config.layers))
-    caches = model.make_caches(policy, batch=1, capacity=capacity, tokens=least)
+    caches = make_caches(model, policy, batch=1, capacity=capacity, tokens=least)
     logits, caches = prefill(model, policy, caches, [prompt], chunk=chunk)
     return Asked(logits, caches, usage(caches))
 
 
-def answer_nll(model: Llama, policy: Policy, asked: Asked, answer: Sequence[int], chunk: int) -> float:
+def answer_nll(model: Decoder, policy: Policy, asked: Asked, answer: Sequence[int], chunk: int) -> float:
     """Nats a token of an answer that is given to the model (teacher forcing), evicting after each chunk."""
     logits, caches, total = asked.logits, jax.tree.map(jnp.copy, asked.caches), 0.0
     size = -(-ANSWER // chunk) * chunk
@@ -57,14 +57,16 @@ def answer_nll(model: Llama, policy: Policy, asked: Asked, answer: Sequence[int]
 
 @partial(jax.jit, static_argnames="chunk", donate_argnames="caches")
 def _forced(model, policy, caches, logits, tokens, count, *, chunk):
-    x, caches, _ = model(policy, caches, tokens, count, chunk=chunk)
+    x, caches, _ = forward(model, policy, caches, tokens, count, chunk=chunk)
     predicted = model.logits(x)[0]
     before = jnp.concatenate([logits, predicted[:-1]])
     nll = -jnp.take_along_axis(jax.nn.log_softmax(before), tokens[0][:, None], axis=-1)[:, 0]
     return nll, predicted[count - 1], caches
 
 
-def answer(model: Llama, policy: Policy, asked: Asked, new_tokens: int, end: Sequence[int]) -> tuple[list[int], Usage]:
+def answer(
+    model: Decoder, policy: Policy, asked: Asked, new_tokens: int, end: Sequence[int]
+) -> tuple[list[int], Usage]:
     """The most likely continuation, token by token, and how full the caches are after it."""
     logits, caches, done = asked.logits, jax.tree.map(jnp.copy, asked.caches), jnp.zeros(1, bool)
     found: list[int] = []

@@ -7,12 +7,13 @@ from importlib.metadata import version
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from corm_jax.core.policy import Policy
 from corm_jax.core.types import Usage
 from corm_jax.evaluation.records import Records
-from corm_jax.model.llama import Llama
+from corm_jax.model.decoder import Decoder
 from corm_jax.policies import keys_of, lacks_window, parse
 from corm_jax.runs.fitting import fitted
 
@@ -46,7 +47,7 @@ class Suite:
       chunk: tokens between evictions.
     """
 
-    model: Llama
+    model: Decoder
     specs: Sequence[str]
     budget: str | None
     chunk: int
@@ -101,11 +102,12 @@ def memory(usage: Usage) -> dict[str, Any]:
     }
 
 
-def surroundings(model: Llama, data: Mapping[str, str | bytes]) -> dict[str, Any]:
+def surroundings(model: Decoder, data: Mapping[str, str | bytes]) -> dict[str, Any]:
     """Everything else that determines a result: versions, the device, and checksums of the weights and the data."""
     weights = hashlib.sha256()
     for leaf in jax.tree.leaves(model):
-        weights.update(np.asarray(leaf.reshape(-1)[:64]).tobytes())
+        if jnp.issubdtype(leaf.dtype, jnp.number):  # no states of random numbers
+            weights.update(np.asarray(leaf.reshape(-1)[:64]).tobytes())
     return {
         "versions": {name: version(name) for name in ("corm-jax", "jax", "jaxlib", "flax", "numpy")},
         "device": jax.devices()[0].device_kind,

@@ -143,7 +143,7 @@ def _places(config: Config) -> Iterator[tuple[tuple, str, tuple[int, ...]]]:
         ("feed_forward", "up", "kernel"): ("mlp.up_proj", (hidden, dim)),
         ("feed_forward", "down", "kernel"): ("mlp.down_proj", (dim, hidden)),
     }
-    yield ("embed", "embedding"), EMBEDDING, (config.vocab, dim)
+    yield ("embedding", "embedding"), EMBEDDING, (config.vocab, dim)
     yield ("norm", "scale"), "model.norm.weight", (dim,)
     if not config.tied:
         yield ("head", "kernel"), HEAD, (config.vocab, dim)

@@ -4,7 +4,7 @@ Prompts are read in blocks of fixed size, the last one padded; inside a block `j
 between which the policy evicts. Decoding is a `jax.lax.scan` over tokens. Caches are donated: updated in place.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple, SupportsIndex
 
@@ -17,11 +17,10 @@ from corm_jax.core.arguments import Prompts, check_batch, check_caches, prompts_
 from corm_jax.core.arrays import broadcasts, iota
 from corm_jax.core.capacity import capacities, per_layer, slots_for
 from corm_jax.core.options import integer, one_of, real
-from corm_jax.core.policy import Policy
 from corm_jax.core.prompt import check_clock, check_prompt, end_prompt, set_prompt
 from corm_jax.core.types import Caches, Capacity
 from corm_jax.errors import CacheOverflowError
-from corm_jax.model.llama import Llama
+from corm_jax.model.decoder import Decoder, Policies, forward, make_caches
 from corm_jax.showing.brief import between, leaves, line
 
 TOKENS_PER_BLOCK = 256
@@ -32,7 +31,6 @@ STRETCH = 16
 
 Overflow = str
 OVERFLOW = ("evict", "error")
-Policies = Policy | Sequence[Policy]
 
 
 class Blocks(NamedTuple):
@@ -73,7 +71,7 @@ class Generation(NamedTuple):
 
 
 def prefill(
-    model: Llama,
+    model: Decoder,
     policy: Policies,
     caches: Caches,
     prompts: Prompts,
@@ -84,7 +82,7 @@ def prefill(
     """Reads prompts of any lengths, each row with its own clock.
 
     Args:
-      caches: as `Llama.make_caches` returns them, or after an earlier call; donated.
+      caches: as `make_caches` returns them, or after an earlier call; donated.
       prompts: token ids, one list or array a row, or one array ``[batch, tokens]``; the whole prompt, for policies that
         wait for its end.
       chunk: tokens between evictions. 1 is the exact recurrence; more is faster and remembers a little longer.
@@ -118,7 +116,7 @@ def prefill(
 @partial(jax.jit, static_argnames="chunk", donate_argnames="caches")
 @broadcasts
 def _prefill_block(model, policy, caches, logits, tokens, count, *, chunk):
-    x, caches, _ = model(policy, caches, tokens, count, chunk=chunk)
+    x, caches, _ = forward(model, policy, caches, tokens, count, chunk=chunk)
     last = jnp.take_along_axis(x, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
     return jnp.where(count[:, None] > 0, model.logits(last), logits), caches
 
@@ -126,7 +124,7 @@ def _prefill_block(model, policy, caches, logits, tokens, count, *, chunk):
 @partial(jax.jit, static_argnames="steps", donate_argnames="caches")
 @broadcasts
 def decode(
-    model: Llama,
+    model: Decoder,
     policy: Policies,
     caches: Caches,
     logits: Float[Array, "batch vocab"],
@@ -158,7 +156,7 @@ def decode(
         index, key = xs
         token = sample(logits, key, temperature, top_p)
         reads = ~done & (index < limit)
-        x, caches, _ = model(policy, caches, token[:, None], reads.astype(jnp.int32), chunk=1)
+        x, caches, _ = forward(model, policy, caches, token[:, None], reads.astype(jnp.int32), chunk=1)
         logits = jnp.where(reads[:, None], model.logits(x[:, 0]), logits)
         done = done | (reads & jnp.isin(token, end))
         return (logits, done, caches), jnp.where(reads, token, -1)
@@ -185,7 +183,7 @@ def sample(
 
 
 def stream(
-    model: Llama,
+    model: Decoder,
     policy: Policies,
     prompts: Prompts,
     *,
@@ -212,7 +210,7 @@ def stream(
     rows = prompts_of(prompts, model.config.vocab)
     length = max(map(len, rows)) + new
     capacity = slots_for(policy, capacity, length, chunk)
-    caches = model.make_caches(policy, batch=len(rows), capacity=capacity, stores=stores, tokens=length)
+    caches = make_caches(model, policy, batch=len(rows), capacity=capacity, stores=stores, tokens=length)
     check_prompt(policy, capacities(caches), max(map(len, rows)))
 
     def stretches() -> Iterator[Generation]:
@@ -241,7 +239,7 @@ def stream(
     return stretches()
 
 
-def generate(model: Llama, policy: Policies, prompts: Prompts, **options) -> Generation:
+def generate(model: Decoder, policy: Policies, prompts: Prompts, **options) -> Generation:
     """Continues prompts.
 
     Args:

@@ -36,7 +36,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
@@ -44,7 +43,7 @@ from safetensors.numpy import load_file, save_file
 from corm_jax.core.arrays import broadcasts, iota
 from corm_jax.errors import CormError
 from corm_jax.files import check_writable, whole_file
-from corm_jax.model.llama import Llama
+from corm_jax.model.decoder import Decoder
 from corm_jax.policies.corm import NEVER
 from corm_jax.policies.profile import Profile
 from corm_jax.runs.recording import Recorded, record
@@ -90,7 +89,7 @@ def chosen(
 
 
 def calibrate(
-    model: Llama,
+    model: Decoder,
     name: str,
     texts: Mapping[str, Sequence[int]],
     target: float,
@@ -134,7 +133,7 @@ def profile(name: str, choice: Int[np.ndarray, "layers kv_heads"], cost: Cost, m
 
 
 def costs(
-    model: Llama,
+    model: Decoder,
     texts: Mapping[str, Sequence[int]],
     *,
     begin: int = 0,
@@ -175,7 +174,7 @@ def mean(several: Sequence[Cost]) -> Cost:
     return jax.tree.map(lambda *each: np.mean(each, axis=0), *several)
 
 
-def _costs(model: Llama, ids: Sequence[int], seed: int, second: Sequence[int], progress: Callable[[], None]) -> Cost:
+def _costs(model: Decoder, ids: Sequence[int], seed: int, second: Sequence[int], progress: Callable[[], None]) -> Cost:
     again = len(second)
     worths = worth(model, [*ids[: 3 * again], *second], 3 * again, NODES, progress=progress)
     drawn = scores(model, ids, seed)
@@ -279,10 +278,10 @@ def choose(
     return at(high)[0]
 
 
-def _digest(model: Llama, ids: Sequence[int], seed: int, second: Sequence[int]) -> str:
+def _digest(model: Decoder, ids: Sequence[int], seed: int, second: Sequence[int]) -> str:
     """Under which name costs are kept: whatever they depend on."""
     weights = hashlib.sha256()
-    for leaf in jax.tree.leaves(nnx.state(model)):
+    for leaf in jax.tree.leaves(model):
         weights.update(np.asarray(leaf).tobytes())
     said = [weights.hexdigest(), list(ids), list(second), seed, CHOICES, SINKS, CHUNK, NODES]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
@@ -297,7 +296,7 @@ def _save(file: Path, cost: Cost) -> None:
         raise CormError(f"cannot write {file}: {error}: make room, or choose another --work") from None
 
 
-def _load(file: Path | None, model: Llama) -> Cost | None:
+def _load(file: Path | None, model: Decoder) -> Cost | None:
     """Costs that were measured before.
 
     Raises:

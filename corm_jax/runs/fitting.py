@@ -16,8 +16,8 @@ from corm_jax.core.slots import Slots
 from corm_jax.core.types import CacheSpec, State
 from corm_jax.core.wrapper import Wrapper, name_of
 from corm_jax.errors import CormError
+from corm_jax.model.decoder import Decoder, make_caches
 from corm_jax.model.generation import prefill
-from corm_jax.model.llama import Llama
 from corm_jax.policies import Corm, Notation, held_by, lacks_window, on_budget, parse, policy
 from corm_jax.runs.perplexity import read_text
 
@@ -55,7 +55,7 @@ class WidestGap(Wrapper):
 
 
 def fit_window(
-    model: Llama,
+    model: Decoder,
     tokens: Tokens,
     keys: SupportsIndex,
     corm: Policy,
@@ -85,7 +85,7 @@ def fit_window(
     if not 1 <= keys <= n:
         raise CormError(f"a text of {n} tokens cannot end with {keys} live keys a head: choose from 1 to {n}")
     first = WidestGap(policy=dataclasses.replace(corm, window=1, recent=1))
-    empty = model.make_caches(first, batch=1, capacity=max(n, chunk), tokens=n)
+    empty = make_caches(model, first, batch=1, capacity=max(n, chunk), tokens=n)
     _, caches = prefill(model, first, empty, [tokens], chunk=chunk)
     gaps = np.stack([np.asarray(cache.state[1])[np.asarray(cache.position) >= 0] for cache in caches])
     heads, gaps = gaps.size // n, np.sort(gaps, axis=None)  # a key is live with every window above its gap
@@ -106,7 +106,7 @@ def fit_window(
 
 def fitted(
     spec: str,
-    model: Llama,
+    model: Decoder,
     tokens: Sequence[int],
     keys: int,
     *,

@@ -18,8 +18,8 @@ from corm_jax.core.options import integer, one_of
 from corm_jax.core.prompt import check_prompt, prompt_of, set_prompt
 from corm_jax.core.types import Capacity, Usage
 from corm_jax.errors import CormError
+from corm_jax.model.decoder import Decoder, forward, make_caches
 from corm_jax.model.generation import OVERFLOW, Blocks, Overflow, Policies, watch
-from corm_jax.model.llama import Llama
 from corm_jax.showing.brief import line, table
 from corm_jax.showing.labelled import Variable, dataset
 
@@ -83,7 +83,7 @@ class Reading(NamedTuple):
 
 
 def read_text(
-    model: Llama,
+    model: Decoder,
     policy: Policies,
     tokens: Tokens,
     *,
@@ -116,7 +116,7 @@ def read_text(
     capacity = slots_for(policy, capacity, len(tokens), chunk)
     check_prompt(policy, capacity, prompt := prompt_of(policy, prompt, len(tokens)))
     blocks, targets, counts = cut(tokens, prompt, model.config.vocab, chunk)
-    caches = model.make_caches(policy, batch=1, capacity=capacity, stores=stores, tokens=len(tokens))
+    caches = make_caches(model, policy, batch=1, capacity=capacity, stores=stores, tokens=len(tokens))
     caches = set_prompt(policy, caches, np.array([len(tokens)], np.int32), np.array([prompt], np.int32), chunk)
     check = watch(caches, overflow)
     # A block without tokens changes nothing, but it compiles: the clock starts after it.
@@ -164,6 +164,6 @@ def cut(
 @partial(jax.jit, static_argnames="chunk", donate_argnames="caches")
 @broadcasts
 def _score(model, policy, caches, tokens, targets, count, *, chunk):
-    x, caches, course = model(policy, caches, tokens, count, chunk=chunk)
+    x, caches, course = forward(model, policy, caches, tokens, count, chunk=chunk)
     log_probability = jax.nn.log_softmax(model.logits(x))
     return -jnp.take_along_axis(log_probability, targets[..., None], axis=-1)[..., 0], course, caches

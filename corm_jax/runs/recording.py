@@ -14,13 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from corm_jax.core.arrays import broadcasts
 from corm_jax.core.cache import make_cache
 from corm_jax.core.types import CacheSpec
 from corm_jax.errors import CormError
 from corm_jax.files import whole_file
+from corm_jax.model.decoder import Decoder, hidden, through
 from corm_jax.model.generation import Blocks
-from corm_jax.model.llama import Llama
 from corm_jax.policies.recorder import Recorder, recorded
 
 
@@ -43,7 +42,7 @@ class Recorded(NamedTuple):
 
 
 def record(
-    model: Llama,
+    model: Decoder,
     tokens: Sequence[int],
     *,
     x: Float[np.ndarray, "tokens dim"] | None = None,
@@ -62,7 +61,7 @@ def record(
     Raises:
       CormError: for no tokens, ids outside the vocabulary, or ``x`` of another shape.
 
-    >>> from corm_jax import Config
+    >>> from corm_jax import Config, Llama
     >>> from flax import nnx
     >>> config = Config(vocab=100, dim=32, hidden=64, layers=2, heads=4, kv_heads=2, head_dim=8)
     >>> [(one.layer, one.q.shape, one.k.shape) for one in record(Llama(config, rngs=nnx.Rngs(0)), [3, 1, 4, 1, 5])]
@@ -71,28 +70,31 @@ def record(
     config, length = model.config, len(tokens)
     blocks = Blocks.cut([tokens], config.vocab, chunk=1)
     number, block = blocks.tokens.shape[1:]
+    dim, dtype = hidden(model).shape[-1], hidden(model).dtype
     if x is None and first == 0:
-        x = np.asarray(model.embed(blocks.tokens[0]), np.float32).reshape(number * block, -1)[:length]
-    if x is None or x.shape != (length, config.dim):
+        position = np.arange(number * block, dtype=np.int32).reshape(number, block)
+        x = np.asarray(model.embed(jnp.asarray(blocks.tokens[0]), jnp.asarray(position)), np.float32)
+        x = x.reshape(number * block, dim)[:length]
+    if x is None or x.shape != (length, dim):
         shape = None if x is None else x.shape
-        raise CormError(f"x, which enters layer {first}, must have the shape {(length, config.dim)}, not {shape}")
+        raise CormError(f"x, which enters layer {first}, must have the shape {(length, dim)}, not {shape}")
     recorder = Recorder(group=config.heads // config.kv_heads)
-    spec = CacheSpec(config.kv_heads, number * block, config.head_dim, model.dtype)
-    padded = np.zeros((number, 1, block, config.dim), np.float32)
-    padded.reshape(-1, config.dim)[:length] = x
+    spec = CacheSpec(config.kv_heads, number * block, config.head_dim, dtype)
+    padded = np.zeros((number, 1, block, dim), np.float32)
+    padded.reshape(-1, dim)[:length] = x
     progress(first * length)
     for index in range(first, config.layers):
         cache = make_cache(recorder, spec, batch=1)
         for at, count in enumerate(blocks.count):
-            entering = jnp.asarray(padded[at], model.dtype)
+            entering = jnp.asarray(padded[at], dtype)
             leaving, cache = _layer(model.layers[index], recorder, cache, entering, count)
             padded[at] = leaving
             progress(index * length + at * block + int(count[0]))
-        yield Recorded(index, *recorded(cache), padded.reshape(-1, config.dim)[:length].copy())
+        yield Recorded(index, *recorded(cache), padded.reshape(-1, dim)[:length].copy())
 
 
 def resume(
-    model: Llama,
+    model: Decoder,
     tokens: Sequence[int],
     state: Path,
     done: int,
@@ -107,7 +109,7 @@ def resume(
     Raises:
       CormError: as `record`; if ``state`` cannot be written.
     """
-    first, x = _load(state, (len(tokens), model.config.dim), done)
+    first, x = _load(state, (len(tokens), hidden(model).shape[-1]), done)
     if done == model.config.layers:
         return
     for one in record(model, tokens, x=x, first=first, progress=progress):
@@ -117,9 +119,8 @@ def resume(
 
 
 @partial(jax.jit, donate_argnames="cache")
-@broadcasts
 def _layer(layer, recorder, cache, x, count):
-    return layer(x, cache, recorder, count, x.shape[1])[:2]
+    return through(layer, x, cache, recorder, count, chunk=x.shape[1])[:2]
 
 
 def _save(state: Path, layers: int, x: np.ndarray) -> None:

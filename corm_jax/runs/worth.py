@@ -30,7 +30,9 @@ import numpy as np
 from jaxtyping import Float
 
 from corm_jax.core.arrays import broadcasts, iota
-from corm_jax.model.llama import Llama
+from corm_jax.core.form import Form
+from corm_jax.errors import CormError
+from corm_jax.model.decoder import Decoder
 
 SINKS, WINDOW = 4, 128
 
@@ -39,7 +41,7 @@ QUERIES_PER_BLOCK = 512
 
 
 def worth(
-    model: Llama,
+    model: Decoder,
     tokens: Sequence[int],
     first: int,
     nodes: int,
@@ -61,7 +63,7 @@ def worth(
 
 
 def gradient(
-    model: Llama, tokens: Sequence[int], first: int, mixture: int | float
+    model: Decoder, tokens: Sequence[int], first: int, mixture: int | float
 ) -> tuple[float, list[Float[np.ndarray, "tokens kv_heads group head_dim"]]]:
     """L, and dL / do of every layer, at one g."""
     entering, x = _forward(model, tokens, mixture)
@@ -71,7 +73,9 @@ def gradient(
     return float(loss) / count, [one / count for one in _backward(model, entering, dx, mixture)]
 
 
-def scores(model: Llama, tokens: Sequence[int], seed: int) -> list[Float[np.ndarray, "tokens kv_heads group head_dim"]]:
+def scores(
+    model: Decoder, tokens: Sequence[int], seed: int
+) -> list[Float[np.ndarray, "tokens kv_heads group head_dim"]]:
     """The scores s of every layer, in nats, with the full cache: what follows each token is drawn after ``seed``."""
     entering, x = _forward(model, tokens, 1.0)
     _, dx = _loss(model, x, _draw(model, x, jax.random.key(seed)))
@@ -80,7 +84,8 @@ def scores(model: Llama, tokens: Sequence[int], seed: int) -> list[Float[np.ndar
 
 def _forward(model, tokens, mixture):
     """What enters each layer, and what leaves the last."""
-    entering, x = [], model.embed(jnp.asarray(tokens, jnp.int32)[None])
+    ids = jnp.asarray(tokens, jnp.int32)[None]
+    entering, x = [], model.embed(ids, iota(len(tokens))[None])
     for layer in model.layers:
         entering.append(x)
         x = mixed(layer, x, _nothing(model, x), jnp.float32(mixture))
@@ -107,9 +112,6 @@ def mixed(layer, x, change, g):
     """A layer whose heads' outputs are a mixture of everything and a window, plus a change."""
     tokens = x.shape[1]
     position = iota(tokens)
-    q, k, v = (x[0] for x in layer.attention.project(layer.attention_norm(x)))
-    q, k = (layer.attention.encoding.rotate(x, position).astype(jnp.float32) for x in (q, k))
-    v = v.astype(jnp.float32)
 
     @jax.checkpoint
     def read(q, k, v, age, visible):
@@ -117,18 +119,25 @@ def mixed(layer, x, change, g):
         weights = jax.nn.softmax(jnp.where((age >= 0) & visible, logits, -jnp.inf))
         return jnp.einsum("hgqk,khd->qhgd", weights, v, precision="highest")
 
-    blocks = []
-    for start in range(0, tokens, QUERIES_PER_BLOCK):
-        some, end = slice(start, start + QUERIES_PER_BLOCK), min(start + QUERIES_PER_BLOCK, tokens)
-        age = position[some, None] - position[:end]
-        near = np.r_[: min(SINKS, max(start - WINDOW, 0)), max(start - WINDOW, 0) : end]
-        kept = (age[:, near] < WINDOW) | (near < SINKS)
-        everything = read(q[some], k[:end], v[:end], age, True)
-        window = read(q[some], k[near], v[near], age[:, near], kept)
-        blocks.append(g * everything + (1 - g) * window)
-    output = jnp.concatenate(blocks) + change
-    x = x + layer.attention.out(output.reshape(1, tokens, -1).astype(x.dtype))
-    return x + layer.feed_forward(layer.feed_forward_norm(x))
+    def attend(q, k, v, encoding=None, **how):
+        form = Form(encoding, **how)
+        if form.beyond:
+            raise CormError(f"only softmax(q . k) over all earlier keys is measured, without a {form.beyond[0]}")
+        q, k = (form.encoded(one[0], position) for one in (q, k))
+        q, k, v = (one.astype(jnp.float32) for one in (form.queries(q).reshape(change.shape), k, v[0]))
+        blocks = []
+        for start in range(0, tokens, QUERIES_PER_BLOCK):
+            some, end = slice(start, start + QUERIES_PER_BLOCK), min(start + QUERIES_PER_BLOCK, tokens)
+            age = position[some, None] - position[:end]
+            near = np.r_[: min(SINKS, max(start - WINDOW, 0)), max(start - WINDOW, 0) : end]
+            kept = (age[:, near] < WINDOW) | (near < SINKS)
+            everything = read(q[some], k[:end], v[:end], age, True)
+            window = read(q[some], k[near], v[near], age[:, near], kept)
+            blocks.append(g * everything + (1 - g) * window)
+        output = jnp.concatenate(blocks) + change
+        return output.reshape(1, tokens, -1, output.shape[-1]).astype(x.dtype)
+
+    return layer(x, position[None], attend)
 
 
 @jax.jit
@@ -143,7 +152,7 @@ def _loss(model, x, targets):
     @jax.checkpoint
     def nll(pair):
         x, target = pair
-        return -jax.nn.log_softmax(model.logits(model.norm(x)))[target]
+        return -jax.nn.log_softmax(model.logits(x))[target]
 
     return jax.value_and_grad(lambda x: jax.lax.map(nll, (x[0], targets), batch_size=256).sum())(x)
 
@@ -152,6 +161,6 @@ def _loss(model, x, targets):
 def _draw(model, x, key):
     def draw(pair):
         x, key = pair
-        return jax.random.categorical(key, model.logits(model.norm(x)))
+        return jax.random.categorical(key, model.logits(x))
 
     return jax.lax.map(draw, (x[0], jax.random.split(key, x.shape[1])), batch_size=256)
