@@ -323,7 +323,7 @@ TWO = [[1, 2, 3], [4, 5, 6]]
 )
 def test_caches_of_another(caches, message):
     refused(message, cj.prefill, MODEL, CORM, caches(), TWO)
-    refused(message, MODEL, CORM, caches(), jnp.array(TWO), jnp.array([3, 3]), chunk=1)
+    refused(message, forward, MODEL, CORM, caches(), jnp.array(TWO), jnp.array([3, 3]), chunk=1)
     rest = np.zeros((2, 97), np.float32), jax.random.key(0), np.zeros(2, bool), np.int32(3)
     rest += np.zeros(0, np.int32), np.float32(0), np.float32(1)
     refused(message, cj.decode, MODEL, CORM, caches(), *rest, steps=2)
