@@ -114,7 +114,7 @@ class Replay(NamedTuple):
         names = list(about.grid) if about else []
         rows = {
             "policy": about and about.policy,
-            "grid": " x ".join(f"{size} {name}" for name, size in zip(names, grid, strict=True)) or None,
+            "grid": ", ".join(f"{size} values of {name}" for name, size in zip(names, grid, strict=True)) or None,
             "model": (about and about.model) or None,
             "shape": f"{layers} layers, {kv_heads} key-value heads, {steps:,} tokens",
             "replayed": about and f"{about.fidelity}, chunks of {about.chunk}",

@@ -240,15 +240,16 @@ class Usage(NamedTuple):
         if live is None or seen is None or overflow is None or live.ndim != 3:
             return leaves("Usage", self)
         layers, batch, kv_heads = live.shape
-        return line("Usage", layers=layers, batch=batch, kv_heads=kv_heads, seen=between(seen), **self._summary)
+        return line("Usage", layers=layers, batch=batch, kv_heads=kv_heads, seen=between(seen), **self.summary)
 
     def _repr_html_(self) -> str | None:
         if any(numbers(values) is None for values in self[:3]):
             return None
-        return table("Usage", {"tokens read": between(self.seen)} | self._summary)
+        return table("Usage", {"tokens read": between(self.seen)} | self.summary)
 
     @property
-    def _summary(self) -> dict[str, str]:
+    def summary(self) -> dict[str, str]:
+        """In words: live keys of a head, keys that overflowed, and memory in three numbers."""
         sizes = {"live": self.bytes_live, "allocated": self.bytes_allocated, "full": self.bytes_full}
         keys = {"live_keys": between(self.live), "overflow": str(int(np.asarray(self.overflow).sum()))}
         return keys | {name: f"{size / 2**20:.2f} MiB" for name, size in sizes.items()}

@@ -61,9 +61,9 @@ class Reading(NamedTuple):
         return line("Reading", tokens=len(self.nll) + 1, **self._summary)
 
     def _repr_html_(self) -> str:
-        names = {"nll": "NLL, nats a token", "kept": "keys live at the end, share", "usage": "memory"}
-        rows = {names[name]: value for name, value in self._summary.items()}
-        return table("Reading", {"tokens": f"{len(self.nll) + 1:,}"} | rows)
+        nll, kept, _ = self._summary.values()
+        rows = {"tokens": f"{len(self.nll) + 1:,}", "NLL, nats a token": nll, "keys live at the end, share": kept}
+        return table("Reading", rows | self.usage.summary)
 
     @property
     def _summary(self) -> dict[str, object]:
