@@ -14,6 +14,13 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # those of other packages
 gm = pytest.importorskip("gemma.gm", reason="needs pip install 'corm-jax[adapters]'")
 
 
+@pytest.fixture(autouse=True)
+def _promotes():
+    """Other packages rely on it."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
 def model(local, kv_heads, **options):
     """A small one, with its parameters."""
     kinds = gm.nn.AttentionType
@@ -38,11 +45,10 @@ def test_gemma_2():
     scale = gm.nn.config.QueryPreAttentionNormalisation.BY_EMBED_DIM_DIV_NUM_HEADS
     caps = {"attn_logits_soft_cap": 5.0, "final_logit_softcap": 30.0, "query_pre_attn_norm": scale}
     one, params = model(local=True, kv_heads=2, **caps)
-    with jax.numpy_dtype_promotion("standard"):
-        adapted = decoder(one, params)
-        check(adapted, np.asarray(one.apply({"params": params}, IDS).logits))
-        with pytest.raises(CormError, match="Recorder .* this attention has a softcap and a window"):
-            next(record(adapted, IDS[0].tolist()))
+    adapted = decoder(one, params)
+    check(adapted, np.asarray(one.apply({"params": params}, IDS).logits))
+    with pytest.raises(CormError, match="Recorder .* this attention has a softcap and a window"):
+        next(record(adapted, IDS[0].tolist()))
 
 
 @pytest.mark.parametrize("kv_heads", [1, 4])
@@ -51,8 +57,7 @@ def test_gemma_3(kv_heads):
     one, params = model(
         local=True, kv_heads=kv_heads, use_qk_norm=True, global_scale_factor=8.0, final_logit_softcap=None
     )
-    with jax.numpy_dtype_promotion("standard"):
-        check(decoder(one, params), np.asarray(one.apply({"params": params}, IDS).logits))
+    check(decoder(one, params), np.asarray(one.apply({"params": params}, IDS).logits))
 
 
 def test_another_model_is_named():

@@ -112,7 +112,7 @@ def test_it_is_calibrated(corm, tmp_path):
         ("mine:headless", "the decoder is a Model, which has no logits (a method): see corm_jax.Decoder"),
         ("mine:wordless", "the tokenizer, a object, has no method encode"),
         ("mine:short", "the decoder has 1 layers, and its config says 2"),
-        ("mine:broken", "line 54, 'return 1 / 0': ZeroDivisionError: division by zero"),
+        ("mine:broken", "line 49, 'return 1 / 0': ZeroDivisionError: division by zero"),
         ("nonsense:load", "nonsense.py, line 1: '(' was never closed"),
         ("needy:load", "line 1, 'import not_there_at_all': ModuleNotFoundError: No module named 'not_there_at_all'"),
     ],

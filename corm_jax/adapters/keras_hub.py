@@ -20,7 +20,7 @@ def decoder(model: Any, *, context: int = 8192) -> Functions:
 
     Args:
       model: such as ``keras_hub.models.Llama3CausalLM.from_preset(...)``. The decoder holds its weights of now.
-      context: positions that it was trained on.
+      context: positions that it was trained on. A sliding window that is not shorter counts as none.
 
     Raises:
       CormError: for another backend than JAX; and, when it reads, for a model that has no place for other attention.
@@ -46,7 +46,7 @@ def decoder(model: Any, *, context: int = 8192) -> Functions:
     return Functions(
         shape,
         Partial(partial(_serving, enter), _weights(enter)),
-        tuple(Partial(partial(_layer, layer), _weights(layer)) for layer in layers),
+        tuple(Partial(partial(_layer, layer, context), _weights(layer)) for layer in layers),
         Partial(partial(_logits, leave, head), _weights(leave), _weights(head)),
     )
 
@@ -71,17 +71,24 @@ def _serving(layer, weights, x, position, attention=None):
     return out.reshape(*position.shape, -1)
 
 
-def _layer(layer, weights, x, position, attend):
-    called = []
+def _layer(layer, context, weights, x, position, attend):
+    found: list[Any] = []
 
     def attention(cache, q, k, v, scale, head_dim, heads, kv_heads, sliding_window=None, soft_cap=None):
-        called.append(layer)
         q, k, v = (one.reshape(*position.shape, -1, head_dim) for one in (q, k, v))
-        out = attend(q, k, v, scale=scale, window=sliding_window, softcap=soft_cap)
-        return cache, out.reshape(position.size, -1)
+        window = None if (sliding_window or context) >= context else sliding_window
+        try:
+            found.append(attend(q, k, v, scale=scale, window=window, softcap=soft_cap))
+        except CormError as error:
+            found.append(error)
+            raise
+        return cache, found[0].reshape(position.size, -1)
 
-    x = _serving(layer, weights, x, position, attention)
-    if not called:
+    try:
+        x = _serving(layer, weights, x, position, attention)
+    except CormError:  # to whose words keras has added its own
+        raise found[0] from None
+    if not found:
         raise CormError(f"{type(layer).__name__} of keras_hub has no place for other attention")
     return x
 
