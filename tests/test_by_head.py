@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from corm_jax import CacheSpec, OfHead, Policy, Traits, make_cache, policy, step
 from corm_jax.policies import number
@@ -79,6 +80,7 @@ def test_conformance(check):
     check()
 
 
+@pytest.mark.slow
 @parametrize_checks(BelowTheMean(recent=2, least=103), implementation=Implementation(stores=1), examples=4)
 def test_conformance_in_pools(check):
     check()

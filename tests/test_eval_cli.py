@@ -339,6 +339,7 @@ def test_data_that_cannot_be_used(evaluate, data, tmp_path, file, content, messa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_killed_again_and_again(model, text, tmp_path):
     """Kills at random moments, and the file is what it is without."""
     arguments = ["eval", "perplexity", "--model", model, "--text", str(text), "--tokens", "48", "--limit", "6"]

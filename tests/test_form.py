@@ -69,7 +69,13 @@ def exactly(policy, *columns, form, capacity, stores):
     return outputs, by_head(cache), live, cache.overflow
 
 
-@pytest.mark.parametrize(("form", "spec"), [*((form, SPECS[0]) for form in FORMS), ("all", SPECS[2])])
+@pytest.mark.parametrize(
+    ("form", "spec"),
+    [
+        *(pytest.param(form, SPECS[0], marks=[pytest.mark.slow] * (form not in ("rotary", "all"))) for form in FORMS),
+        ("all", SPECS[2]),
+    ],
+)
 @settings(max_examples=16)
 @given(seed=st.integers(0, 2**16), tight=st.booleans())
 def test_a_block_is_as_token_by_token_in_any_form(form, spec, seed, tight):

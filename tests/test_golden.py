@@ -22,10 +22,10 @@ from simulator.synthetic import PATTERNS
 
 TABLE = Path(__file__).parent / "golden.txt"
 STEPS, PROMPT = 40, 28
-CLOSE = 1e-5
+CLOSE = 1e-4
 """No decision is nearer to a tie than this, relatively: float32 numbers come to the same as float64."""
 
-SEEDS = dict.fromkeys(PATTERNS, 0)
+SEED = 6
 SMALL = {"local": {"window": 4.0}, "periodic": {"period": 10.0}, "topics": {"length": 10}}
 """Patterns for so short a text."""
 
@@ -51,7 +51,7 @@ SPECS = [
 def trace():
     """A layer for each pattern, so that one program reads them all: features that a pattern lacks are zeros."""
     made = [
-        pattern(layers=1, steps=STEPS, group=2, head_dim=8, seed=SEEDS[name], **SMALL.get(name, {}))
+        pattern(layers=1, steps=STEPS, group=2, head_dim=8, seed=SEED, **SMALL.get(name, {}))
         for name, pattern in PATTERNS.items()
     ]
     size = max(one.meta.head_dim for one in made)
@@ -89,22 +89,14 @@ def rows(spec, kept):
         yield f"{spec:52} {name:14} {live}  {digest}"
 
 
-def wanted(spec):
-    return [line for line in TABLE.read_text().splitlines() if line.split(" ")[0] == spec]
-
-
 @pytest.mark.parametrize("spec", SPECS)
-def test_a_replay_comes_to_the_table(spec):
+def test_decisions_are_those_of_the_table(spec):
+    wanted = [line for line in TABLE.read_text().splitlines() if line.split(" ")[0] == spec]
+    kept, margins = specified(spec)
+    assert min(margins) > CLOSE
+    assert [*rows(spec, kept)] == wanted
     found = replay(trace(), parse(spec), prompt=PROMPT, errors=False).history()
-    assert [*rows(spec, found)] == wanted(spec)
-
-
-@pytest.mark.slow
-def test_the_specification_comes_to_the_table():
-    for spec in SPECS:
-        kept, margins = specified(spec)
-        assert min(margins) > CLOSE
-        assert [*rows(spec, kept)] == wanted(spec)
+    assert [*rows(spec, found)] == wanted
 
 
 def test_the_table_has_every_policy():

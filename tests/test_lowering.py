@@ -76,9 +76,17 @@ LAYOUTS = {"rectangle": None, "pool": 1}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
+FEW = "corm:window=8,recent=4", "h2o:recent=4,attention=mean,sinks=2,budget=16,oneshot=true", "adakv:budget=16,window=4"
+"""Policies of which every program is lowered by default; those of the others are slow tests."""
+
 STRAIGHT = [("rectangle", "float32"), ("pool", "bfloat16")]
 CROSSED = [("rectangle", "bfloat16"), ("pool", "float32")]
 """Every layout and every dtype. Tests take the one or the other, so that any two choices meet in some program."""
+
+
+def few_first(names):
+    """The names, all marked slow but `FEW`."""
+    return [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def each(pairs):
@@ -86,7 +94,7 @@ def each(pairs):
 
     def marked(function):
         function = pytest.mark.parametrize(("layout", "dtype"), pairs)(function)
-        return pytest.mark.parametrize("name", POLICIES)(function)
+        return pytest.mark.parametrize("name", few_first(POLICIES))(function)
 
     return marked
 
@@ -254,7 +262,7 @@ def test_look(name, layout, dtype):
     ("what", "fidelity", "chunk"),
     [("replay", "renormalized", 1), ("replay", "recorded", CHUNK), ("sweep", "renormalized", CHUNK)],
 )
-@pytest.mark.parametrize("name", [name for name in SPECS if not counts_in_cache(POLICIES[name])])
+@pytest.mark.parametrize("name", few_first(name for name in SPECS if not counts_in_cache(POLICIES[name])))
 def test_replay(name, what, fidelity, chunk):
     """Traces are float32. Those of attention hold no keys, at which `l2norm` looks."""
     policy = POLICIES[name]

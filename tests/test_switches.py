@@ -109,6 +109,7 @@ def main():
     print(json.dumps(decisions()))
 
 
+@pytest.mark.slow
 def test_switches_change_no_decision():
     """In a process in which all of them are thrown at once."""
     code = "from tests.test_switches import main; main()"
