@@ -265,6 +265,7 @@ def test_mistakes_end_in_one_line(corm, model, text, tmp_path, arguments, messag
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_a_plan_from_a_trace_to_its_use(corm, run_main, model, text, tmp_path):
     """Record, plan, compare: the pools hold the policy of the plan, and another gets all that it wants."""
     from simulator.cli import main as simulator

@@ -130,6 +130,7 @@ OLDER = """
 KEYS = WRITTEN | set(OLDER.split()) | set(GenerationConfig._get_default_generation_params()) | HARMLESS
 
 
+@pytest.mark.slow
 def test_every_key_of_a_config(plain, llama3):
     for key in sorted(KEYS):
         for value in (False, 3) if key in HARMLESS else JUNK:

@@ -85,6 +85,7 @@ def test_agreement(evaluate, text, tmp_path):
     assert snapkv["kl"] > 0
 
 
+@pytest.mark.slow
 def test_recall(evaluate, text, tmp_path):
     out = tmp_path / "out"
     arguments = "--text", text, "--length", 256, "--depth", 0.5, "--limit", 1, "--budget", 0.25, "--out", out

@@ -26,11 +26,8 @@ SPECS |= {name: f"{name}:budget=6" for name in RANKING} | {"h2o": "h2o:recent=2,
 
 def kept(policy, q, k, v, stores=None):
     cache = begin_prompt(make_cache(policy, CacheSpec(k.shape[1], TOKENS, HEAD_DIM, stores=stores)), 12)
-
-    def body(cache, pieces):
-        return step(policy, cache, *pieces, 4)[1], None
-
-    cache, _ = jax.lax.scan(body, cache, [x.reshape(-1, 4, *x.shape[1:]) for x in (q, k, v)])
+    for at in range(0, TOKENS, TOKENS // 2):
+        cache = step(policy, cache, *(x[at : at + TOKENS // 2] for x in (q, k, v)), TOKENS // 2)[1]
     return jnp.sort(cache.position, -1)
 
 

@@ -64,7 +64,9 @@ UNEQUAL = {
 }
 
 
-@pytest.mark.parametrize("check", ["specification", "layouts", "replays_alike"])
+@pytest.mark.parametrize(
+    "check", ["specification", *(pytest.param(name, marks=pytest.mark.slow) for name in ("layouts", "replays_alike"))]
+)
 @pytest.mark.parametrize("name", UNEQUAL)
 def test_heads_that_keep_different_numbers(name, check):
     check_policy(UNEQUAL[name](), only=check, examples=10)

@@ -19,10 +19,16 @@ def corms(**given):
 
 @parametrize_checks(
     corms(threshold="position", group="any"),
-    corms(threshold="live", group="mean"),
     Corm(window=np.array([3, 6], np.int32), recent=np.array([2, 1], np.int32)),
 )
 def test_policies(check):
+    check()
+
+
+@pytest.mark.slow
+@pytest.mark.slow
+@parametrize_checks(corms(threshold="live", group="mean"))
+def test_other_choices(check):
     check()
 
 

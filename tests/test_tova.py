@@ -23,6 +23,7 @@ def test_conformance(check):
     check()
 
 
+@pytest.mark.slow
 @parametrize_checks(UNEQUAL, implementation=Implementation(stores=1), examples=3)
 def test_conformance_in_a_pool(check):
     check()
