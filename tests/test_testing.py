@@ -26,7 +26,6 @@ def test_policies(check):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 @parametrize_checks(corms(threshold="live", group="mean"))
 def test_other_choices(check):
     check()
