@@ -16,6 +16,7 @@ from simulator.specification import readings, rule_of
 from simulator.synthetic import noise
 from simulator.testing import check_policy, parametrize_checks
 from simulator.verify import drive, verify
+from tests.checks import quick
 from tests.heads import chunks_of, live_sets, slots_of
 from tests.test_nine_tokens import head, words
 
@@ -42,7 +43,7 @@ VARIANTS = [
 """Further choices of the same policies."""
 
 
-@parametrize_checks(*map(parse, SPECS), examples=5)
+@quick(parametrize_checks(*map(parse, SPECS), examples=5))
 def test_conformance(check):
     check()
 

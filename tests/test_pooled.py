@@ -16,8 +16,10 @@ from corm_jax import CacheSpec, Corm, Full, begin_prompt, decode, generate, make
 from corm_jax.core.layout import Apart, Shared
 from corm_jax.core.slots import Slots
 from corm_jax.core.storing import insert
-from simulator.subject import Implementation, by_head
+from simulator.held import by_head
+from simulator.subject import Implementation
 from simulator.testing import parametrize_checks
+from tests.checks import quick
 from tests.drive import TOKENS, in_cache, in_numpy
 from tests.heads import chunks_of, slots_of
 from tests.models import tiny
@@ -41,7 +43,7 @@ FURTHER = [
 SHARING = [*SLOTS, *FURTHER, "streaming_llm:sinks=2,budget=6", "l2norm:budget=5", "snapkv:budget=6,window=3", "full"]
 
 
-@parametrize_checks(*map(parse, SLOTS), implementation=Implementation(stores=1), examples=4)
+@quick(parametrize_checks(*map(parse, SLOTS), implementation=Implementation(stores=1), examples=4))
 def test_conformance(check):
     check()
 

@@ -28,7 +28,7 @@ from corm_jax import partition_specs as specs_of
 from tests.devices import EXPLICIT
 
 ROOT = Path(__file__).parent.parent
-FURTHER = ["streaming_llm", "h2o", "tova", "snapkv"]
+FURTHER = ["tova", "snapkv"]
 TRIED = ["corm", *(pytest.param(name, marks=pytest.mark.slow) for name in FURTHER)]
 """Policies that differ in what they ask of a layer; `benchmarks/collectives.py` compares all of them."""
 
