@@ -198,6 +198,7 @@ def _fork(copy: Path, stage: str, seconds: float, unmutated: bool) -> int:
 
         engine.MAX_SHRINKS = 0  # the first example that fails is enough
         options = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+        options += ["-m", "slow or not slow"]
         code = pytest.main([*options, *shlex.split(stage)]) % 5  # 5: no test, where there is no doctest
         sys.stdout.flush()
         os._exit(code)

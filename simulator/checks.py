@@ -26,14 +26,12 @@ from corm_jax.core.wrapper import Wrapper
 from corm_jax.policies import policy
 from simulator import invariants
 from simulator.construction import check_construction
-from simulator.invariants import InvariantError
+from simulator.held import by_head
+from simulator.invariants import CLOSE, InvariantError
 from simulator.replay import replay
 from simulator.specification import readings, specified
 from simulator.strategies import CHUNK, GARBAGE, KV_HEADS, TOKENS, Case, typical
-from simulator.subject import Subject, by_head
-
-CLOSE = 1e-4
-"""A comparison that is nearer than this to a tie, but not an exact tie, may be decided by rounding: it is left out."""
+from simulator.subject import Subject
 
 CHECKS: list[Callable[[Subject, st.DataObject], None]] = []
 """All checks, the most basic ones first."""

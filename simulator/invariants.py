@@ -19,6 +19,9 @@ from typing import Any
 
 import numpy as np
 
+CLOSE = 1e-4
+"""A comparison that is nearer than this to a tie, but not an exact tie, may be decided by rounding: it is left out."""
+
 
 class InvariantError(AssertionError):
     """An invariant does not hold.

@@ -26,12 +26,11 @@ from corm_jax.policies import POLICIES, Budget, Oneshot, Protect, budget
 from corm_jax.policies.budget import has_own_budget
 from corm_jax.traces.trace import Trace
 from simulator import invariants
-from simulator.checks import CLOSE
-from simulator.invariants import InvariantError
+from simulator.held import by_head
+from simulator.invariants import CLOSE, InvariantError
 from simulator.reference import Reading
 from simulator.replay import replay
 from simulator.specification import readings
-from simulator.subject import by_head
 
 BATCH = 16
 TOKENS, LEAST, CHUNK = 32, 8, 3

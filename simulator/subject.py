@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
 
-from corm_jax.core.arrays import EMPTY, ENDLESS, iota
-from corm_jax.core.cache import make_cache, slots
+from corm_jax.core.arrays import ENDLESS, iota
+from corm_jax.core.cache import make_cache
 from corm_jax.core.prompt import begin_prompt
 from corm_jax.core.step import step
 from corm_jax.core.types import CacheSpec, LayerCache
 from corm_jax.policies import oneshot
+from simulator.held import by_head
 from simulator.specification import Reference
 from simulator.strategies import CHUNK, KV_HEADS, TOKENS, Case, cases
 
@@ -112,15 +113,6 @@ def _empty(make_cache, policy, shape: CacheSpec, **batch: int) -> LayerCache:
             _made.clear()
         _made[key] = policy, make_cache(policy, shape, **batch)  # with the policy, so that its id is not reused
     return _made[key][1]
-
-
-def by_head(cache: LayerCache) -> jax.Array:
-    """The positions that each head holds: ``[kv_heads, slots]``, in a pool `EMPTY` where another head owns the slot."""
-    stores, _ = cache.position.shape
-    kv_heads = len(cache.overflow)
-    each = jnp.repeat(cache.position, kv_heads // stores, 0)
-    own = jnp.repeat(slots(cache).head, kv_heads // stores, 0) == iota(kv_heads)[:, None]
-    return jnp.where(own, each, EMPTY)
 
 
 @partial(jax.jit, static_argnames="step")

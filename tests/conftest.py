@@ -9,6 +9,7 @@ from pathlib import Path
 import hypothesis
 import jax
 import pytest
+from jax._src import lru_cache
 
 from corm_jax.terminal import stopping
 
@@ -21,11 +22,22 @@ if jax.__version_info__ < (0, 11):  # later ones do not know it, and end at what
 if not os.environ.get("CORM_JAX_OPTIMIZED"):
     os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *QUICK])
 
-# What was compiled is kept for other modules and the next run, by each worker alone: JAX writes entries in place.
+# What was compiled is kept for other modules, other workers and the next run.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    folder = Path(__file__).parent.parent / ".pytest_cache" / "compiled" / os.environ.get("PYTEST_XDIST_WORKER", "main")
-    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".pytest_cache" / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def _put(self, key, value):
+    """Stores a program in JAX's cache whole or not at all: JAX writes in place, and another worker may read then."""
+    place = self.path / f"{key}-cache"
+    if not place.exists():
+        part = self.path / f"{key}-{os.getpid()}-part"
+        part.write_bytes(value)
+        part.replace(place)
+
+
+lru_cache.LRUCache.put = _put
 
 hypothesis.settings.register_profile(
     "default", deadline=None, derandomize=True, max_examples=60, report_multiple_bugs=False

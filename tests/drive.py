@@ -13,8 +13,8 @@ from corm_jax.core.prompt import begin_prompt
 from corm_jax.core.step import step
 from corm_jax.core.types import CacheSpec
 from simulator import rules
+from simulator.held import by_head
 from simulator.specification import rule_of
-from simulator.subject import by_head
 
 TOKENS, CHUNK, KV_HEADS, GROUP, HEAD_DIM = 20, 3, 2, 2, 4
 FUSED = {"xla_cpu_use_fusion_emitters": True} if jax.__version_info__ < (0, 11) else {}

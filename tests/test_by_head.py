@@ -5,12 +5,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from corm_jax import CacheSpec, OfHead, Policy, Traits, make_cache, policy, step
 from corm_jax.policies import number
 from simulator.rules import Rule, read_head
 from simulator.subject import Implementation
 from simulator.testing import parametrize_checks
+from tests.checks import quick
 from tests.drive import GROUP, HEAD_DIM, KV_HEADS, TOKENS, normal
 
 
@@ -74,11 +76,12 @@ def reference(q, k, v, *, recent, least, **how):
     return read_head(BelowTheMeanRule(recent=recent, least=least), q, k, v, **how)
 
 
-@parametrize_checks(BelowTheMean(recent=2, least=103), reference=reference, examples=6)
+@quick(parametrize_checks(BelowTheMean(recent=2, least=103), reference=reference, examples=6))
 def test_conformance(check):
     check()
 
 
+@pytest.mark.slow
 @parametrize_checks(BelowTheMean(recent=2, least=103), implementation=Implementation(stores=1), examples=4)
 def test_conformance_in_pools(check):
     check()

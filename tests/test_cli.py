@@ -52,7 +52,7 @@ def test_compare(corm, model, text, tmp_path):
     assert sum(evicting["kept_per_layer"]) / 3 == pytest.approx(evicting["kept_final"])
 
 
-@pytest.mark.parametrize("budget", ["20", "0.2"])
+@pytest.mark.parametrize("budget", [pytest.param("20", marks=pytest.mark.slow), "0.2"])
 def test_a_budget_holds_all_to_the_same_memory(corm, model, text, tmp_path, budget):
     report, specs = (
         tmp_path / "report.json",
@@ -265,6 +265,7 @@ def test_mistakes_end_in_one_line(corm, model, text, tmp_path, arguments, messag
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_a_plan_from_a_trace_to_its_use(corm, run_main, model, text, tmp_path):
     """Record, plan, compare: the pools hold the policy of the plan, and another gets all that it wants."""
     from simulator.cli import main as simulator

@@ -80,7 +80,12 @@ def test_decisions_at_any_clock(name, seed, start, how):
     np.testing.assert_allclose(outputs.swapaxes(0, 1), [reading.outputs for reading in expected], atol=2e-5)
 
 
-@pytest.mark.parametrize("name", POLICIES)
+FEW = "corm", "adaptive_corm", "h2o by age", "adakv", "guards"
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in POLICIES]
+)
 @settings(max_examples=8)
 @given(seed=st.integers(0, 2**16), start=st.sampled_from([*STARTS[:-1], ENDLESS - 1 - TOKENS]), pool=st.booleans())
 def test_an_exact_block_at_any_clock(name, seed, start, pool):

@@ -383,6 +383,7 @@ def long_reading(places):
     ]
 
 
+@pytest.mark.slow
 def test_interrupted_at_any_moment(long_reading, tmp_path):
     """Ctrl-C while XLA compiles used to end in a segmentation fault, more often than not."""
     report = str(tmp_path / "report.json")
@@ -567,6 +568,7 @@ def test_the_oldest_entries_go_when_there_are_too_many(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.glob("*-cache")) == ["0-cache", "1-cache", "2-cache"]
 
 
+@pytest.mark.slow
 def test_two_commands_share_compiled_programs_and_survive_damaged_ones(places, tmp_path):
     """Both at once, then one on entries that are cut short: no word about it, and whole entries after it."""
     cache = tmp_path / "cache"

@@ -131,6 +131,7 @@ OLDER = """
 KEYS = WRITTEN | set(OLDER.split()) | set(GenerationConfig._get_default_generation_params()) | HARMLESS
 
 
+@pytest.mark.slow
 def test_every_key_of_a_config(plain, llama3):
     for key in sorted(KEYS):
         for value in (False, 3) if key in HARMLESS else JUNK:
@@ -169,7 +170,7 @@ def test_keys_that_are_used(plain, changes, differs):
     assert (np.abs(plain.theirs(config) - plain.logits).max() > 1e-3) == differs
 
 
-@pytest.mark.parametrize("place", ["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize("place", ["rope_parameters", pytest.param("rope_scaling", marks=pytest.mark.slow)])
 def test_every_key_of_the_rotation(llama3, place):
     config = {name: value for name, value in llama3.config.items() if name != "rope_parameters"}
     for key in sorted({*RopeParameters.__annotations__, "type", "alpha", "low_freq_wavelen"}):
@@ -278,6 +279,7 @@ def test_gguf_constants_are_many():
     assert {"llama.rope.scaling.factor", "adapter.type", "llama.attention.key_length", *MEANING} <= OTHERS
 
 
+@pytest.mark.slow
 def test_every_key_of_gguf_metadata(plain, file):
     values = (True, 0, 1, 3, 8, 0.5, 4.0, 1e400, "x", "linear", "yarn", [4, 4])
     known = {field.alias for field in Metadata.model_fields.values()} | Metadata.only.keys()

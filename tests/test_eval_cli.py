@@ -85,6 +85,7 @@ def test_agreement(evaluate, text, tmp_path):
     assert snapkv["kl"] > 0
 
 
+@pytest.mark.slow
 def test_recall(evaluate, text, tmp_path):
     out = tmp_path / "out"
     arguments = "--text", text, "--length", 256, "--depth", 0.5, "--limit", 1, "--budget", 0.25, "--out", out
@@ -339,6 +340,7 @@ def test_data_that_cannot_be_used(evaluate, data, tmp_path, file, content, messa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_killed_again_and_again(model, text, tmp_path):
     """Kills at random moments, and the file is what it is without."""
     arguments = ["eval", "perplexity", "--model", model, "--text", str(text), "--tokens", "48", "--limit", "6"]

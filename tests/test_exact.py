@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from corm_jax import CacheSpec, Corm, Full, begin_prompt, make_cache, parse
 from corm_jax.core.step import read
-from simulator.subject import by_head
+from simulator.held import by_head
 from tests.drive import GROUP, HEAD_DIM, KV_HEADS, TOKENS, at_clock, in_numpy
 
 CLOSE = 1e-4

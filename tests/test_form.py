@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from corm_jax import ALiBi, CacheSpec, Rope, Rotary, make_cache, parse, step
 from corm_jax.core.step import read
+from simulator.held import by_head
 from simulator.rules import Form
-from simulator.subject import by_head
 from tests.drive import GROUP, HEAD_DIM, KV_HEADS, TOKENS, in_cache, in_numpy, normal
 from tests.heads import chunks_of
 
@@ -69,7 +69,13 @@ def exactly(policy, *columns, form, capacity, stores):
     return outputs, by_head(cache), live, cache.overflow
 
 
-@pytest.mark.parametrize(("form", "spec"), [*((form, SPECS[0]) for form in FORMS), ("all", SPECS[2])])
+@pytest.mark.parametrize(
+    ("form", "spec"),
+    [
+        *(pytest.param(form, SPECS[0], marks=[pytest.mark.slow] * (form not in ("rotary", "all"))) for form in FORMS),
+        ("all", SPECS[2]),
+    ],
+)
 @settings(max_examples=16)
 @given(seed=st.integers(0, 2**16), tight=st.booleans())
 def test_a_block_is_as_token_by_token_in_any_form(form, spec, seed, tight):

@@ -33,7 +33,7 @@ def kept(caches, row):
     return [[live_sets(head) for head in np.asarray(layer.position[row])] for layer in caches]
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(prompts=prompts_of_length, chunk=st.sampled_from([1, 8]), window=st.integers(1, 40), capacity=st.just(48))
 def test_each_row_of_a_ragged_batch_is_as_if_alone(prompts, chunk, window, capacity):
     policy = Corm(window=window, recent=4)
@@ -178,13 +178,14 @@ def test_a_policy_for_each_layer():
         make_caches(MODEL, (Full(),) * 3, batch=1, capacity=8)
 
 
-@pytest.mark.parametrize(("spec", "slots"), [("h2o:recent=4,budget=12", 13), ("h2o:recent=4,budget=0.5", 30)])
-@pytest.mark.parametrize("chunk", [1, 5])
-def test_a_budget_of_keys_is_all_that_is_allocated(spec, slots, chunk):
+@pytest.mark.parametrize(
+    ("spec", "chunk", "slots"), [("h2o:recent=4,budget=12", 5, 17), ("h2o:recent=4,budget=0.5", 1, 30)]
+)
+def test_a_budget_of_keys_is_all_that_is_allocated(spec, chunk, slots):
     prompt = np.random.default_rng(0).integers(0, 97, 20).tolist()
     small = generate(MODEL, parse(spec), [prompt], max_new_tokens=10, chunk=chunk)
     large = generate(MODEL, parse(spec), [prompt], max_new_tokens=10, chunk=chunk, capacity=40)
-    assert small.caches[0].position.shape[-1] == (slots if slots == 30 else 12 + chunk)
+    assert small.caches[0].position.shape[-1] == slots
     assert small.tokens == large.tokens
     assert int(usage(small.caches).overflow.sum()) == 0
 

@@ -33,9 +33,10 @@ SPECS = [
 ]
 CHUNKS = TOKENS // 2
 CASES = [(spec, CHUNKS, None) for spec in SPECS]  # `full` and its kin block by block
-CASES += [(spec, 1, 1) for spec in SPECS[::2]]
-CASES += [(spec, CHUNKS, 1) for spec in SPECS[1::2]]  # in a pool
 CASES += [(spec, 1, None) for spec in SPECS[:2]]
+CASES += [(SPECS[0], 1, 1), (SPECS[1], CHUNKS, 1)]  # in a pool, and the others
+CASES += [pytest.param(spec, 1, 1, marks=pytest.mark.slow) for spec in SPECS[2::2]]
+CASES += [pytest.param(spec, CHUNKS, 1, marks=pytest.mark.slow) for spec in SPECS[3::2]]
 WEIGHTS = np.random.default_rng(5).normal(size=(TOKENS, KV_HEADS, 2, 4)).astype(np.float32)
 
 
@@ -116,7 +117,7 @@ def test_positions_in_the_cache(monkeypatch):
         np.testing.assert_allclose((gradient * direction[at]).sum(), (higher - lower) / 2e-2, rtol=2e-2)
 
 
-@pytest.mark.parametrize("stores", [None, 1])
+@pytest.mark.parametrize("stores", [None, pytest.param(1, marks=pytest.mark.slow)])
 def test_through_a_model(stores, monkeypatch):
     """The gradients of all weights, where nothing is evicted: by blocks, by pages, and token by token the same."""
     monkeypatch.setattr(attention, "KEYS_PER_BLOCK", 8)

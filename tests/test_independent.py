@@ -26,8 +26,8 @@ SPECS |= {name: f"{name}:budget=6" for name in POLICIES if keeps_everything(name
 
 def kept(policy, q, k, v, stores=None):
     cache = begin_prompt(make_cache(policy, CacheSpec(k.shape[1], TOKENS, HEAD_DIM, stores=stores)), 12)
-    for at in range(0, TOKENS, 4):
-        cache = step(policy, cache, *(x[at : at + 4] for x in (q, k, v)), 4)[1]
+    for at in range(0, TOKENS, TOKENS // 2):
+        cache = step(policy, cache, *(x[at : at + TOKENS // 2] for x in (q, k, v)), TOKENS // 2)[1]
     return jnp.sort(cache.position, -1)
 
 

@@ -55,8 +55,14 @@ POLICIES = [
 ]
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=repr)
-@pytest.mark.parametrize("stores", [None, 1])
+@pytest.mark.parametrize(
+    ("policy", "stores"),
+    [
+        pytest.param(policy, stores, marks=[pytest.mark.slow] * ((index + (stores or 0)) % 2))
+        for index, policy in enumerate(POLICIES)
+        for stores in (None, 1)
+    ],
+)
 def test_a_look_changes_nothing_but_the_state(policy, stores):
     """Even where no slot is free. The keys that stand there draw what a step over them would have paid."""
     cache = begin_prompt(make_cache(policy, CacheSpec(KV_HEADS, HELD, HEAD_DIM, stores=stores)), HELD)

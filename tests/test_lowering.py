@@ -76,17 +76,25 @@ LAYOUTS = {"rectangle": None, "pool": 1}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
+FEW = "corm:window=8,recent=4", "h2o:recent=4,attention=mean,sinks=2,budget=16,oneshot=true", "adakv:budget=16,window=4"
+"""Policies of which every program is lowered by default; two programs of each of the others are, in slow tests."""
+
 STRAIGHT = [("rectangle", "float32"), ("pool", "bfloat16")]
 CROSSED = [("rectangle", "bfloat16"), ("pool", "float32")]
 """Every layout and every dtype. Tests take the one or the other, so that any two choices meet in some program."""
 
 
-def each(pairs):
-    """A test of every policy, for some pairs of a layout and a dtype."""
+def few_first(names):
+    """The names, all marked slow but `FEW`."""
+    return [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+def each(pairs, names=FEW):
+    """A test of policies, for some pairs of a layout and a dtype."""
 
     def marked(function):
         function = pytest.mark.parametrize(("layout", "dtype"), pairs)(function)
-        return pytest.mark.parametrize("name", POLICIES)(function)
+        return pytest.mark.parametrize("name", few_first(names))(function)
 
     return marked
 
@@ -214,7 +222,7 @@ def test_all_policies_are_here():
     assert {name.partition(":")[0] for name in POLICIES} == {*cj.POLICIES, "recorder"}
 
 
-@each(CROSSED)
+@each(CROSSED, POLICIES)
 def test_prefill_token_by_token(name, layout, dtype):
     policy, model, length = one_of_each(name, layout, dtype)
     caches = abstract_caches(model, policy, LAYOUTS[layout], length)
@@ -228,7 +236,7 @@ def test_prefill_in_chunks(name, layout, dtype):
     check_model(prefill(model, policy, caches, CHUNK), caches, dtype)
 
 
-@each(STRAIGHT)
+@each(STRAIGHT, POLICIES)
 def test_decode(name, layout, dtype):
     """One loop is over the tokens. Loops of a single turn do not count: every compiler of XLA removes them."""
     policy, model, length = one_of_each(name, layout, dtype)
@@ -254,7 +262,7 @@ def test_look(name, layout, dtype):
     ("what", "fidelity", "chunk"),
     [("replay", "renormalized", 1), ("replay", "recorded", CHUNK), ("sweep", "renormalized", CHUNK)],
 )
-@pytest.mark.parametrize("name", [name for name in SPECS if not counts_in_cache(POLICIES[name])])
+@pytest.mark.parametrize("name", few_first(name for name in SPECS if not counts_in_cache(POLICIES[name])))
 def test_replay(name, what, fidelity, chunk):
     """Traces are float32. Those of attention hold no keys, at which `l2norm` looks."""
     policy = POLICIES[name]

@@ -75,6 +75,7 @@ def run(tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_the_command(run):
     """Some mutants are killed, one hangs, some survive, which a further test kills; what was tried is kept."""
     printed, results = run()

@@ -36,7 +36,12 @@ HOW = [(1, TOKENS, None), (CHUNK, 9, None), (1, TOKENS, 1), (CHUNK, TOKENS, 1)]
 LOWEST, OF_LAYER = jax.jit(Slots.lowest), jax.jit(Slots.lowest_of_layer)
 
 
-@pytest.mark.parametrize("spec", ALONE + COUPLED)
+FEW = ALONE[1], ALONE[4], ALONE[8], *COUPLED
+
+
+@pytest.mark.parametrize(
+    "spec", [spec if spec in FEW else pytest.param(spec, marks=pytest.mark.slow) for spec in ALONE + COUPLED]
+)
 @settings(max_examples=25)
 @example(0, [("k", 0, 4, np.nan)], HOW[0])
 @example(0, [("v", 0, 4, np.inf)], HOW[2])

@@ -16,6 +16,7 @@ from simulator.specification import readings, rule_of
 from simulator.synthetic import noise
 from simulator.testing import check_policy, parametrize_checks
 from simulator.verify import drive, verify
+from tests.checks import quick
 from tests.heads import chunks_of, live_sets, slots_of
 from tests.test_nine_tokens import head, words
 
@@ -23,24 +24,33 @@ SPECS = [
     "full:budget=5",
     "streaming_llm:sinks=2,budget=6",
     "h2o:recent=2,budget=5",
-    "h2o:recent=2,attention=mean,budget=0.4",
     "scissorhands:budget=6,window=5,recent=2",
     "tova:budget=5",
     "l2norm:budget=5",
     "random:budget=5",
     "corm:window=4,recent=2,budget=4,sinks=1",
-    "corm:window=3,recent=2,oneshot=true",
     "adaptive_corm:window=3,recent=2,multiple=2,patience=2,trial=6",
-    "adaptive_corm:window=2,recent=1,multiple=1,patience=4,trial=0,budget=6,sinks=1",
     "snapkv:budget=5,window=2,kernel=3",
-    "snapkv:budget=4,window=1,kernel=5,pool=mean,sinks=1",
-    "pyramidkv:budget=6,window=3,kernel=1",
     "adakv:budget=5,window=2,kernel=3,floor=0.5",
 ]
+VARIANTS = [
+    "h2o:recent=2,attention=mean,budget=0.4",
+    "corm:window=3,recent=2,oneshot=true",
+    "adaptive_corm:window=2,recent=1,multiple=1,patience=4,trial=0,budget=6,sinks=1",
+    "snapkv:budget=4,window=1,kernel=5,pool=mean,sinks=1",
+    "pyramidkv:budget=6,window=3,kernel=1",
+]
+"""Further choices of the same policies."""
 
 
-@parametrize_checks(*map(parse, SPECS), examples=5)
+@quick(parametrize_checks(*map(parse, SPECS), examples=5))
 def test_conformance(check):
+    check()
+
+
+@pytest.mark.slow
+@parametrize_checks(*map(parse, VARIANTS), examples=5)
+def test_conformance_of_variants(check):
     check()
 
 
@@ -55,7 +65,9 @@ UNEQUAL = {
 }
 
 
-@pytest.mark.parametrize("check", ["specification", "layouts", "replays_alike"])
+@pytest.mark.parametrize(
+    "check", ["specification", *(pytest.param(name, marks=pytest.mark.slow) for name in ("layouts", "replays_alike"))]
+)
 @pytest.mark.parametrize("name", UNEQUAL)
 def test_heads_that_keep_different_numbers(name, check):
     check_policy(UNEQUAL[name](), only=check, examples=10)

@@ -33,6 +33,8 @@ from simulator import reference, specification
 from simulator.invariants import InvariantError
 from simulator.testing import CHECKS, Implementation, check_policy
 
+pytestmark = pytest.mark.slow
+
 
 @policy
 class OneRecentTooFew(Corm):

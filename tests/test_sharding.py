@@ -28,7 +28,8 @@ from corm_jax import partition_specs as specs_of
 from tests.devices import EXPLICIT
 
 ROOT = Path(__file__).parent.parent
-TRIED = ["corm", "streaming_llm", "h2o", "tova", "snapkv"]
+FURTHER = ["tova", "snapkv"]
+TRIED = ["corm", *(pytest.param(name, marks=pytest.mark.slow) for name in FURTHER)]
 """Policies that differ in what they ask of a layer; `benchmarks/collectives.py` compares all of them."""
 
 
@@ -39,7 +40,7 @@ def devices(name):
 
 
 def test_all_policies_are_compared():
-    assert set(bench.POLICIES) == set(POLICIES) > set(TRIED)
+    assert set(bench.POLICIES) == set(POLICIES) > {"corm", *FURTHER}
 
 
 @pytest.mark.parametrize("name", TRIED)
@@ -63,6 +64,7 @@ def test_a_model_over_the_batch():
     assert devices("model") == {"tokens": True, "held": True, "split": True, "distinct": 8}
 
 
+@pytest.mark.slow
 def test_heads_that_are_not_independent_are_refused_apart():
     found = devices("refusals")
     for name in ("tova", "adakv"):

@@ -55,7 +55,12 @@ def test_every_policy_with_every_choice_is_tried():
 
 @pytest.mark.parametrize(
     "start",
-    [batch_of("corm"), batch_of("h2o"), batch_of("scissorhands", 1), batch_of("snapkv"), BATCH * (len(VARIANTS) + 2)],
+    [
+        batch_of("corm"),
+        batch_of("snapkv"),
+        *(pytest.param(batch_of(*name), marks=pytest.mark.slow) for name in (["h2o"], ["scissorhands", 1])),
+        BATCH * (len(VARIANTS) + 2),
+    ],
 )
 def test_a_small_soak_finds_nothing(start):
     (tally,) = soak.soak(seed=1, start=start, cases=BATCH)

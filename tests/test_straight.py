@@ -25,8 +25,11 @@ SAMPLING = {"while": 1, "sort": 1, "conditional": 1}
 """Where a token is drawn: the branch for temperatures above 0, and what it does."""
 
 
+FEW = "full", "corm:window=256,recent=256,group=mean,sinks=4", "scissorhands:budget=512"
+
+
 @pytest.mark.parametrize("stores", [None, 1])
-@pytest.mark.parametrize("spec", MOST)
+@pytest.mark.parametrize("spec", [spec if spec in FEW else pytest.param(spec, marks=pytest.mark.slow) for spec in MOST])
 def test_a_token_is_a_straight_line(spec, stores):
     count = launches.launches(launches.compiled(spec, stores, layers=2, capacity=640, **FUSED))
     assert {kind: count[kind] for kind in SAMPLING} == SAMPLING

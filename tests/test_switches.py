@@ -110,6 +110,7 @@ def main():
     print(json.dumps(decisions()))
 
 
+@pytest.mark.slow
 def test_switches_change_no_decision():
     """In a process in which all of them are thrown at once."""
     code = "from tests.test_switches import main; main()"
@@ -134,7 +135,11 @@ def wide(jaxpr):
     return found
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=[*SPECS, "unequal"])
+@pytest.mark.parametrize(
+    "policy",
+    [*POLICIES[1:3], *(pytest.param(one, marks=pytest.mark.slow) for one in (POLICIES[0], *POLICIES[3:-1])), UNEQUAL],
+    ids=[*SPECS[1:3], SPECS[0], *SPECS[3:], "unequal"],
+)
 def test_no_number_has_64_bits(policy):
     """Under JAX_ENABLE_X64 a step is the same program: none of its numbers is wider."""
     with jax.enable_x64(True):

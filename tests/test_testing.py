@@ -18,17 +18,22 @@ def corms(**given):
 
 
 @parametrize_checks(
-    Full(),
     corms(threshold="position", group="any"),
-    corms(threshold="live", group="mean"),
     Corm(window=np.array([3, 6], np.int32), recent=np.array([2, 1], np.int32)),
 )
 def test_policies(check):
     check()
 
 
-@parametrize_checks(budget(protect(H2O(recent=np.array([2, 1])), sinks=np.array([0, 2])), 6), examples=5)
-def test_numbers_for_each_head(check):
+@pytest.mark.slow
+@parametrize_checks(corms(threshold="live", group="mean"))
+def test_other_choices(check):
+    check()
+
+
+@pytest.mark.slow
+@parametrize_checks(Full(), budget(protect(H2O(recent=np.array([2, 1])), sinks=np.array([0, 2])), 6), examples=5)
+def test_further_policies(check):
     check()
 
 

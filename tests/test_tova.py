@@ -12,17 +12,19 @@ from corm_jax.traces.trace import Trace
 from simulator.replay import replay
 from simulator.subject import Implementation
 from simulator.testing import parametrize_checks
+from tests.checks import quick
 from tests.drive import TOKENS, in_cache, in_numpy, normal
 from tests.heads import chunks_of, slots_of
 
 UNEQUAL = budget(protect(TOVA(), sinks=np.array([0, 2], np.int32)), 5)
 
 
-@parametrize_checks(UNEQUAL, examples=5)
+@quick(parametrize_checks(UNEQUAL, examples=5))
 def test_conformance(check):
     check()
 
 
+@pytest.mark.slow
 @parametrize_checks(UNEQUAL, implementation=Implementation(stores=1), examples=3)
 def test_conformance_in_a_pool(check):
     check()

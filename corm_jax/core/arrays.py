@@ -8,13 +8,16 @@ number of tokens read so far, the current one included. Numbers have 32 bits, al
 
 from collections.abc import Callable
 from functools import reduce, wraps
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Int, PyTree
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 EMPTY = -1
 """The position of a slot that holds no key. Nothing else marks a slot as free."""
@@ -87,14 +90,14 @@ def over_group(operation: Callable[[Array, Array], Array], x: Array) -> Array:
     return reduce(operation, x)
 
 
-def broadcasts(function: Callable) -> Callable:
+def broadcasts(function: Callable[P, T]) -> Callable[P, T]:
     """Allows rank promotion inside a function, whatever ``jax_numpy_rank_promotion`` is.
 
     Here and in policies leading axes broadcast over the slots on purpose. Outside the call the setting is unchanged.
     """
 
     @wraps(function)
-    def allowed(*arguments, **options):
+    def allowed(*arguments: P.args, **options: P.kwargs) -> T:
         with jax.numpy_rank_promotion("allow"):
             return function(*arguments, **options)
 

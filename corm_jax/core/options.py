@@ -313,9 +313,8 @@ def _weighs(policy: Any, path: Any) -> bool:
     return False
 
 
-@dataclass_transform(
-    frozen_default=True, kw_only_default=True, field_specifiers=(number, size, weights, choice, static)
-)
+# To a type checker whatever is assigned to a field is its default: `number`, `choice` and `static` are no specifiers.
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(weights, field))
 def policy(cls: Class) -> Class:
     """Makes a class a frozen, keyword-only dataclass and a pytree: numbers are leaves; choices and `static` are not.
 
