@@ -24,7 +24,7 @@ def _promotes():
 def model(local, kv_heads, **options):
     """A small one, with its parameters."""
     kinds = gm.nn.AttentionType
-    shape = {"embed_dim": 32, "hidden_dim": 48, "num_heads": 4, "head_dim": 8, "num_kv_heads": kv_heads}
+    shape = {"embed_dim": 32, "hidden_dim": 48, "num_heads": 4, "head_dim": 16, "num_kv_heads": kv_heads}
     config = gm.nn.config.TransformerConfig(
         num_embed=VOCAB,
         **shape,
@@ -42,7 +42,7 @@ def model(local, kv_heads, **options):
 
 def test_gemma_2():
     """Soft caps of attention and of logits, a sliding window, a scale of its own."""
-    scale = gm.nn.config.QueryPreAttentionNormalisation.BY_EMBED_DIM_DIV_NUM_HEADS
+    scale = gm.nn.config.QueryPreAttentionNormalisation.BY_ONE_OVER_SQRT_EMBED_DIM_DIV_NUM_HEADS
     caps = {"attn_logits_soft_cap": 5.0, "final_logit_softcap": 30.0, "query_pre_attn_norm": scale}
     one, params = model(local=True, kv_heads=2, **caps)
     adapted = decoder(one, params)
