@@ -1,7 +1,7 @@
 """Gemma 2 and 3 of the package ``gemma``, text only.
 
-Each block runs as it is, except for its attention: projections, norms of queries and keys, and rotation are done with
-the block's own modules, and `Attend` does the rest, with the block's scale, soft cap and sliding window.
+Each block runs as it is, except for its attention: the block's own modules compute projections, norms of queries and
+keys, and rotation; `corm_jax.model.decoder.Attend` does the rest, with the scale, soft cap and window of the block.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false

@@ -11,9 +11,10 @@ from jax.tree_util import Partial
 def layer(module: linen.Module, variables: Mapping[str, Any], **options: Any) -> Partial:
     """A layer for `corm_jax.adapters.Functions`: a module whose attention reads through an evicting cache.
 
-    The module is called with hidden states ``[batch, tokens, dim]``, and returns such. Inside of it,
-    ``MultiHeadDotProductAttention`` projects as ever; what it does with queries, keys and values is `Attend`, causal
-    whatever mask the module makes. There are no grouped queries in this class, so ``kv_heads`` is ``heads``.
+    The module is called with hidden states ``[batch, tokens, dim]``, and returns hidden states. Inside of it,
+    ``MultiHeadDotProductAttention`` computes its projections as usual, and `corm_jax.model.decoder.Attend` replaces
+    its attention function. Attention is causal whatever mask the module makes. This class has no grouped queries, so
+    ``kv_heads`` is ``heads``.
 
     Args:
       module: with one such attention.
