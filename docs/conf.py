@@ -1,5 +1,6 @@
 """How Sphinx builds the site: CONTRIBUTING.md has the command."""
 
+import os
 import sys
 import tomllib
 from pathlib import Path
@@ -25,10 +26,14 @@ extensions = [
 myst_enable_extensions = ["attrs_block", "attrs_inline", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 4
 nb_execution_mode = "cache"
-nb_execution_timeout = 300
+nb_execution_timeout = 900
 nb_execution_raise_on_error = True
 nb_execution_cache_path = str(ROOT / "build" / "notebooks")
 nb_merge_streams = True
+# Nearly all of the time goes into compiling: the notebooks, which run one after the other, share what is compiled.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / "build" / "compiled"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # no alarms about slow compiles among the outputs
 
 # The reference. `reference.py` resolves the names in docstrings, and takes signatures as they stand in the source.
 autodoc_member_order = "bysource"
