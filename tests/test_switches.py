@@ -38,6 +38,7 @@ from corm_jax.model.generation import decode
 from corm_jax.runs import calibrate, perplexity, worth
 from corm_jax.traces.meta import QKV
 from simulator import oracle
+from simulator.recurrence import replay_layer as recurrence
 from simulator.replay import replay, sweep
 from simulator.synthetic import noise
 from simulator.testing import check_policy
