@@ -36,8 +36,9 @@ def view(path, specs, out, overwrite, tokens, layers, fidelity, **how):
         raise CormError(f"--policy is given {len(specs)} times, and a page shows at most two policies: leave some out")
     check_new({"--out": out}, overwrite)
     trace = Trace.open(path)
+    chosen = layers_of(layers)
     with console.naming({"--layers": layers, "--tokens": tokens}):
-        shown = viewer.part(trace, layers_of(layers), tokens)
+        shown = viewer.part(trace, chosen, tokens)
     options = {"fidelity": fidelity, **how}
     job = Job(shown.trace, shown.layers, options, {}, None, overwrite, program="corm")
     replays = {spec: job.replay(spec, policy, errors=False)[0] for spec, policy in job.policies(specs).items()}

@@ -339,7 +339,7 @@ def test_what_else_the_model_refuses():
         ([3, 3], np.ones((2, 3), np.float32), "tokens must be whole numbers .* got float32"),
         ([3, 3], TWO[0], r"tokens must be whole numbers \[batch, tokens\], got int32 of the shape \(3,\)"),
     ):
-        refused(message, MODEL, CORM, caches, jnp.array(tokens), jnp.array(count), chunk=1)
+        refused(message, forward, MODEL, CORM, caches, jnp.array(tokens), jnp.array(count), chunk=1)
     for policy in ("tova", cj.TOVA, ["tova", "tova"], None):
         refused("a policy must be an object such as", cj.make_caches, MODEL, policy, batch=1, capacity=8)
     for capacity in (0, 1.5, "8", None, [8], [8, 0], True):
@@ -393,7 +393,7 @@ def test_a_prompt_that_cannot_be():
 def test_a_model_that_was_not_told_the_prompt():
     policy = cj.SnapKV(budget=4, window=2)
     caches = cj.make_caches(MODEL, policy, batch=1, capacity=16)
-    refused("SnapKV waits for the end", MODEL, policy, caches, jnp.array([[1, 2, 3]]), jnp.array([3]), chunk=1)
+    refused("SnapKV waits for the end", forward, MODEL, policy, caches, jnp.array([[1, 2, 3]]), jnp.array([3]), chunk=1)
     told = cj.begin_prompt(caches, 3)
     _, after, _ = forward(MODEL, policy, told, jnp.array([[1, 2, 3, 4, 5, 6]]), jnp.array([6]), chunk=3)
     assert (np.asarray(cj.usage(after).live) == 6).all()

@@ -74,6 +74,7 @@ def places(tmp_path, model, data):
         "sweep": (trace, "--grid", "window=4,8"),
         "plot": (trace, "--out", tmp_path / "out"),
         "plan": (trace, "--out", tmp_path / "out"),
+        "view": (trace, "--policy", "full", "--out", tmp_path / "out"),
         **dict.fromkeys(("replay", "bounds", "check"), (trace,)),
         "soak": (),
     }

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from corm_jax import Corm, Full
 from corm_jax.core.positions import Rope, rotate
 from corm_jax.model import checkpoint
-from corm_jax.model.decoder import make_caches
+from corm_jax.model.decoder import forward, make_caches
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -52,7 +52,7 @@ def logits_of(model, tokens, policy=None, chunk=1):
     policy = policy or Full()
     caches = make_caches(model, policy, batch=tokens.shape[0], capacity=tokens.shape[1])
     count = jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32)
-    x, *_ = jax.jit(type(model).__call__, static_argnames="chunk")(model, policy, caches, tokens, count, chunk=chunk)
+    x, *_ = jax.jit(forward, static_argnames="chunk")(model, policy, caches, tokens, count, chunk=chunk)
     return np.asarray(model.logits(x))
 
 
