@@ -1,8 +1,9 @@
 """The specification, continued: eviction rules of the field in plain Python, written from their papers, and ours.
 
-A rule belongs to one key-value head. `read` tells it what happens, key by key and query by query, and asks it which
-keys stay and who is to go first. Nothing here knows of JAX, slots or batches. Key ``i`` (from 0) has the 1-based
-position ``i + 1``; the clock ``t`` is the number of tokens seen. Both are Python integers, which have no largest.
+A rule belongs to one key-value head. `read_layer` calls it for each key that is added and each query that attended, and
+then for the keys that stay and the order of eviction. There is no JAX here, no slots and no batches. Key ``i`` (from 0)
+has the 1-based position ``i + 1``; the clock ``t`` is the number of tokens seen. Both are Python integers without a
+largest value.
 """
 
 import math

@@ -40,7 +40,7 @@ RULES: dict[type, type[rules.Rule]] = {
     policies.AdaKV: rules.AdaKV,
 }
 
-MISSING = "register its rule in NumPy with simulator.specification.specifies, see docs/policies.md"
+MISSING = "register its rule in NumPy with simulator.specification.specifies, see docs/your-policy.md"
 """The way out for a policy without a specification."""
 
 RuleClass = TypeVar("RuleClass", bound=type[rules.Rule])
