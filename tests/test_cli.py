@@ -129,7 +129,7 @@ def test_going_beyond_the_trained_context_is_noted(corm, model, text):
 
 
 def test_a_policy_that_cannot_work_stops_all_before_any_is_read(corm, model, monkeypatch):
-    monkeypatch.setattr(compare, "read", lambda *_, **__: pytest.fail("a text was read"))
+    monkeypatch.setattr(compare, "read_text", lambda *_, **__: pytest.fail("a text was read"))
     code, _, err = corm("compare", "--model", model, "--capacity", 20, "--policy", "full", "--policy", "corm")
     assert (code, "cannot hold the keys that the policy never evicts" in err) == (2, True)
 

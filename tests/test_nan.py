@@ -161,10 +161,10 @@ def test_a_prompt_of_a_batch_keeps_it_to_itself():
     prompts, options = [[3, 50, 4, 9, 5], [1, 2, 3, 4, 5, 6, 7]], {"max_new_tokens": 8, "capacity": 20, "chunk": 4}
     for stores in (None, 1):
         clean = generate(model, parse("tova:budget=4"), prompts, stores=stores, **options).tokens
-        embedding = model.embed.embedding[...]
-        model.embed.embedding[...] = embedding.at[50].set(jnp.nan)
+        embedding = model.embedding.embedding[...]
+        model.embedding.embedding[...] = embedding.at[50].set(jnp.nan)
         spoilt = generate(model, parse("tova:budget=4"), prompts, stores=stores, **options).tokens
-        model.embed.embedding[...] = embedding
+        model.embedding.embedding[...] = embedding
         assert spoilt[1] == clean[1]
         assert spoilt[0] != clean[0]
 
