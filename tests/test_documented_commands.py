@@ -58,7 +58,7 @@ def check(group, words):
     for name in ("policy", "policies", "specs"):
         specs = given.get(name) or ()
         for spec in [specs] if isinstance(specs, str) else specs:
-            if not re.search(r"profile=|\bSPEC\b|[<>{]|:.*\(|\.\.\.|:[A-Z]|^[A-Z]", spec):  # no file of the reader's own
+            if not re.search(r"profile=|\bSPEC\b|[<>{]|:.*\(|\.\.\.|:[A-Z]|^[A-Z]", spec):  # of the reader
                 parse(spec)
 
 
