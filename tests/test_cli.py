@@ -52,7 +52,8 @@ def test_compare(corm, model, text, tmp_path):
     assert sum(evicting["kept_per_layer"]) / 3 == pytest.approx(evicting["kept_final"])
 
 
-@pytest.mark.parametrize("budget", [pytest.param("20", marks=pytest.mark.slow), "0.2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("budget", ["20", "0.2"])
 def test_a_budget_holds_all_to_the_same_memory(corm, model, text, tmp_path, budget):
     report, specs = (
         tmp_path / "report.json",

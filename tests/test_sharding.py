@@ -28,8 +28,7 @@ from corm_jax import partition_specs as specs_of
 from tests.devices import EXPLICIT
 
 ROOT = Path(__file__).parent.parent
-FURTHER = ["tova", "snapkv"]
-TRIED = ["corm", *(pytest.param(name, marks=pytest.mark.slow) for name in FURTHER)]
+TRIED = ["corm", "tova", "snapkv"]
 """Policies that differ in what they ask of a layer; `benchmarks/collectives.py` compares all of them."""
 
 
@@ -40,9 +39,10 @@ def devices(name):
 
 
 def test_all_policies_are_compared():
-    assert set(bench.POLICIES) == set(POLICIES) > {"corm", *FURTHER}
+    assert set(bench.POLICIES) == set(POLICIES) > set(TRIED)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRIED)
 def test_devices_decide_as_one_and_move_no_keys(name):
     rows = devices(name)
@@ -60,6 +60,7 @@ def test_devices_decide_as_one_and_move_no_keys(name):
     assert shared <= {"all-reduce pred[]", "all-reduce (pred[], pred[])"}
 
 
+@pytest.mark.slow
 def test_a_model_over_the_batch():
     assert devices("model") == {"tokens": True, "held": True, "split": True, "distinct": 8}
 

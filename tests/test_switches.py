@@ -38,7 +38,7 @@ from corm_jax.model.generation import decode
 from corm_jax.runs import calibrate, perplexity, worth
 from corm_jax.traces.meta import QKV
 from simulator import oracle
-from simulator.recurrence import replay_layer as recurrence
+from simulator.recurrence import replay_layer
 from simulator.replay import replay, sweep
 from simulator.synthetic import noise
 from simulator.testing import check_policy
@@ -160,7 +160,7 @@ def test_no_number_has_64_bits(policy):
             if not np.any(policy.traits.moments):
                 how["moments"] = False
             numbers = jnp.float32(1), jnp.int32(16), jnp.int32(12), jnp.int32(9)
-            assert not wide(jax.make_jaxpr(partial(recurrence, **how))(policy, layer, *numbers).jaxpr)
+            assert not wide(jax.make_jaxpr(partial(replay_layer, **how))(policy, layer, *numbers).jaxpr)
 
 
 def test_no_number_of_a_model_has_64_bits():
@@ -211,7 +211,7 @@ def elsewhere():
     layer = QKV(np.zeros((16, 2, 1, 4), np.float32), *np.zeros((2, 16, 2, 4), np.float32))
     for chunk, moments in ((2, None), (1, None), (1, False)):
         how = {"chunk": chunk, "block": 8, "moments": moments, "fidelity": "renormalized", "errors": True}
-        yield partial(recurrence, Corm(), **how), layer, jnp.float32(1), jnp.int32(16), None, jnp.int32(9)
+        yield partial(replay_layer, Corm(), **how), layer, jnp.float32(1), jnp.int32(16), None, jnp.int32(9)
     yield oracle._attention, jnp.zeros((16, 2, 4)), jnp.zeros((16, 4)), jnp.float32(1)
     model = tiny()
     yield worth.mixed, model.layers[0], jnp.zeros((1, 8, 32)), jnp.zeros((8, 2, 2, 8)), jnp.float32(1)
