@@ -41,6 +41,9 @@ class Shape:
         ``h * group`` to ``h * group + group - 1`` share key-value head ``h``.
       head_dim: numbers a head.
       context: positions that the model was trained on; beyond them quality is not to be expected.
+      windows: for each layer how many positions its queries see, their own included; None for all. A layer with a
+        window is *local*, the others are *global*; ``()``: all are global. A local layer itself passes its ``window``
+        to `Attend`.
     """
 
     vocab: int
@@ -49,6 +52,26 @@ class Shape:
     kv_heads: int
     head_dim: int
     context: int = 8192
+    windows: tuple[int | None, ...] = ()
+
+
+def windows_of(config: Any) -> tuple[int | None, ...]:
+    """The ``windows`` of a `Shape`, one for each layer, also if the config has no such field, or ``()``.
+
+    >>> windows_of(Shape(vocab=9, layers=3, heads=1, kv_heads=1, head_dim=8, windows=(512, 512, None)))
+    (512, 512, None)
+
+    Raises:
+      CormError: for another number of windows than there are layers, or what is no window.
+    """
+    windows = getattr(config, "windows", ())
+    if not isinstance(windows, tuple):
+        raise CormError(f"config.windows must be a tuple, of a number or None for each layer, not {shown(windows)}")
+    if not windows:
+        return (None,) * config.layers
+    if len(windows) != config.layers:
+        raise CormError(f"config.windows has {len(windows)} windows for {config.layers} layers: give one for each")
+    return tuple(one if one is None else integer(f"config.windows[{layer}]", one) for layer, one in enumerate(windows))
 
 
 @runtime_checkable
@@ -144,6 +167,7 @@ def check_decoder(model: Any, name: str) -> None:
         raise CormError(f"{name}: {config.kv_heads} key-value heads cannot serve {config.heads} query heads evenly")
     if len(model.layers) != config.layers:
         raise CormError(f"{name} has {len(model.layers)} layers, and its config says {config.layers}")
+    windows_of(config)
     for layer in model.layers:
         if not callable(layer):
             raise CormError(f"{name} has a layer that cannot be called: {shown(layer)}")
