@@ -5,7 +5,7 @@ model from those. Only safetensors and GGUF are read: formats that can carry cod
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,20 @@ import numpy as np
 from flax import nnx
 
 from corm_jax.errors import CheckpointError, CheckpointWarning, CormError
-from corm_jax.model.llama import Config, Llama
-from corm_jax.model.source import EMBEDDING, HEAD, Source
+from corm_jax.model.llama import Llama
+from corm_jax.model.places import Place
+from corm_jax.model.source import Source
 from corm_jax.model.tokenizer import Tokenizer
 
 DEFAULT = "smollm2-135m"
 
 
 def load(
-    name: str = DEFAULT, dtype: Any = jnp.float32, progress: Callable[[list], Iterable] = iter
+    name: str = DEFAULT,
+    dtype: Any = jnp.float32,
+    progress: Callable[[list], Iterable] = iter,
+    *,
+    context: int | None = None,
 ) -> tuple[Llama, Tokenizer]:
     """A model with its tokenizer.
 
@@ -34,19 +39,21 @@ def load(
         ``"meta-llama/Llama-3.2-1B"``.
       dtype: of parameters, activations and caches: float32, bfloat16 or float16.
       progress: wraps the list of parameters while they are read, to show a bar.
+      context: how many tokens will be read at most. It matters only to LongRoPE (Phi-3), which reads every token
+        otherwise if the text is longer than the model's original context; by default it is not.
 
     Raises:
       CheckpointError: for a checkpoint that is missing, damaged or not supported.
     """
     dtype = _dtype(dtype)
-    source = open_source(name)
+    source = open_source(name, context)
     for note in source.notes:
         warnings.warn(note, CheckpointWarning, stacklevel=2)
     tokenizer = source.tokenizer()  # before the weights, which take much longer
     return build(source, dtype, progress), tokenizer
 
 
-def open_source(name: str) -> Source:
+def open_source(name: str, context: int | None = None) -> Source:
     """Finds out what kind of checkpoint a name means, and opens it."""
     from corm_jax.model import gguf, huggingface, smollm2  # which need packages that the decoder does without
 
@@ -60,12 +67,12 @@ def open_source(name: str) -> Source:
     if is_file and path.suffix == ".gguf":
         return gguf.open_gguf(path, name)
     if is_directory:
-        return huggingface.open_directory(path, name)
+        return huggingface.open_directory(path, name, context)
     if exists or path.suffix in (".gguf", ".bin", ".pt", ".safetensors"):
         why = "is not a GGUF file or a checkpoint's directory" if exists else "does not exist"
         raise CheckpointError(f"model {name!r} {why}")
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        return huggingface.open_directory(huggingface.from_hub(name), name)
+        return huggingface.open_directory(huggingface.from_hub(name), name, context)
     raise CheckpointError(
         f"unknown model {name!r}: give {DEFAULT!r}, a directory, a .gguf file, or a hub id like 'owner/name'"
     )
@@ -81,19 +88,19 @@ def build(source: Source, dtype: Any = jnp.float32, progress: Callable[[list], I
       CormError: for a dtype in which the decoder does not compute.
     """
     dtype = _dtype(dtype)
-    names = _check(source)
+    places = _check(source)
     graph, state = nnx.split(nnx.eval_shape(lambda: Llama(source.config, dtype=dtype, rngs=nnx.Rngs(0))))
     parameters = dict(nnx.to_flat_state(state))
     for path in progress(list(parameters)):
-        value = source.tensors[names[path]].read()
-        value = value.T if path[-1] == "kernel" else value
+        place, parameter = places[path], parameters[path]
+        value = place.take(source.tensors[place.name].read())
         with np.errstate(over="ignore"):
-            value = value.astype(dtype)
+            value = value.astype(parameter.get_value().dtype)
         if not np.isfinite(value).all():
             raise CheckpointError(
-                f"{source.name}: {names[path]!r} contains NaN or infinity, or a number beyond {dtype}"
+                f"{source.name}: {place.name!r} contains NaN or infinity, or a number beyond {value.dtype}"
             )
-        parameters[path] = parameters[path].replace(jnp.asarray(value))
+        parameters[path] = parameter.replace(jnp.asarray(value))
     return nnx.merge(graph, nnx.from_flat_state(parameters))
 
 
@@ -105,48 +112,25 @@ def _dtype(dtype: Any) -> np.dtype:
         raise CormError(f"a model's dtype is float32, bfloat16 or float16, not {dtype!r}") from None
 
 
-def _check(source: Source) -> dict[tuple, str]:
-    """The name of each parameter's tensor, all of which are there with the right shape, and no others."""
+def _check(source: Source) -> dict[tuple, Place]:
+    """Where each parameter comes from: all tensors are there with the right shape, and no others."""
     config, tensors = source.config, source.tensors
     # A file of n tensors cannot hold more than n layers, however many the config says.
-    bounded = replace(config, layers=min(config.layers, len(tensors) + 1))
-    places = {source.spelling(name): (path, shape) for path, name, shape in _places(bounded)}
-    if unknown := tensors.keys() - places.keys():
-        raise CheckpointError(f"{source.name}: tensor {min(unknown)!r} has no place in a llama decoder")
-    for name, (_, shape) in places.items():
+    layers = min(config.layers, len(tensors) + 1)
+    places = list(source.places(replace(config, layers=layers, windows=config.windows[:layers])))
+    if unknown := tensors.keys() - {place.name for place in places}:
+        raise CheckpointError(f"{source.name}: tensor {min(unknown)!r} has no place in the decoder")
+    for path, name, shape, _ in places:
         if name not in tensors:
-            why = " and the config does not say 'tie_word_embeddings'" if name == HEAD else ""
+            why = " and the config does not say 'tie_word_embeddings'" if path[0] == "head" else ""
             raise CheckpointError(f"{source.name}: tensor {name!r} is missing{why}")
         if tensors[name].shape != shape:
             raise CheckpointError(
                 f"{source.name}: tensor {name!r} has shape {tensors[name].shape}, "
                 f"where {shape} is expected from the configuration"
             )
-    with np.errstate(all="ignore"):
-        if not np.isfinite(config.rope.frequencies(config.head_dim)).all():
-            raise CheckpointError(f"{source.name}: {config.rope} has frequencies that are not finite")
-    return {path: name for name, (path, _) in places.items()}
-
-
-def _places(config: Config) -> Iterator[tuple[tuple, str, tuple[int, ...]]]:
-    """Each parameter of the decoder: its path, and its tensor's name and shape as Hugging Face has them."""
-    dim, hidden = config.dim, config.hidden
-    queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    layer = {
-        ("attention_norm", "scale"): ("input_layernorm", (dim,)),
-        ("attention", "q", "kernel"): ("self_attn.q_proj", (queries, dim)),
-        ("attention", "k", "kernel"): ("self_attn.k_proj", (keys, dim)),
-        ("attention", "v", "kernel"): ("self_attn.v_proj", (keys, dim)),
-        ("attention", "out", "kernel"): ("self_attn.o_proj", (dim, queries)),
-        ("feed_forward_norm", "scale"): ("post_attention_layernorm", (dim,)),
-        ("feed_forward", "gate", "kernel"): ("mlp.gate_proj", (hidden, dim)),
-        ("feed_forward", "up", "kernel"): ("mlp.up_proj", (hidden, dim)),
-        ("feed_forward", "down", "kernel"): ("mlp.down_proj", (dim, hidden)),
-    }
-    yield ("embedding", "embedding"), EMBEDDING, (config.vocab, dim)
-    yield ("norm", "scale"), "model.norm.weight", (dim,)
-    if not config.tied:
-        yield ("head", "kernel"), HEAD, (config.vocab, dim)
-    for index in range(config.layers):
-        for path, (name, shape) in layer.items():
-            yield ("layers", index, *path), f"model.layers.{index}.{name}.weight", shape
+    for rope in (config.rope, config.local_rope):
+        with np.errstate(all="ignore"):
+            if rope is not None and not np.isfinite(rope.frequencies(config.head_dim)).all():
+                raise CheckpointError(f"{source.name}: {rope} has frequencies that are not finite")
+    return {place.path: place for place in places}

@@ -22,21 +22,25 @@ from corm_jax.errors import CheckpointError
 from corm_jax.files import first_error
 from corm_jax.model.gguf_tokenizer import from_gguf
 from corm_jax.model.llama import Config
+from corm_jax.model.places import Names
 from corm_jax.model.schema import Count, Number, Schema, missing
 from corm_jax.model.source import Source, Tensor
 
-_GLOBAL = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_LAYER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
+NAMES = Names(
+    {"embedding": "token_embd", "norm": "output_norm", "head": "output"},
+    {
+        "attention_norm": "attn_norm",
+        "attention.q": "attn_q",
+        "attention.k": "attn_k",
+        "attention.v": "attn_v",
+        "attention.out": "attn_output",
+        "feed_forward_norm": "ffn_norm",
+        "feed_forward.gate": "ffn_gate",
+        "feed_forward.up": "ffn_up",
+        "feed_forward.down": "ffn_down",
+    },
+    "blk.{}.",
+)
 _DIVISORS = "rope_freqs.weight"
 _WAY_OUT = "convert the model again, or load its Hugging Face directory"
 
@@ -207,7 +211,7 @@ def open_gguf(path: Path, name: str) -> Source:
         []
         if "theta" in found.model_fields_set
         else [f"{path} has no llama.rope.freq_base: {found.theta} is assumed, as llama.cpp does"],
-        _spelling,
+        NAMES.places,
     )
 
 
@@ -271,16 +275,6 @@ def _divisors(path: Path, tensor: Any, head_dim: int) -> tuple[float, ...]:
     if bad := [value for value in values if not (value > 0 and math.isfinite(value))]:
         raise CheckpointError(f"{path}: tensor {_DIVISORS!r} holds {bad[0]}, and frequencies are divided by it")
     return values
-
-
-def _spelling(theirs: str) -> str:
-    """GGUF's name for Hugging Face's name of a tensor."""
-    ours = {value: key for key, value in (_GLOBAL | _LAYER).items()}
-    match theirs.removesuffix(".weight").split(".", 3):
-        case ["model", "layers", layer, name]:
-            return f"blk.{layer}.{ours[name]}.weight"
-        case parts:
-            return f"{ours['.'.join(parts)]}.weight"
 
 
 def _shape(tensor: Any) -> tuple[int, ...]:

@@ -1,15 +1,13 @@
 """A checkpoint that was opened, whatever its format: what `corm_jax.model.checkpoint` builds a model from."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
 
 from corm_jax.model.llama import Config
+from corm_jax.model.places import Place
 from corm_jax.model.tokenizer import Tokenizer
-
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-"""Hugging Face's names of the two tensors that may be tied."""
 
 
 class Tensor(NamedTuple):
@@ -33,7 +31,7 @@ class Source(NamedTuple):
       tensors: by their names in the file.
       tokenizer: reads the tokenizer.
       notes: what the checkpoint left open, and what was assumed.
-      spelling: from Hugging Face's name of a tensor to that in the file.
+      places: where the parameters of a decoder of some shape come from.
     """
 
     name: str
@@ -41,4 +39,4 @@ class Source(NamedTuple):
     tensors: dict[str, Tensor]
     tokenizer: Callable[[], Tokenizer]
     notes: list[str]
-    spelling: Callable[[str], str] = str
+    places: Callable[[Config], Iterable[Place]]

@@ -1,0 +1,1 @@
+"""Families of models, as their ``config.json`` describes them: what each key means, and how the tensors are called."""
