@@ -26,7 +26,6 @@ from corm_jax.model.decoder import forward, make_caches
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
-warnings.simplefilter("ignore", FutureWarning)
 
 BOUND = 1e-4
 PROMPT, MORE = 60, 20
@@ -102,7 +101,7 @@ def theirs(family: str, folder: Path):
 
 def their_logits(model, ids):
     """Those of a prompt read at once, and of the rest read token by token."""
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings(action="ignore", category=FutureWarning):  # of the cache's new name
         found = model(torch.tensor([ids[:PROMPT]]), use_cache=True)
         cache, logits = found.past_key_values, [found.logits[0]]
         for token in ids[PROMPT:]:

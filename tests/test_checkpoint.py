@@ -10,7 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from corm_jax import CheckpointError
 from corm_jax.model import checkpoint
-from corm_jax.model.gguf import _LAYER
+from corm_jax.model.families.llama import LAYER
+from corm_jax.model.gguf import NAMES
 from tests.test_model import hugging_face, logits_of, ours
 
 TEXT = "It was the best of times, it was the worst of times. 'It's naïve,' said he; 12345 — 日本 \U0001f600\n\n  x"
@@ -56,7 +57,7 @@ def write_gguf(
         if value is not None:
             types = {bool: "BOOL", int: "UINT32", float: "FLOAT32", str: "STRING", list: "ARRAY"}
             writer.add_key_value(key, value, gguf.GGUFValueType[types[type(value)]])
-    names = {value: key for key, value in _LAYER.items()}
+    names = {LAYER[part]: name for part, name in NAMES.layer.items()}
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     for name, value in {**model.state_dict(), **changes}.items():
         value = value.float().numpy() if hasattr(value, "numpy") else value

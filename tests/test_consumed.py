@@ -23,8 +23,8 @@ from transformers.utils import logging
 from corm_jax import CheckpointError, Full
 from corm_jax.model import checkpoint
 from corm_jax.model.decoder import forward, make_caches
+from corm_jax.model.families.family import HARMLESS
 from corm_jax.model.gguf import Metadata
-from corm_jax.model.huggingface import HARMLESS
 from tests.test_checkpoint import write_gguf
 from tests.test_model import LLAMA3, hugging_face
 

@@ -63,11 +63,13 @@ def theirs(path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mamba"}, "model_type: Input should be 'llama', not 'mamba': only Llamas are supported"),
+        ({"model_type": "mamba"}, "has 'model_type' = 'mamba': the families that are read are llama, mistral,"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "architectures.0: Input should be 'LlamaForCausalLM'"),
-        ({"attention_bias": True}, "'attention_bias' = True is not supported: only False is"),
-        ({"hidden_act": "gelu"}, "hidden_act: Input should be 'silu' or 'swish', not 'gelu'"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_scaling.rope_type: Input should be"),
+        ({"attention_bias": True}, "tensor 'model.layers.0.self_attn.q_proj.bias' is missing"),
+        ({"hidden_act": "quick_gelu"}, "hidden_act: Input should be 'silu', 'swish', 'gelu'"),
+        ({"rope_scaling": {"rope_type": "proportional", "factor": 2.0}}, "rope_scaling.rope_type: Input should be"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "has no 'original_max_position_embeddings', which"),
+        ({"partial_rotary_factor": 0.5}, "'partial_rotary_factor' = 0.5 is not supported for 'llama': only 1 is"),
         ({"rope_scaling": [LINEAR]}, "rope_scaling: Input should be an object, not [{"),
         ({"rope_scaling": "linear"}, "rope_scaling: Input should be an object, not 'linear'"),
         (
@@ -86,7 +88,7 @@ def theirs(path):
             {"rope_parameters": {**LINEAR, "factor": True}},
             "rope_parameters.factor: Input should be a valid number, not",
         ),
-        ({"rope_parameters": {**LINEAR, "beta_fast": 32}}, "rope_parameters: 'beta_fast' = 32 is unknown here"),
+        ({"rope_parameters": {**LINEAR, "beta_fast": 32}}, "'beta_fast' = 32.0 has no meaning for rope type 'linear'"),
         ({"rope_parameters": None, "rope_theta": float("inf")}, "rope_theta: Input should be a finite number, not inf"),
         ({"rope_parameters": None, "rope_theta": True}, "rope_theta: Input should be a valid number, not True"),
         (
@@ -384,7 +386,7 @@ def test_damaged_directories(copy):
     change_tensors(copy, lambda tensors: tensors.pop("model.norm.weight"))
     assert "tensor 'model.norm.weight' is missing" in refusal(copy)
     change_tensors(copy, lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.bias": np.zeros(48)}))
-    assert "tensor 'model.layers.0.self_attn.q_proj.bias' has no place in a llama decoder" in refusal(copy)
+    assert "tensor 'model.layers.0.self_attn.q_proj.bias' has no place in the decoder" in refusal(copy)
     content = (copy / "model.safetensors").read_bytes()
     for damaged in (content[:-100], content[:20], b"", b"\xff" * 64):
         (copy / "model.safetensors").write_bytes(damaged)

@@ -8,7 +8,7 @@ PLAIN = 10000.0 ** -(np.arange(4) / 4)
 
 
 def test_kinds_of_scaling():
-    assert Rope() == (10000.0, "default", 1.0, 1.0, 4.0, 8192, ())
+    assert Rope()[:7] == (10000.0, "default", 1.0, 1.0, 4.0, 8192, ())
     for rope, expected in (
         (Rope(), PLAIN),
         (Rope(theta=16.0), [1, 0.5, 0.25, 0.125]),

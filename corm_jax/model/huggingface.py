@@ -1,7 +1,7 @@
 """Checkpoints as Hugging Face writes them: a directory with ``config.json``, safetensors files and a tokenizer.
 
-Every key of ``config.json`` is used as transformers 5 uses it for its family (`corm_jax.model.families`), is known to
-have no influence on the numbers, or is refused by name. So is every tensor, and every safetensors file of the directory.
+Every key of ``config.json`` is used as transformers 5 uses it for the family (`corm_jax.model.families`), is known to
+have no influence on the numbers, or is refused by name. So is every tensor, and every safetensors file.
 """
 
 import re

@@ -1,9 +1,10 @@
 """One decoder for all families, in Flax NNX. It holds parameters only: caches in, caches out.
 
-    LLaMA      RMSNorm, rotary positions, SwiGLU                   Mistral, Qwen, Phi-3: with windows, biases, norms of q, k
-    Gemma      norms before and after, GeGLU, soft caps, layers with a window beside global ones
-    GPT-NeoX   LayerNorm, a part of each head rotated, attention and feed-forward side by side
-    BLOOM      LayerNorm, ALiBi, GELU                              GPT-2, OPT: learned positions, GELU or ReLU
+    LLaMA            RMSNorm, rotary positions, grouped queries, SwiGLU
+    Mistral, Phi-3   the same, with a window             Qwen   with biases, or norms of queries and keys
+    Gemma            norms before and after, GeGLU, soft caps, layers with a window beside global ones
+    GPT-NeoX         LayerNorm, a part of each head rotated, attention and feed-forward side by side
+    BLOOM            LayerNorm, ALiBi, GELU              GPT-2, OPT   learned positions, GELU or ReLU
 
 The module is a pytree, so it goes through `jax.jit` and `jax.vmap` as an argument like any other.
 """

@@ -161,7 +161,10 @@ function follow() {
 }
 
 function togglePlay() {
-  if (now.playing) return pause();
+  if (now.playing) {
+    pause();
+    return goTo(now.time); // a frame that was asked for shows nothing new
+  }
   const [begin, from] = [performance.now(), now.wanted >= about.tokens ? 1 : now.wanted];
   const pace = Math.max(PACE, about.tokens / SECONDS);
   const advance = (at) => {

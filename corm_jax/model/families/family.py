@@ -1,6 +1,7 @@
-"""What all families share: keys of ``config.json`` that change no number, and how a family becomes a decoder's shape."""
+"""What families share: keys of ``config.json`` that change no number, and how the rest becomes a decoder's shape."""
 
 import re
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 from corm_jax.model.llama import Config
@@ -8,7 +9,7 @@ from corm_jax.model.places import Names
 from corm_jax.model.schema import Schema
 
 _ABOUT_THE_FILE = "_name_or_path name_or_path _commit_hash transformers_version transformers.js_config unsloth_version "
-_ABOUT_THE_FILE += "unsloth_fixed is_llama_config dtype torch_dtype auto_map"  # every tensor says its own dtype
+_ABOUT_THE_FILE += "unsloth_fixed is_llama_config dtype torch_dtype"  # every tensor says its own dtype
 
 _TRAINING = (
     "initializer_range init_std attention_dropout hidden_dropout activation_dropout dropout layerdrop embd_pdrop "
@@ -37,7 +38,7 @@ HARMLESS = frozenset(
 )
 """Keys of ``config.json`` that do not enter the forward pass of any family in transformers."""
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Any] = {
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",
@@ -46,7 +47,7 @@ ACTIVATIONS = {
     "relu": "relu",
 }
 Activation = Literal["silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu"]
-"""transformers' names of activations, and the decoder's."""
+"""Names of activations in transformers, and those of the decoder."""
 
 
 class Family(Schema):
@@ -58,6 +59,8 @@ class Family(Schema):
       buffers: matches tensors of old files that hold no parameters, but masks.
       own_harmless: further keys that do not change a number.
     """
+
+    model_type: str
 
     names: ClassVar[Names]
     base: ClassVar[str] = "model."
@@ -101,12 +104,23 @@ def check_heads(heads: int, kv_heads: int, dim: int, head_dim: int | None) -> in
     return head_dim or dim // heads
 
 
-def windows(layer_types: list[str] | None, window: int | None, layers: int) -> tuple[int | None, ...]:
+MOST_LAYERS = 10_000
+"""A model with windows has no more layers: they are listed before the tensors are counted."""
+
+
+def kinds_of(layers: int, local: Callable[[int], bool]) -> list[str]:
+    """The list of kinds of layers, as transformers has it, from a function that says which layers have a window."""
+    return ["sliding_attention" if local(i) else "full_attention" for i in range(min(layers, MOST_LAYERS))]
+
+
+def windows(layer_types: Sequence[str] | None, window: int | None, layers: int) -> tuple[int | None, ...]:
     """The window of each layer, from transformers' list of their kinds; None for all the same.
 
     Raises:
       ValueError: for a list that does not fit.
     """
+    if layers > MOST_LAYERS:
+        raise ValueError(f"'num_hidden_layers' = {layers} is more than a model with windows may have, {MOST_LAYERS}")
     if layer_types is None:
         return () if window is None else (window,) * layers
     if len(layer_types) != layers:

@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import AliasChoices, Field, model_validator
 
 from corm_jax.core.positions import Rope
-from corm_jax.model.families.family import ACTIVATIONS, Activation, Family, windows
+from corm_jax.model.families.family import ACTIVATIONS, Activation, Family, kinds_of, windows
 from corm_jax.model.families.llama import LAYER, LAYERS, MODEL, NORMS
 from corm_jax.model.families.rotary import Rotated, Scaling
 from corm_jax.model.llama import Config
@@ -43,9 +43,9 @@ class _Gemma(Rotated):
     @property
     def windows(self) -> tuple[int | None, ...]:
         """The window of each layer."""
-        layers = self.num_hidden_layers
-        kinds: list[str] = list(self.layer_types or [])
-        kinds = kinds or ["sliding_attention" if (i + 1) % self.every else "full_attention" for i in range(layers)]
+        layers, kinds = self.num_hidden_layers, self.layer_types
+        if kinds is None:
+            kinds = kinds_of(layers, lambda i: (i + 1) % self.every != 0)
         return windows(kinds, self.sliding_window, layers)
 
     @model_validator(mode="after")

@@ -11,7 +11,7 @@ from corm_jax.model.llama import Config
 from corm_jax.model.places import Names
 from corm_jax.model.schema import Count, Number, missing
 
-BIASES = {"qkv_bias": True, "out_bias": True, "feed_forward_bias": True}
+BIASES: dict[str, Any] = {"qkv_bias": True, "out_bias": True, "feed_forward_bias": True}
 QKV = ("attention.q", "attention.k", "attention.v")
 
 
@@ -123,6 +123,7 @@ class GPTNeoX(Rotated):
         by_head=True,
     )
     base: ClassVar[str] = "gpt_neox."
+    rotates_part: ClassVar[bool] = True
     buffers: ClassVar[re.Pattern | None] = re.compile(r"\.attention\.(masked_)?bias$")
 
     @model_validator(mode="before")
@@ -222,7 +223,7 @@ class OPT(Family):
         return self
 
     def config(self) -> Config:
-        biases = dict.fromkeys(BIASES, self.enable_bias)
+        biases: dict[str, Any] = dict.fromkeys(BIASES, self.enable_bias)
         return Config(
             vocab=self.vocab_size,
             dim=self.hidden_size,

@@ -4,7 +4,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import model_validator
 
-from corm_jax.model.families.family import ACTIVATIONS, Activation, Family, windows
+from corm_jax.model.families.family import ACTIVATIONS, Activation, Family, kinds_of, windows
 from corm_jax.model.families.rotary import Rotated
 from corm_jax.model.llama import Config
 from corm_jax.model.places import Names
@@ -105,13 +105,9 @@ class _Qwen(_Llamas):
     def windows(self) -> tuple[int | None, ...]:
         """The window of each layer: from ``layer_types``, or of those from ``max_window_layers`` on."""
         layers, window = self.num_hidden_layers, self.sliding_window if self.use_sliding_window else None
-        kinds: list[str] | None = list(self.layer_types) if self.layer_types is not None else None
+        kinds = self.layer_types
         if kinds is None:
-            local = window is not None
-            kinds = [
-                "sliding_attention" if local and i >= self.max_window_layers else "full_attention"
-                for i in range(layers)
-            ]
+            kinds = kinds_of(layers, lambda i: window is not None and i >= self.max_window_layers)
         return windows(kinds, window, layers)
 
     @model_validator(mode="after")
@@ -169,6 +165,7 @@ class Phi3(_Llamas):
             "mlp.gate_up_proj": ("feed_forward.gate", "feed_forward.up"),
         },
     )
+    rotates_part: ClassVar[bool] = True
     says_original: ClassVar[bool] = True
     only: ClassVar[dict[str, tuple]] = {**_Llamas.only, "attention_bias": (False,), "lm_head_bias": (False,)}
 

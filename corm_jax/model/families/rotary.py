@@ -85,7 +85,7 @@ class Scaling(Schema):
             )
 
 
-def amplitude(scaling: Scaling, factor: float, original: int) -> float:
+def amplitude(scaling: Scaling, factor: Any, original: Any) -> float:
     """By what YaRN and LongRoPE multiply queries and keys: arXiv 2309.00071, section 3.4; 2402.13753's code."""
     if scaling.attention_factor is not None:
         return scaling.attention_factor
@@ -115,6 +115,9 @@ class Rotated(Family):
     partial_rotary_factor: Share = missing()
     original_max_position_embeddings: Count = missing()
 
+    rotates_part: ClassVar[bool] = False
+    """Whether transformers follows ``partial_rotary_factor`` for this family."""
+
     says_original: ClassVar[bool] = False
     """Whether ``original_max_position_embeddings`` is there without any scaling, too."""
 
@@ -132,8 +135,7 @@ class Rotated(Family):
         for name, factors in (("short_factor", rope.divisors), ("long_factor", rope.longer)):
             if factors and len(factors) != rope.dim(width) // 2:
                 raise ValueError(
-                    f"{name!r} has {len(factors)} numbers, where {rope.dim(width) // 2} are expected, one for each pair "
-                    "that is rotated"
+                    f"{name!r} has {len(factors)} numbers, where {rope.dim(width) // 2} are expected: one for each pair"
                 )
         return self
 
@@ -165,11 +167,14 @@ class Rotated(Family):
                 raise ValueError(f"'{where}.{key}' = {inside} and {key!r} = {outside} contradict each other")
             return outside if inside is None else inside
 
-        original, kind = either("original_max_position_embeddings"), scaling.kind
+        original: Any = either("original_max_position_embeddings")
+        kind = scaling.kind
         if kind == "default" and self.says_original:
             original = None
         scaling.check(where, original)
         theta, share = either("rope_theta"), either("partial_rotary_factor")
+        if share not in (None, 1) and not self.rotates_part:
+            raise ValueError(f"'partial_rotary_factor' = {share} is not supported for {self.model_type!r}: only 1 is")
         rope = Rope(theta=Rope().theta if theta is None else theta, rotated=1.0 if share is None else share)
         if kind == "linear":
             return rope._replace(kind="linear", factor=scaling.factor)
