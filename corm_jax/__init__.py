@@ -10,7 +10,7 @@ from corm_jax.core.cache import make_cache, usage
 from corm_jax.core.capacity import per_layer
 from corm_jax.core.observation import Observation
 from corm_jax.core.policy import Policy, Traits
-from corm_jax.core.positions import ALiBi, Rope, Rotary
+from corm_jax.core.positions import ALiBi, Hybrid, Rope, Rotary
 from corm_jax.core.prompt import begin_prompt, end_prompt
 from corm_jax.core.sharding import partition_specs
 from corm_jax.core.slots import Slots
@@ -70,6 +70,7 @@ __all__ = [
     "Full",
     "Generation",
     "L2Norm",
+    "Hybrid",
     "LayerCache",
     "Llama",
     "Observation",
