@@ -29,6 +29,7 @@ transformers.logging.disable_progress_bar()
 
 BOUND = 1e-4
 PROMPT, MORE = 60, 20
+IDS = np.random.default_rng(0).integers(3, 101, PROMPT + MORE).tolist()
 SIZE = {
     "vocab_size": 101,
     "hidden_size": 32,
@@ -121,21 +122,26 @@ def our_logits(model, policy, ids):
     return np.concatenate(logits), caches
 
 
-def compare(family: str) -> tuple[float, float, float]:
-    """The largest differences in the prompt and afterwards, and the share of keys that CORM keeps."""
-    ids = np.random.default_rng(0).integers(3, 101, PROMPT + MORE).tolist()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        torchs = theirs(family, folder)
-        model = checkpoint.build(checkpoint.open_source(str(folder)))
-    expected = their_logits(torchs, ids)
-    found, _ = our_logits(model, cj.Full(), ids)
+def pair(family: str):
+    """The model of a family in transformers, and ours of the same file."""
+    with tempfile.TemporaryDirectory() as folder:
+        return theirs(family, Path(folder)), checkpoint.build(checkpoint.open_source(folder))
+
+
+def differences(torchs, model) -> tuple[float, float]:
+    """The largest differences of any logit, in the prompt and afterwards."""
+    expected = their_logits(torchs, IDS)
+    found, _ = our_logits(model, cj.Full(), IDS)
     difference = np.abs(found - expected).max(-1)
-    _, caches = our_logits(model, cj.Corm(window=12, recent=4), ids)
+    return float(difference[:PROMPT].max()), float(difference[PROMPT:].max())
+
+
+def kept(model) -> float:
+    """The share of keys that CORM keeps in the global layers; NaN if there are none."""
+    _, caches = our_logits(model, cj.Corm(window=12, recent=4), IDS)
     windows = model.config.windows or (None,) * model.config.layers
     live = [int((one.position >= 0).sum()) for one, window in zip(caches, windows, strict=True) if window is None]
-    kept = np.mean(live) / model.config.kv_heads / len(ids) if live else float("nan")
-    return float(difference[:PROMPT].max()), float(difference[PROMPT:].max()), float(kept)
+    return float(np.mean(live)) / model.config.kv_heads / len(IDS) if live else float("nan")
 
 
 @click.command()
@@ -145,9 +151,10 @@ def main(chosen):
     print(f"{'family':32} {'prefill':>9} {'decode':>9} {'corm keeps':>11}")
     worst = 0.0
     for family in chosen or FAMILIES:
-        prefill, decode, kept = compare(family)
-        worst = max(worst, prefill, decode)
-        share = "no global" if np.isnan(kept) else f"{kept:.2f}"
+        torchs, model = pair(family)
+        prefill, decode = differences(torchs, model)
+        worst, keeps = max(worst, prefill, decode), kept(model)
+        share = "no global" if np.isnan(keeps) else f"{keeps:.2f}"
         print(f"{family:32} {prefill:9.1e} {decode:9.1e} {share:>11}", flush=True)
     print(f"largest difference {worst:.1e}, allowed {BOUND:.0e}")
     sys.exit(worst > BOUND)
