@@ -37,6 +37,8 @@ def whole_file(path: Path, replace: bool = True) -> Iterator[Path]:
     """A temporary path whose file becomes ``path`` once the block ends without an error.
 
     It is beside ``path``, or, if that is a link, beside the file to which it points. A device or a pipe is written to.
+    The file gets the mode of any new file there, which follows the umask, whoever writes it: safetensors and `tempfile`
+    make files that nobody but their owner can read.
 
     Args:
       replace: False to raise an error if a file has appeared at ``path`` in the meantime.
@@ -48,10 +50,13 @@ def whole_file(path: Path, replace: bool = True) -> Iterator[Path]:
     folder = Path(tempfile.gettempdir()) if device else place.parent
     temporary = folder / f".corm-{os.getpid()}-{secrets.token_hex(4)}.part"
     try:
+        temporary.touch(exist_ok=False)
+        mode = stat.S_IMODE(temporary.stat().st_mode)
         yield temporary
         if device:
             _pour(temporary, path)
             return
+        temporary.chmod(mode)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())  # some file systems report only now that they are full
         if replace:

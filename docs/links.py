@@ -93,7 +93,11 @@ def main(arguments: list[str]) -> int:
     if arguments[:1] == ["--absolute"] and len(arguments) <= 2:
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
         if not (repository := project.get("urls", {}).get("Repository")):
-            print("pyproject.toml has no Repository in [project.urls]: add it, then run this again", file=sys.stderr)
+            print(
+                "pyproject.toml has no Repository under [project.urls], to which README's links could lead: add it, "
+                'as in Repository = "https://example.org/corm-jax", and commit it, then run this again',
+                file=sys.stderr,
+            )
             return 1
         print(absolute((ROOT / "README.md").read_text(), repository, *arguments[1:]), end="")
         return 0

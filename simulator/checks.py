@@ -182,7 +182,7 @@ def histories(subject: Subject, data: st.DataObject) -> None:
 
 @_check_corm
 def corm_rule(subject: Subject, data: st.DataObject) -> None:
-    """CORM: no key is evicted early, and later exactly the long-term minor keys are evicted."""
+    """CORM: no key is evicted early, and later exactly the unimportant keys are evicted."""
     policy, case = subject.policy, subject.draw(data)
     kept = subject.read(case).kept
     n = case.tokens
@@ -192,8 +192,8 @@ def corm_rule(subject: Subject, data: st.DataObject) -> None:
     shown, clock = kept[..., :n], case.clock
     if not np.any(policy.eager):
         invariants.none_early(shown, policy.window, clock)
-        invariants.minor_goes(shown, judge(slack=CLOSE)[None], policy.window, policy.recent, clock)
-    invariants.only_minor_goes(shown, judge(slack=-CLOSE)[None], policy.window, clock)
+        invariants.unimportant_keys_are_evicted(shown, judge(slack=CLOSE)[None], policy.window, policy.recent, clock)
+    invariants.important_keys_are_kept(shown, judge(slack=-CLOSE)[None], policy.window, clock)
 
 
 @_check
@@ -224,7 +224,7 @@ def specification(subject: Subject, data: st.DataObject) -> None:
 
 @_check
 def overflow_is_counted(subject: Subject, data: st.DataObject) -> None:
-    """While eviction is postponed, each missing key was evicted for want of a slot, and was counted."""
+    """While eviction is postponed, each missing key was evicted for lack of a slot, and was counted."""
     case = subject.draw(data)
     for capacity in (None, subject.few):
         history = subject.hoard(case, capacity)

@@ -50,12 +50,12 @@ class Job(NamedTuple):
 
     Attributes:
       trace: the part of the trace.
-      layers: the numbers that its layers have in the whole.
+      layers: the indices of its layers in the whole trace.
       options: ``fidelity``, ``capacity``, ``chunk`` and ``prompt``.
-      about: all that in the report.
+      about: the fields of the report that say what was replayed, and how.
       json_file: where the report is written, or None.
       overwrite: whether files that exist are replaced.
-      program: what the user types first.
+      program: the name of the command line in messages.
     """
 
     trace: Trace
@@ -73,13 +73,13 @@ class Job(NamedTuple):
 
     @property
     def title(self) -> str:
-        """The part of the trace in words."""
+        """The part of the trace, and the slots, in words."""
         part = f"layer {self.layers[0]}" if len(self.layers) == 1 else f"{len(self.layers)} layers"
         slots = f", {self.options['capacity']} slots a head" if self.options["capacity"] else ""
         return f"{self.model}, {self.trace.meta.steps:,} tokens, {part}{slots}"
 
     def policies(self, specs: Sequence[str]) -> dict[str, Policy]:
-        """The policies that are named, all of which can work."""
+        """The policy of each SPEC. Raises for one that cannot work with the options."""
         policies = {spec: parse(spec) for spec in specs}
         steps, options = self.trace.meta.steps, self.options
         if options["capacity"] is None:
@@ -99,7 +99,7 @@ class Job(NamedTuple):
         return result, {"policy": spec, **summary(result), "seconds": seconds}
 
     def finish(self, results: dict[str, Any], *steps: Callable[[], object]) -> None:
-        """Writes the report, if there is to be one, and takes the other steps, whatever becomes of it."""
+        """Writes the report, if ``--json`` is given, and takes the other steps, even if it cannot be written."""
         if path := self.json_file:
             steps = (
                 lambda: deliver(path, lambda place: write_json(place, self.about | results), self.overwrite),
@@ -108,7 +108,7 @@ class Job(NamedTuple):
         finish(*steps)
 
     def draw(self, path: Path | None, picture: Callable[..., object], *arguments: Any) -> Callable[[], object]:
-        """The step that draws a picture into a file, if there is to be one."""
+        """The step that draws a picture into a file. Without a path it does nothing."""
         return lambda: path and deliver(path, saving(picture, *arguments), self.overwrite)
 
 
@@ -122,13 +122,18 @@ def main() -> NoReturn:
 def simulator():
     """Replay cache policies on a TRACE, a directory that `corm record` made.
 
-    A SPEC is a name from `corm policies` with options, as in corm:window=64,recent=32, or a class of your own, as in
-    my_policies:Recent:budget=64, whose module is imported, from the current directory too.
+    A SPEC names a policy: a name from `corm policies` with options, as in corm:window=64,recent=32, or a class of your
+    own, as in my_policies:Recent:budget=64. The module of such a class is imported, also from the current directory.
     """
 
 
 def _command(name: str, sample: bool = False):
-    """A command on a trace, or a sample of it. The function gets a `Job` for the options that all commands share."""
+    """Makes a function a command on a trace. In place of the options that all commands share, it gets a `Job`.
+
+    Args:
+      name: the name of the command.
+      sample: whether the command reads only some layers and tokens by default, and has no ``--fidelity``.
+    """
 
     def decorate(function):
         @wraps(function)
@@ -151,7 +156,7 @@ def _command(name: str, sample: bool = False):
 
 
 def _part(path: Path, layers: str | None, tokens: int | None, sample: bool) -> tuple[Trace, list[int]]:
-    """The part of a trace that was asked for, and the numbers of its layers."""
+    """The part of a trace that the options name, and the indices of its layers."""
     trace = Trace.open(path)
     count, steps = trace.meta.layers, trace.meta.steps
     chosen = sorted({0, count // 2, count - 1}) if sample else list(range(count))
@@ -179,15 +184,15 @@ def layers_of(text: str | None) -> list[int] | None:
 _file = click.Path(path_type=Path)
 replay_options = console.options(
     click.option("--chunk", type=COUNT, default=1, show_default=True, help="tokens between evictions"),
-    click.option("--capacity", type=COUNT, help="slots a key-value head  [default: all that could be needed]"),
-    click.option("--prompt", type=COUNT, help="how many of them are the prompt  [default: unknown]"),
+    click.option("--capacity", type=COUNT, help="slots of each key-value head  [default: as many as are needed]"),
+    click.option("--prompt", type=COUNT, help="how many of the tokens are the prompt  [default: unknown]"),
 )
 _shared = (
     click.option("--json", "json_file", type=_file, help="write the result here"),
     console.overwrite_option,
     replay_options,
-    click.option("--tokens", type=COUNT, help=f"how many, from the start  [default: all; check: {CHECKED}]"),
-    click.option("--layers", metavar="N,N,...", help="which, from 0  [default: all; check: first, middle and last]"),
+    click.option("--tokens", type=COUNT, help=f"how many tokens to read  [default: all; check: {CHECKED}]"),
+    click.option("--layers", metavar="N,N,...", help="layers to read, from 0  [default: all; check: 3 of them]"),
     click.argument("path", metavar="TRACE", type=_file),
 )
 fidelity_option = click.option(
@@ -195,34 +200,36 @@ fidelity_option = click.option(
     type=click.Choice(FIDELITIES),
     default=FIDELITIES[0],
     show_default=True,
-    help="what evictions do to the other keys' attention: it sums to 1 again, or stays",
+    help="attention to the live keys: made to sum to 1 again, or left as it was recorded",
 )
 _policy = partial(click.option, "--policy", type=Spec(), metavar="SPEC", show_default=True)
 _one_policy = _policy("spec", default=DEFAULT_POLICY, help="name:key=value,...")
 policies_option = _policy(
     "specs", default=[DEFAULT_POLICY], multiple=True, help="name:key=value,...; repeat to compare"
 )
-_plot_file = click.option("--plot", "plot_file", type=_file, help="draw it into this PNG file")
+_plot_file = click.option("--plot", "plot_file", type=_file, help="draw the result into this PNG file")
 
 
 @_command("replay")
 @policies_option
-@click.option("--no-errors", is_flag=True, help="do without the output errors, which takes two thirds of the time")
+@click.option("--no-errors", is_flag=True, help="leave out the errors of the outputs, which saves a third of the time")
 def _replay(job: Job, specs, no_errors):
-    """Replay policies: what each keeps, and what that costs."""
+    """Show what each policy keeps of a trace, and what its evictions cost."""
     rows = [job.replay(spec, policy, not no_errors)[1] for spec, policy in job.policies(specs).items()]
     job.finish({"rows": rows}, lambda: print_replays(job.title, job.options, rows))
 
 
 @_command("sweep")
-@_policy("spec", default="corm", help="the options that are fixed: name:key=value,...")
-@click.option("--grid", "items", required=True, multiple=True, metavar="OPTION=VALUE,...", help="repeat for more")
+@_policy("spec", default="corm", help="the policy, with the options that are the same at all points")
+@click.option(
+    "--grid", "items", required=True, multiple=True, metavar="OPTION=VALUE,...", help="repeat for more options"
+)
 @_plot_file
 def _sweep(job: Job, spec, items, plot_file):
     """Replay a grid of a policy's options, all points at once."""
     texts = _grid(items)
     if plot_file and len(texts) != 2:
-        raise CormError(f"--plot draws grids of two options, not of {len(texts)}")
+        raise CormError(f"--plot draws grids of two options, not of {len(texts)}: give two, or leave out --plot")
 
     def policy(**point: str) -> Policy:
         return parse(str(Notation.read(spec).having(**point)))
@@ -250,10 +257,10 @@ def _sweep(job: Job, spec, items, plot_file):
 
 @_command("bounds")
 @policies_option
-@click.option("--exact", is_flag=True, help=f"the true optimum too, of at most {oracle.EXACT_STEPS} tokens: slow")
+@click.option("--exact", is_flag=True, help=f"compute the optimum, too: slow, for up to {oracle.EXACT_STEPS} tokens")
 @_plot_file
 def _bounds(job: Job, specs, exact, plot_file):
-    """Hold policies against the most attention that anybody could have kept with as many keys."""
+    """Compare policies with the most attention that any policy could have kept with as many keys."""
     if exact and job.trace.meta.steps > oracle.EXACT_STEPS:
         raise CormError(f"--exact takes at most {oracle.EXACT_STEPS} tokens, not {job.trace.meta.steps}: use --tokens")
     found, rows = {}, []
@@ -280,7 +287,7 @@ def _bounds(job: Job, specs, exact, plot_file):
 @_command("check", sample=True)
 @_one_policy
 def _check(job: Job, spec) -> int:
-    """Prove a policy on a trace: replay, cache and specification must agree. Exit code 1 if anything does not hold."""
+    """Check a policy on a trace: replay, cache and specification must keep the same keys. If not, exit code 1."""
     policy = job.policies([spec])[spec]
     options = {name: job.options[name] for name in ("chunk", "capacity", "prompt")}
     if options["capacity"]:
@@ -297,10 +304,10 @@ def _check(job: Job, spec) -> int:
 
 @_command("plot")
 @_one_policy
-@click.option("--out", required=True, metavar="PLACE", help="a directory, or how the names of the files begin")
-@click.option("--layer", type=Whole(0), help="of the survival map  [default: of the head that keeps a median share]")
-@click.option("--head", type=Whole(0), help="of the survival map, a key-value head  [default: likewise]")
-@click.option("--from", "start", type=Whole(0), help="the survival map's first token  [default: where fates are mixed]")
+@click.option("--out", required=True, metavar="PLACE", help="a directory, or the beginning of the names of the files")
+@click.option("--layer", type=Whole(0), help="layer of the survival map  [default: that of the median head]")
+@click.option("--head", type=Whole(0), help="its key-value head  [default: the one that keeps a median share]")
+@click.option("--from", "start", type=Whole(0), help="its first token  [default: where fates differ most]")
 def _plot(job: Job, spec, out, layer, head, start):
     """Draw what a policy keeps of a trace, for how long, and what that costs."""
     place, meta = Path(out), job.trace.meta
@@ -338,15 +345,15 @@ def _plot(job: Job, spec, out, layer, head, start):
 @click.argument("paths", metavar="TRACE...", nargs=-1, required=True, type=_file)
 @_policy("spec", default=DEFAULT_POLICY, help="name:key=value,...")
 @click.option("--chunk", type=COUNT, default=1, show_default=True, help="tokens between evictions")
-@click.option("--overflow", type=Real(0, 0.999), default=0.001, show_default=True, help="share that may lack a slot")
+@click.option("--overflow", type=Real(0, 0.999), default=0.001, show_default=True, help="share of keys without a slot")
 @click.option(
-    "--spare", type=Real(0, 100), default=0.05, show_default=True, help="share of slots on top, for other texts"
+    "--spare", type=Real(0, 100), default=0.05, show_default=True, help="share of slots to add, for other texts"
 )
-@click.option("--tokens", type=COUNT, help="how many, from the start  [default: all]")
-@click.option("--out", type=_file, required=True, help="the file to write: a --capacity for --layout pooled")
+@click.option("--tokens", type=COUNT, help="how many tokens to read  [default: all]")
+@click.option("--out", type=_file, required=True, help="the plan to write; --capacity reads it")
 @console.overwrite_option
 def _plan(paths, spec, chunk, overflow, spare, tokens, out, overwrite):
-    """Size the pools of --layout pooled, so that few keys of any TRACE are lost for want of a slot."""
+    """Size the pools of --layout pooled so that few keys of each TRACE are evicted for lack of a slot."""
     check_new({"--out": out}, overwrite)
     traces = []
     for path in paths:
@@ -380,7 +387,7 @@ def _grid(items: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _plain(text: str) -> int | float | bool | str:
-    """A number or a truth value where the text is one."""
+    """The number or the truth value that a text spells; if there is none, the text."""
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     for kind in (int, float):
@@ -390,7 +397,7 @@ def _plain(text: str) -> int | float | bool | str:
 
 
 def _exact(trace: Trace, result: Replay, progress: Callable[[int], None]) -> np.ndarray:
-    """The optimum without return, the mean over the steps: ``[layers, kv_heads]``."""
+    """The largest mass without return, the mean over the steps: ``[layers, kv_heads]``."""
     n = result.attended
     optimum = np.empty(n.shape[:2])
     for layer in range(len(optimum)):
@@ -402,21 +409,23 @@ def _exact(trace: Trace, result: Replay, progress: Callable[[int], None]) -> np.
 
 @contextmanager
 def bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Progress on standard error. The block gets a function that is called with how much is done."""
+    """Shows progress on standard error. The block gets a function, and calls it with the amount that is done."""
     with console.progress_bar() as progress:
         task = progress.add_task(name, total=total)
         yield lambda done: progress.update(task, completed=done)
 
 
 @simulator.command("soak")
-@click.option("--decisions", type=Real(1, math.inf), default=1e6, show_default=True, help="stop after so many")
-@click.option("--cases", type=COUNT, help="stop after so many cases instead")
-@click.option("--seed", type=SEED, default=0, show_default=True, help="of what is drawn")
-@click.option("--start", type=Whole(0), default=0, show_default=True, help="the case to begin with")
+@click.option(
+    "--decisions", type=Real(1, math.inf), default=1e6, show_default=True, help="stop after this many decisions"
+)
+@click.option("--cases", type=COUNT, help="stop after this many cases instead")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="seed of all that is random")
+@click.option("--start", type=Whole(0), default=0, show_default=True, help="number of the first case")
 @click.option("--json", "json_file", type=_file, help="write the result here")
 @console.overwrite_option
 def _soak(decisions, cases, seed, start, json_file, overwrite) -> int:
-    """Hold random policies on random histories against the specification. Exit code 1 if any decision differs."""
+    """Compare random policies on random histories with the specification. If a decision differs, exit code 1."""
     from simulator import soak
 
     check_new({"--json": json_file}, overwrite)
@@ -441,7 +450,7 @@ def _soak(decisions, cases, seed, start, json_file, overwrite) -> int:
         print_table(columns, cells, title=title)
     differences = [line for tally in tallies for line in tally.differences]
     for line in differences[:DIFFERENCES]:
-        print(f"{line}; again: --seed {seed} --start {line.split()[1].rstrip(',')} --cases 1")
+        print(f"{line}; to repeat it: --seed {seed} --start {line.split()[1].rstrip(',')} --cases 1")
     if len(differences) > DIFFERENCES:
         print(f"and {len(differences) - DIFFERENCES:,} more")
     print(f"to go on: --seed {seed} --start {following}")

@@ -101,7 +101,7 @@ def within_pool(kept: np.ndarray, slots: int, clock: np.ndarray | None = None) -
         raise InvariantError("within_pool", what, layer=layer, clock=int(clock[step, 0]))
 
 
-def only_minor_goes(kept: np.ndarray, important: np.ndarray, window, clock: np.ndarray | None = None) -> None:
+def important_keys_are_kept(kept: np.ndarray, important: np.ndarray, window, clock: np.ndarray | None = None) -> None:
     """CORM: a key that one of the last ``window`` queries found important is not evicted.
 
     Args:
@@ -109,18 +109,24 @@ def only_minor_goes(kept: np.ndarray, important: np.ndarray, window, clock: np.n
     """
     key, clock = _axes(kept, clock)
     bad = _evicted(kept, key, clock) & _found_important(important, clock, window)
-    _refuse("only_minor_goes", bad, clock, f"is evicted, but one of the last {window} queries found it important")
+    _refuse(
+        "important_keys_are_kept", bad, clock, f"is evicted, but one of the last {window} queries found it important"
+    )
 
 
-def minor_goes(kept: np.ndarray, important: np.ndarray, window, recent, clock: np.ndarray | None = None) -> None:
+def unimportant_keys_are_evicted(
+    kept: np.ndarray, important: np.ndarray, window, recent, clock: np.ndarray | None = None
+) -> None:
     """CORM: from clock ``window`` on, a key that none of the last ``window`` queries found important is evicted.
 
-    The newest ``recent`` keys are exempt. Arguments as for `only_minor_goes`.
+    The newest ``recent`` keys are exempt. Arguments as for `important_keys_are_kept`.
     """
     key, clock = _axes(kept, clock)
     old = (key < clock - _per_head(recent)) & (clock >= _per_head(window))
     bad = kept & old & ~_found_important(important, clock, window)
-    _refuse("minor_goes", bad, clock, f"is live, but none of the last {window} queries found it important")
+    _refuse(
+        "unimportant_keys_are_evicted", bad, clock, f"is live, but none of the last {window} queries found it important"
+    )
 
 
 def subset(kept: np.ndarray, of: np.ndarray, what: str, clock: np.ndarray | None = None) -> None:

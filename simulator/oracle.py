@@ -1,12 +1,14 @@
 """Bounds: the most attention that a policy could have kept with as many keys.
 
-The mass of a query is the share of the full cache's attention that falls on the keys that it can still attend to, the
-mean over the query heads of a group, which share them. With ``n[t]`` keys for query t, its own always among them:
+The mass of a query is the share of the full cache's attention that falls on the keys that it can still attend to: the
+mean over the query heads of a group. Let query t attend to ``n[t]`` keys, its own key always among them. Then
 
-- `most`: the n[t] heaviest keys of each query. Keys may come back, so no policy can do better.
-- `greedy`: without return; who goes is who will draw the least attention from all later queries. It knows the future
-  but does not plan, so that the best policy without return does at least as well.
-- `exact`: the optimum without return, by linear programming, for traces of up to a few hundred steps.
+- `most` is the mass of the n[t] keys of each query with the most attention. An evicted key may come back here, so no
+  policy has more mass.
+- `greedy` is the mass of a rule under which no evicted key comes back. It evicts the key to which all later queries
+  together attend least. It knows these queries but does not plan ahead, so the best policy without return has at
+  least as much mass.
+- `exact` is the largest mass without return, by linear programming, for traces of up to a few hundred steps.
 
 So  policy <= exact <= most  and  greedy <= exact,  at the same ``n``, summed over the steps.
 """
@@ -29,16 +31,16 @@ if TYPE_CHECKING:
     import xarray
 
 EXACT_STEPS = 300
-"""The most steps of a head that `exact` takes: its linear programme has steps^2 / 2 variables."""
+"""The most steps of a head for which `exact` is computed: its linear programme has steps^2 / 2 variables."""
 
 
 class Bounds(NamedTuple):
-    """Mass by step, float32 ``[layers, kv_heads, steps]``, at the number of keys that a replay could attend to.
+    """Mass by step, float32 ``[layers, kv_heads, steps]``, with as many keys as the queries of a replay attended to.
 
     Attributes:
-      policy: what the replayed policy kept.
-      most: the upper bound of every policy.
-      greedy: what a clairvoyant without return keeps at least.
+      policy: the mass of the replayed policy.
+      most: the upper bound of any policy.
+      greedy: the mass of the greedy rule, which knows later queries; no evicted key comes back.
       about: what was replayed, and how.
     """
 
@@ -66,16 +68,16 @@ class Bounds(NamedTuple):
         return {name: f"{np.mean(values, dtype=np.float64):.3f}" for name, values in names}
 
     def to_xarray(self) -> "xarray.Dataset":
-        """The same, and the regret, with names: axes ``layer``, ``kv_head`` and ``step``, the clock of a query, from 1.
+        """The bounds and the regret as a dataset with named axes: ``layer``, ``kv_head`` and ``step``, clocks from 1.
 
         >>> Bounds(*np.ones((3, 2, 1, 4))).to_xarray().regret.dims
         ('layer', 'kv_head', 'step')
         """
         names = {
             "policy": "mass that the policy kept",
-            "greedy": "mass that a clairvoyant without return keeps",
-            "most": "mass of the heaviest keys, as many as the policy had",
-            "regret": "mass lost beyond what so few keys had to lose",
+            "greedy": "mass of the greedy rule, which knows later queries; no evicted key comes back",
+            "most": "mass of the keys with the most attention, as many as the policy had",
+            "regret": "how much more mass the best choice of as many keys would keep",
         }
         variables = {
             name: Variable("layer kv_head step", getattr(self, name), text, "share of attention")
@@ -86,17 +88,12 @@ class Bounds(NamedTuple):
 
     @property
     def regret(self) -> np.ndarray:
-        """``most - policy``: the mass lost beyond what so few keys had to lose."""
+        """``most - policy``: how much more mass the best choice of as many keys would keep."""
         return self.most - self.policy
-
-    @property
-    def regret_without_return(self) -> np.ndarray:
-        """``greedy - policy``: what a clairvoyant who takes no key back has more; below 0 where he has less."""
-        return self.greedy - self.policy
 
 
 def bounds(trace: Trace, replay: Replay, progress: Callable[[int], None] = lambda done: None) -> Bounds:
-    """Both bounds for a replay of this trace, layer by layer.
+    """`most` and `greedy` for a replay of this trace, layer by layer.
 
     >>> from corm_jax import Corm
     >>> from simulator.replay import replay
@@ -112,7 +109,10 @@ def bounds(trace: Trace, replay: Replay, progress: Callable[[int], None] = lambd
     """
     meta, n = trace.meta, replay.attended
     if n.shape != (meta.layers, meta.kv_heads, meta.steps):
-        raise CormError(f"a replay of {n.shape} does not belong to a trace of {meta.layers, meta.kv_heads, meta.steps}")
+        raise CormError(
+            f"a replay of shape {n.shape} does not belong to a trace of {meta.layers, meta.kv_heads, meta.steps} "
+            "(layers, kv_heads, steps): replay this trace"
+        )
     upper, lower = np.empty(n.shape, np.float32), np.empty(n.shape, np.float32)
     for layer in range(meta.layers):
         for head, alpha in enumerate(attention(trace, layer)):
@@ -121,7 +121,7 @@ def bounds(trace: Trace, replay: Replay, progress: Callable[[int], None] = lambd
         progress(layer + 1)
     mass = replay.mass.reshape(meta.layers, meta.kv_heads, -1, meta.steps).mean(2)
     if (mass > upper + 1e-3).any():
-        raise CormError("the replay keeps more attention than there is: it is a replay of another trace")
+        raise CormError("the replay has more mass than is possible on this trace: replay this trace, not another")
     return Bounds(mass, upper, lower, replay.about)
 
 
@@ -132,7 +132,7 @@ def attention(trace: Trace, layer: int) -> Iterator[np.ndarray]:
         queries = slice(head * group, (head + 1) * group)
         if isinstance(data, Rows):
             rows = data.probs[queries]
-            yield (rows / rows.sum(-1, keepdims=True)).mean(0)  # as a replay takes them: to the last digit 1
+            yield (rows / rows.sum(-1, keepdims=True)).mean(0)  # as in a replay, since rounded rows do not sum to 1
         else:
             yield np.asarray(_attention(data.q[:, queries], data.k[:, head], np.float32(trace.meta.scale or 1)))
 
@@ -150,7 +150,7 @@ def _attention(q, k, scale):
 
 
 def most(alpha: np.ndarray, n: np.ndarray) -> np.ndarray:
-    """The mass of the ``n[t]`` heaviest keys of each query, its own among them.
+    """The mass of the ``n[t]`` keys of each query with the most attention, its own key always among them.
 
     Args:
       alpha: float32 ``[steps, keys]``, rows that sum to 1.
@@ -167,9 +167,9 @@ def most(alpha: np.ndarray, n: np.ndarray) -> np.ndarray:
 
 
 def greedy(alpha: np.ndarray, n: np.ndarray) -> np.ndarray:
-    """The mass of a clairvoyant who takes no key back: who draws the least attention from now on goes.
+    """The mass of the greedy rule: the key to which all later queries together attend least is evicted for good.
 
-    Arguments and result as for `most`.
+    Arguments and result are those of `most`.
     """
     mass = np.empty(len(n), np.float32)
     future = alpha.sum(0, dtype=np.float64)
@@ -185,17 +185,17 @@ def greedy(alpha: np.ndarray, n: np.ndarray) -> np.ndarray:
 
 
 def exact(alpha: np.ndarray, n: np.ndarray) -> float:
-    """The largest sum over the steps of the mass that any policy without return keeps with ``n[t]`` keys.
+    """The largest mass with ``n[t]`` keys, summed over the steps, if no evicted key comes back.
 
-    With x[t, i] whether key i is there for query t, a linear programme:
+    A linear programme, in which x[t, i] is 1 if query t can attend to key i, and 0 if not:
 
         maximise  sum alpha[t, i] x[t, i]   with   x[t, i] <= x[t - 1, i],   sum_i x[t, i] <= n[t],   x[t, t] = 1
 
-    It is the flow of n slots through the keys that they hold in turn, so that its optimum is reached at whole numbers.
-    Arguments as for `most`.
+    This is a network flow of slots through the keys that they hold one after the other, so the optimum is reached at
+    whole numbers. Arguments are those of `most`.
 
     >>> alpha = np.array([[1, 0, 0], [0.5, 0.5, 0], [0.2, 0.7, 0.1]])
-    >>> round(exact(alpha, np.array([1, 1, 2])), 3)         # with one key, query 2 had to let key 1 go
+    >>> round(exact(alpha, np.array([1, 1, 2])), 3)         # at clock 2 there is one slot: key 0 is evicted
     2.3
 
     Raises:
@@ -206,7 +206,7 @@ def exact(alpha: np.ndarray, n: np.ndarray) -> float:
 
     steps = len(n)
     if steps > EXACT_STEPS:
-        raise CormError(f"the exact optimum of {steps} steps is out of reach: give at most {EXACT_STEPS}")
+        raise CormError(f"the exact optimum is computed for at most {EXACT_STEPS} steps, not {steps}: give fewer")
     t, i = np.tril_indices(steps, -1)
     itself = float(np.trace(alpha))
     if not len(t):

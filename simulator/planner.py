@@ -37,7 +37,7 @@ def plan(
       traces: traces of one model.
       spec: the policy, as on the command line.
       chunk: tokens between evictions, in the replay and in use.
-      overflow: the share of keys that may be evicted for want of a slot.
+      overflow: the share of keys that may be evicted for lack of a slot.
       spare: the share of additional slots, since other texts need more slots in some layers.
       progress: called with the number of layers done, over all traces.
 

@@ -30,9 +30,9 @@ FATES = {
     "live at the end": BLUE,
     "evicted": "#c3c8ce",
     "evicted and regretted": FLAME,
-    "lost for want of a slot": PURPLE,
+    "lost for lack of a slot": PURPLE,
 }
-"""What becomes of a key, and its colour."""
+"""What becomes of a key: its fate, and the colour of each."""
 
 LIVE, EVICTED, REGRETTED, LOST = range(len(FATES))
 
@@ -85,7 +85,7 @@ def fates(replay: Replay, layer: int, head: int) -> np.ndarray:
 
 
 def busiest(fate: np.ndarray, shown: int = SHOWN) -> int:
-    """Where the ``shown`` consecutive tokens begin whose fates are the most mixed: those of the largest entropy."""
+    """The first of those ``shown`` consecutive tokens whose fates differ most: they have the largest entropy."""
     size = min(shown, len(fate))
     each = np.pad(np.cumsum(fate == np.arange(len(FATES))[:, None], axis=1), ((0, 0), (1, 0)))
     share = (each[:, size:] - each[:, :-size]) / size
@@ -103,12 +103,12 @@ def survival(
     shown: int = SHOWN,
     axes: "Axes | None" = None,
 ) -> "Axes":
-    """One bar a token, from its arrival to its eviction, the colour by its fate.
+    """A bar for each token, from the time at which it is read to its eviction, coloured by its fate.
 
     Args:
       layer, head: indices into the replay.
       start: the first token shown.
-      pieces: the text of each token, by default as the trace says it, or else its position.
+      pieces: the text of each token; by default from the trace, or, if it holds no text, the positions.
       shown: how many tokens.
     """
     tokens = np.arange(start, min(start + shown, replay.steps))
@@ -160,8 +160,8 @@ def history(
       layer, head: indices into the replay.
       start: the first token shown.
       attention: ``[steps, keys]``, what each query attends to with the full cache, see `simulator.oracle.attention`.
-        Where it is at least 1/t, the key is important to the query, which gets a dot, or a cross if the key was evicted
-        before.
+        Where it is at least 1/t, the key is important to the query: its cell gets a dot, or a cross if the key had been
+        evicted before.
       shown: how many tokens.
     """
     from matplotlib.colors import ListedColormap
@@ -213,7 +213,7 @@ def cost(
     *,
     figure: "Figure | SubFigure | None" = None,
 ) -> "Figure | SubFigure":
-    """What evictions cost each layer: retained mass and, where there is one, the outputs' error."""
+    """What evictions cost each layer: the mass and, if it was measured, the error of the outputs."""
     panels = {
         "attention on live keys, share of the full cache's": replay.mass,
         "relative error of the attention output": replay.error,
@@ -268,7 +268,7 @@ def regret(
     *,
     figure: "Figure | SubFigure | None" = None,
 ) -> "Figure | SubFigure":
-    """What each policy loses beyond what so few keys had to lose: over time and by layer."""
+    """Regret over time and by layer: how much more mass the best choice of as many keys would keep."""
     figure = figure_of(figure, 12, 4.8)
     over_time, by_layer = figure.subplots(1, 2)
     layers = range(len(next(iter(found.values())).policy)) if layers is None else layers
@@ -292,12 +292,12 @@ def regret(
     by_layer.set_title("by layer, mean over queries", fontsize="medium")
     _layer_ticks(by_layer, layers)
     figure.legend(loc="outside lower center", ncols=min(3, len(found)), fontsize="small", frameon=False)
-    title(figure, 12, "Regret: attention that as many keys, better chosen, would have kept", heading)
+    title(figure, 12, "Regret: how much more attention the best choice of as many keys would keep", heading)
     return figure
 
 
 def label(piece: str) -> str:
-    r"""A token as a label: with visible blanks, and not too long.
+    r"""The text of a token as a label: spaces are made visible, and a long text is cut.
 
     >>> label(" the"), label("\n\tx"), label("incomprehensibilities")
     ('␣the', '\\n\\tx', 'incomprehensibili…')
@@ -312,7 +312,7 @@ def _layers(replay: Replay, layers: Sequence[int] | None) -> Sequence[int]:
 
 
 def _of(replay: Replay, heading: str | None) -> str:
-    """What is said of the replay in a title: what is given, or what the replay says itself."""
+    """The second line of a title: the heading that is given, or else what was replayed."""
     if heading is None and (about := replay.about):
         return f"{about.policy} on {about.model or 'a trace'}, {replay.steps:,} tokens"
     return heading or ""
@@ -324,7 +324,7 @@ def _layer_ticks(axes, layers: Sequence[int]) -> None:
 
 
 def _heat_map(axes, values, rows, columns, label: str, *, digits: int, limits=None) -> None:
-    """Shares as colours and, where there is room, as numbers of percent."""
+    """Shares as colours and, where there is room, also as percentages."""
     values = 100 * np.asarray(values)
     low, high = limits or (values.min(), values.max())
     if high - low < 1e-3:

@@ -1,16 +1,16 @@
 """Replay: any policy over a recorded trace, and what its evictions cost.
 
-A trace holds what a model attended to with a full cache. Replaying goes through it token by token (or chunk by chunk)
-with the same policy objects as the model's own cache, under `jax.lax.scan`, one layer at a time. There are no slots to
-manage: key i has slot i, and a key that goes only gets a date. So this is also an independent account of what
-`corm_jax.core.cache` should do.
+A trace holds what a model attended to with a full cache. A replay reads it token by token (or chunk by chunk) with the
+same policy objects as the model's own cache, under `jax.lax.scan`, one layer at a time. There are no slots to manage:
+key i has slot i, and of an evicted key only the clock of its eviction is stored. So a replay is also a second,
+independent implementation of what `corm_jax.core.cache` should do.
 
-Three fidelities, from the cheapest to the truth:
+There are three fidelities, from the cheapest to the most faithful:
 
-- ``recorded``: attention as recorded; evicted keys drop out, the others keep their probabilities.
-- ``renormalized``: softmax over the survivors, recomputed from q and k. Exact for the layer as such; what evictions
-  change in the queries of later layers is left out.
-- ``live``: the model itself with the policy in its cache (`corm_jax.runs.perplexity`), which is no replay.
+- ``recorded``: the attention as it was recorded. Evicted keys get none; the others keep their probabilities.
+- ``renormalized``: the softmax over the keys that are left. Exact for each layer by itself. In a model, evictions also
+  change the queries of later layers; this effect is left out.
+- ``live``: the model itself with the policy in its cache (`corm_jax.runs.perplexity`). This is not a replay.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -50,14 +50,14 @@ STEPS_PER_BLOCK = 64
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class About:
-    """What was replayed, and how. It is no part of the numbers, so that pytrees of replays do not carry it.
+    """What was replayed, and how. It is static: in a pytree of replays it is not a leaf.
 
     Attributes:
-      policy: in short.
-      model: of the trace.
+      policy: its short form.
+      model: the model that made the trace.
       fidelity, capacity, chunk, prompt: as in `replay`.
-      pieces: the text of each token, if the trace says it.
-      grid: of a sweep, the values of each hyperparameter, in the order of the axes.
+      pieces: the text of each token, if the trace holds it.
+      grid: for a sweep, the values of each hyperparameter, in the order of the axes.
     """
 
     policy: str
@@ -71,22 +71,24 @@ class About:
 
 
 class Replay(NamedTuple):
-    """What a policy did with a trace. A sweep has the axes of its grid in front.
+    """Which keys a policy kept in a trace, and for how long. A sweep has the axes of its grid in front.
 
-    ``until`` and ``lost`` say it all; the properties are other views of them, and `to_xarray` gives names to the axes.
-    Clocks count from 1. Its short form shows the policy, the share of the keys that are live at the end, means of the
-    mass and the error, and the overflow: of a sweep, the range over the grid.
+    ``until`` and ``lost`` determine every eviction; the properties are computed from them, and `to_xarray` gives names
+    to the axes. Clocks count from 1. The short form shows the policy, the share of the keys that are live at the end,
+    the means of mass and error, and the overflow; for a sweep, the range of each over the grid.
 
     Attributes:
       until: int32 ``[layers, kv_heads, keys]``, the clock of the last query that could attend to the key; `FOREVER` if
         it is live at the end.
-      lost: bool ``[layers, kv_heads, keys]``, whether the key went for want of a slot.
-      mass: float32 ``[layers, q_heads, steps]``, the share of the full cache's attention that fell on keys still there.
-      error: float32 ``[layers, q_heads, steps]``, ``|o - o_full| / |o_full|`` of the attention outputs, or None where
-        the trace has no values or nobody asked.
+      lost: bool ``[layers, kv_heads, keys]``, whether the key was evicted for lack of a slot.
+      mass: float32 ``[layers, q_heads, steps]``, the share of the full cache's attention that falls on keys that are
+        still held.
+      error: float32 ``[layers, q_heads, steps]``, ``|o - o_full| / |o_full|`` of the attention outputs; None if the
+        trace holds no values, or with ``errors=False``.
       needed: int32 ``[layers, kv_heads, keys]``, the clock of the last query that, with the full cache, found the key
-        important (alpha >= 1/t for a query head of its group); 0 for never.
-      kept: bool ``[layers, kv_heads, steps, keys]``, which keys are live after each step, if ``keep_history``.
+        important (alpha >= 1/t for a query head of its group); 0 if no query did.
+      kept: bool ``[layers, kv_heads, steps, keys]``, which keys are live after each step; None without
+        ``keep_history``.
       about: what was replayed, and how.
     """
 
@@ -123,18 +125,18 @@ class Replay(NamedTuple):
             "kept": "keys live at the end, share",
             "mass": "attention that fell on live keys, share",
             "error": "relative error of the outputs",
-            "overflow": "keys lost for want of a slot",
+            "overflow": "keys evicted for lack of a slot",
         }
         return table("Replay", rows | {means[name]: value for name, value in self._summary.items()})
 
     @property
     def _whole(self) -> bool:
-        """Whether the fields are arrays of numbers: neither shapes, say, nor traced."""
+        """Whether the fields are arrays of numbers, and not, for example, shapes or traced arrays."""
         return all(isinstance(x, np.ndarray) and x.ndim > 2 for x in self[:3])
 
     @property
     def _summary(self) -> dict[str, str | None]:
-        """Means over layers, heads and steps: of a sweep their range over the grid."""
+        """Means over layers, heads and steps; for a sweep, the range of each over the grid."""
         each = (-3, -2, -1)
         error = None if self.error is None else between(self.error.mean(each, dtype=np.float64), ".3f")
         return {
@@ -145,11 +147,11 @@ class Replay(NamedTuple):
         }
 
     def to_xarray(self) -> "xarray.Dataset":
-        """The same with names: axes ``layer``, ``kv_head``, ``q_head``, ``step`` and ``token``.
+        """The replay as a dataset with named axes: ``layer``, ``kv_head``, ``q_head``, ``step`` and ``token``.
 
         ``step`` is the clock of a query, from 1, and ``token`` the position of a key, from 0: the query at step t is
-        that of token t - 1. A sweep has the axes of its grid in front, with their values. Where the trace holds its
-        text, ``piece`` is that of each token. Needs ``pip install 'corm-jax[xarray]'``.
+        that of token t - 1. A sweep has the axes of its grid in front, with their values. If the trace holds its text,
+        the coordinate ``piece`` is the text of each token. Needs ``pip install 'corm-jax[xarray]'``.
 
         >>> from corm_jax import Corm
         >>> from simulator.synthetic import noise
@@ -170,7 +172,7 @@ class Replay(NamedTuple):
             "lifetime": Variable(keys, self.lifetime, "queries that could attend to the key", "queries"),
             "needed": Variable(keys, self.needed, "last query to which the key is important", "queries"),
             "regretted": Variable(keys, self.regretted, "evicted, and important to a later query"),
-            "lost": Variable(keys, self.lost, "evicted for want of a slot"),
+            "lost": Variable(keys, self.lost, "evicted for lack of a slot"),
             "kept": Variable("layer kv_head step token", self.kept, "live after the query"),
         }
         coords = {
@@ -185,10 +187,10 @@ class Replay(NamedTuple):
         return dataset(variables, coords=coords, attrs=attrs, grid=about.grid if about else None)
 
     def point(self, *index: int) -> "Replay":
-        """One point of a sweep, by its place on each axis of the grid."""
+        """One point of a sweep, by its index on each axis of the grid."""
         if self.about is None or len(index) != len(self.about.grid):
             names = ", ".join(self.about.grid) if self.about else ""
-            raise CormError(f"a point of this sweep has a place on each axis of its grid ({names}), not {index}")
+            raise CormError(f"a point of this sweep takes an index on each axis of its grid ({names}), not {index}")
         values = [choices[place] for choices, place in zip(self.about.grid.values(), index, strict=True)]
         named = ", ".join(f"{name}={value}" for name, value in zip(self.about.grid, values, strict=True))
         about = replace(self.about, policy=f"{self.about.policy}({named})", grid={})
@@ -202,7 +204,7 @@ class Replay(NamedTuple):
 
     @property
     def gone(self) -> np.ndarray:
-        """int32, as ``until``: the clock after whose step the key is first missing."""
+        """int32, as ``until``: the clock of the step after which the key is not live any more, or `FOREVER`."""
         return np.where(self.until == FOREVER, FOREVER, self.until + self.lost)
 
     @property
@@ -222,12 +224,12 @@ class Replay(NamedTuple):
 
     @property
     def regretted(self) -> np.ndarray:
-        """bool, as ``until``: evicted, and a later query would have found the key important."""
+        """bool, as ``until``: whether the key was evicted although a later query would have found it important."""
         return self.needed > self.until
 
     @property
     def overflow(self) -> np.ndarray:
-        """int32 ``[layers, kv_heads]``, keys that went for want of a slot."""
+        """int32 ``[layers, kv_heads]``, keys that were evicted for lack of a slot."""
         return self.lost.sum(-1, dtype=np.int32)
 
     def history(self) -> np.ndarray:
@@ -254,13 +256,14 @@ def replay(
     Args:
       trace: what to replay.
       policy: one for all layers, or one for each.
-      fidelity: ``"renormalized"`` or ``"recorded"``, see above.
-      capacity: slots a key-value head; without one, nothing overflows.
+      fidelity: ``"renormalized"`` or ``"recorded"``, see `simulator.replay`.
+      capacity: slots of each key-value head; None for as many as are needed.
       chunk: tokens between evictions; 1 is the exact recurrence.
       prompt: how many of the tokens are the prompt, for policies that wait for its end: they evict after the chunk in
-        which it lies.
-      errors: measure the outputs' errors too, where the trace holds values. Takes about half as much time again.
-      keep_history: fill in ``kept``: layers x kv_heads x steps^2 bytes.
+        which it ends. None if that is unknown.
+      errors: whether to measure the errors of the outputs, too, if the trace holds values. The replay then takes about
+        one and a half times as long.
+      keep_history: whether to fill in ``kept``, which takes layers x kv_heads x steps^2 bytes.
       progress: called with the number of layers done.
 
     Raises:
@@ -303,10 +306,10 @@ def sweep(
 
     Args:
       policy_factory: makes a policy from one value of each hyperparameter, given by name.
-      grid: for each hyperparameter its values. Those that are static in the policy cannot be swept together.
+      grid: the values of each hyperparameter. One that is static in the policy can only have a single value.
 
-    Other arguments as for `replay`. In the result each array has the axes of the grid in front, in its order;
-    `Replay.to_xarray` names them, and `Replay.point` takes one point out.
+    The other arguments are those of `replay`. In the result each array has the axes of the grid in front, in the order
+    of ``grid``; `Replay.to_xarray` names them, and `Replay.point` is the replay of one point.
 
     >>> from corm_jax import Corm
     >>> from simulator.synthetic import noise
@@ -332,7 +335,7 @@ def sweep(
         raise CormError(f"the grid over {', '.join(grid)} mixes whole numbers and shares: sweep each kind by itself")
     chunk, prompt = _checked(trace, points, fidelity, capacity, chunk, prompt)
     layers = list(zip(*(per_layer(point, trace.meta.layers) for point in points), strict=True))
-    # A number that is the same at all points gets no axis for them: what hangs on it alone is computed once.
+    # A number that is the same at all points is not mapped over: what depends on it alone is computed once.
     leaves = [zip(*map(jax.tree.leaves, layer), strict=True) for layer in layers]
     differ = [
         any(not np.array_equal(x, one[0]) for one in of_layers for x in one) for of_layers in zip(*leaves, strict=True)
@@ -354,7 +357,7 @@ def sweep(
 def _checked(
     trace, policies: Sequence[Any], fidelity: str, capacity: int | None, chunk: int, prompt: int | None
 ) -> tuple[int, int]:
-    """Raises for arguments that cannot work. Returns the chunk, no longer than the trace, and where the prompt ends."""
+    """Raises for arguments that cannot work. Returns the chunk, at most the whole trace, and the end of the prompt."""
     if not isinstance(trace, Trace):
         raise CormError(f"{trace!r} is not a Trace: read one with Trace.open(path)")
     if fidelity not in FIDELITIES:
@@ -373,7 +376,9 @@ def _checked(
                 "which the same keys stay"
             )
         if policy.traits.merges:
-            raise CormError(f"{name_of(policy)} merges keys, and a trace holds them as they were: read it in a cache")
+            raise CormError(
+                f"{name_of(policy)} merges keys, and a trace holds the keys unmerged: use the policy in a cache instead"
+            )
         for name, leaf in numbers_in(policy).items():
             layers, kv_heads = trace.meta.layers, trace.meta.kv_heads
             if np.shape(leaf) not in ((), (kv_heads,), (layers, kv_heads)):
@@ -440,7 +445,7 @@ _compiled = jax.jit(replay_layer, static_argnames=_STATIC)
 
 @partial(jax.jit, static_argnames=(*_STATIC, "points", "differ"))
 def _compiled_grid(policies, layer, scale, steps, capacity, prompt, *, points, differ, **static):
-    """``differ`` says which numbers of the policies, in the order of the pytree, are not the same at all points."""
+    """Replays a layer at all points. ``differ``: for each leaf of the policies, whether it differs between points."""
     numbers, structure = jax.tree.flatten(policies)
     numbers = [number if differs else number[0] for number, differs in zip(numbers, differ, strict=True)]
     axes = [0 if differs else None for differs in differ]

@@ -1,4 +1,4 @@
-"""Replays as tables on a terminal, and as numbers to keep."""
+"""Replays as tables on a terminal, and as numbers in a report."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,32 +14,32 @@ COLUMNS = {
     "kept_mean": ("kept\nmean", ".3f", "live / seen, over time"),
     "kept_min": ("least\nhead", ".3f", ""),
     "kept_max": ("most\nhead", ".3f", ""),
-    "mass": ("mass", ".4f", "share of the full cache's attention that fell on keys still there"),
+    "mass": ("mass", ".4f", "share of the full cache's attention that fell on keys that were still held"),
     "error": ("output\nerror", ".4f", "|o - o_full| / |o_full|"),
     "regretted": ("re-\ngretted", ".4f", "share of the evicted keys that a later query would have found important"),
     "lifetime": ("life-\ntime", ",.1f", "queries that could attend to a key"),
-    "overflow": ("over-\nflow", ",d", "keys that went for want of a slot, in all"),
-    "seconds": ("s", ".1f", "with compiling"),
-    "greedy": ("greedy", ".4f", "mass that a clairvoyant keeps who takes no key back and does not plan"),
-    "exact": ("optimum", ".4f", "the most that is possible without taking keys back"),
-    "most": ("upper\nbound", ".4f", "mass of as many of the heaviest keys of each query"),
+    "overflow": ("over-\nflow", ",d", "keys that were evicted for lack of a slot, in all"),
+    "seconds": ("s", ".1f", "including compilation"),
+    "greedy": ("greedy", ".4f", "mass of a rule that always evicts the key to which later queries attend least"),
+    "exact": ("optimum", ".4f", "the largest mass that is possible if no evicted key comes back"),
+    "most": ("upper\nbound", ".4f", "mass of the best keys for each query, as many as the policy had"),
     "regret": ("regret", ".4f", "upper bound - mass"),
 }
-"""Of the tables, by the name in the report: heading, format and, unless that is plain, meaning."""
+"""The columns of the tables, by their names in the report: heading, format, and the meaning if that is not plain."""
 
 
 def print_replays(title: str, options: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """A row for each replay, with all that was measured."""
+    """Prints a table with a row for each replay, and all that was measured."""
     shown = [name for name in COLUMNS if any(row.get(name) is not None for row in rows)]
     print_rows(title, options, ["policy", *shown], rows)
 
 
 def print_rows(title: str, options: dict[str, Any], columns: Sequence[str], rows: list[dict[str, Any]]) -> None:
-    """A table, with what its columns mean below.
+    """Prints a table, and below it what its columns mean.
 
     Args:
       options: ``fidelity`` and ``chunk``, which hold for all rows.
-      columns: of `COLUMNS`, or other names that rows have.
+      columns: names of `COLUMNS`, or other names that are in all rows.
     """
     shown, meanings = [], []
     for name in columns:
@@ -61,7 +61,7 @@ def _cell(column: str, value: Any) -> str:
 
 
 def summary(result: Replay) -> dict[str, Any]:
-    """A replay in numbers: means over layers and heads, and what each head adds to them."""
+    """A replay in numbers: means over layers and heads, and the numbers of each head."""
     kept = result.live / np.arange(1, result.steps + 1)
     evicted, regretted = (result.until != FOREVER).sum(-1), result.regretted.sum(-1)
     per_head = {

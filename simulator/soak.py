@@ -1,6 +1,6 @@
 """A soak: random policies on random histories, compared with the specification decision for decision.
 
-A decision is about one key of one head, live or new, in one step: the key is kept, evicted, or lost for want of a slot.
+A decision is about one key of one head, live or new, in one step: the key is kept, evicted, or lost for lack of a slot.
 The specification in NumPy makes it; the cache (`corm_jax.make_cache` and `corm_jax.step`, in a rectangle or a pool, a
 batch at a time under `jax.vmap`) and `simulator.replay` have to make the same. A pool with few slots is not replayed,
 since a replay has slots for each head alone; nor are pieces of several sizes.

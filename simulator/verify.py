@@ -61,7 +61,7 @@ def verify(
     >>> from simulator.synthetic import sinks
     >>> [(finding.name, finding.held) for finding in verify(sinks(layers=1, steps=32), Corm(window=4, recent=2))]
     [('specification', True), ('cache', True), ('none_returns', True), ('newest_live', True), ('none_early', True),
-     ('only_minor_goes', True), ('minor_goes', True), ('monotone', True)]
+     ('important_keys_are_kept', True), ('unimportant_keys_are_evicted', True), ('monotone', True)]
 
     Raises:
       TraceError: for an ``attention`` trace, whose queries and keys are unknown.
@@ -170,9 +170,12 @@ def _claims(trace, policy: Any, result: Replay, kept, ends, chunk, capacity):
         if not np.any(policy.eager):
             yield "none_early", lambda: invariants.none_early(kept, policy.window, ends)
         loose, strict = (_importance(trace, policy, result, slack) for slack in (CLOSE, -CLOSE))
-        yield "only_minor_goes", lambda: invariants.only_minor_goes(kept, strict, policy.window, ends)
+        yield "important_keys_are_kept", lambda: invariants.important_keys_are_kept(kept, strict, policy.window, ends)
         if not np.any(policy.eager):
-            yield "minor_goes", lambda: invariants.minor_goes(kept, loose, policy.window, policy.recent, ends)
+            yield (
+                "unimportant_keys_are_evicted",
+                lambda: invariants.unimportant_keys_are_evicted(kept, loose, policy.window, policy.recent, ends),
+            )
     if not np.any(policy.eager) and policy.threshold == "position" and capacity is None:
         yield "monotone", lambda: _monotone(trace, policy, ends, chunk)
 

@@ -1,4 +1,4 @@
-"""``corm view``: what policies keep of a trace, as one page to look at in a browser."""
+"""``corm view``: what policies keep of a trace, as a page for a browser."""
 
 from pathlib import Path
 
@@ -22,15 +22,15 @@ MIB = 2**20
 @policies_option
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="the HTML file to write")
 @console.overwrite_option
-@click.option("--tokens", type=COUNT, help=f"how many, from the start  [default: at most {viewer.TOKENS:,}]")
-@click.option("--layers", metavar="N,N,...", help=f"which, from 0  [default: as many as have {viewer.HEADS:,} heads]")
+@click.option("--tokens", type=COUNT, help=f"how many tokens to show  [default: at most {viewer.TOKENS:,}]")
+@click.option("--layers", metavar="N,N,...", help=f"layers to show, from 0  [default: up to {viewer.HEADS:,} heads]")
 @replay_options
 @fidelity_option
 def view(path, specs, out, overwrite, tokens, layers, fidelity, **how):
     """Make a page that shows which tokens of a TRACE each policy keeps, and when it evicts the others.
 
     The page is one file that a browser opens from the disk, without a network. TRACE is a directory that corm record
-    made. Give --policy twice to see two policies side by side.
+    made. With two --policy options, the page shows the two policies side by side.
     """
     if len(specs := list(dict.fromkeys(specs))) > 2:
         raise CormError(f"--policy is given {len(specs)} times, and a page shows at most two policies: leave some out")
@@ -42,9 +42,9 @@ def view(path, specs, out, overwrite, tokens, layers, fidelity, **how):
     options = {"fidelity": fidelity, **how}
     job = Job(shown.trace, shown.layers, options, {}, None, overwrite, program="corm")
     replays = {spec: job.replay(spec, policy, errors=False)[0] for spec, policy in job.policies(specs).items()}
-    with bar("who looked", len(shown.layers)) as progress:
-        looked = viewer.looks(shown.trace, progress)
-    content = viewer.page(shown, replays, looked, options).encode()
+    with bar("strongest queries", len(shown.layers)) as progress:
+        found = viewer.strongest(shown.trace, progress)
+    content = viewer.page(shown, replays, found, options).encode()
     deliver(out, lambda place: place.write_bytes(content), overwrite)
     for sentence in shown.left_out:
         show(sentence)

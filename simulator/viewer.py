@@ -35,19 +35,19 @@ MOST_TOKENS, MOST_NUMBERS = 16_384, 2**23
 """The most tokens that a page can show, and the most keys: tokens x layers x key-value heads."""
 
 FAR = 64
-"""Distance in tokens from which on a query counts as far from a key."""
+"""The distance in tokens from which on a query counts as far from a key."""
 
-NEAR_LOOKS, FAR_LOOKS = 4, 8
-"""Queries that are kept of each token: those with the most attention, out of the near ones and out of the far ones."""
+NEAR_QUERIES, FAR_QUERIES = 4, 8
+"""How many queries a page holds for each token: of the near ones and of the far ones, those that attend to it most."""
 
 PIECE = 200
-"""The most characters that are shown of a token."""
+"""The most characters of a token that are shown."""
 
 SCRIPTS = ("replay.js", "panels.js", "chosen.js", "main.js")
-"""Of the page, which are put together into one."""
+"""The scripts of the page, which are joined into one."""
 
 NONE = 65_535
-"""In the page's numbers of 16 bits: never, or nobody."""
+"""The number of 16 bits that stands for never, or for no query, in the page."""
 
 
 class Part(NamedTuple):
@@ -55,8 +55,8 @@ class Part(NamedTuple):
 
     Attributes:
       trace: the part.
-      layers: the numbers that its layers have in the whole.
-      left_out: sentences for the reader of the page, about what is not shown.
+      layers: the indices of its layers in the whole trace.
+      left_out: sentences that tell the reader of the page what is not shown.
     """
 
     trace: Trace
@@ -65,9 +65,9 @@ class Part(NamedTuple):
 
 
 def part(trace: Trace, layers: Sequence[int] | None = None, tokens: int | None = None) -> Part:
-    """The part of a trace that fits into a page: what is asked for, or the first `TOKENS` and up to `HEADS` heads.
+    """The part of a trace that fits into a page: the given part, or the first `TOKENS` tokens and up to `HEADS` heads.
 
-    Layers are left out at equal distances, the first and the last one stay.
+    If there are more heads, layers at equal distances are shown, the first and the last among them.
 
     Raises:
       CormError: if more is asked for than a page can hold.
@@ -98,16 +98,16 @@ def part(trace: Trace, layers: Sequence[int] | None = None, tokens: int | None =
     return Part(shown, chosen, left_out)
 
 
-class Looks(NamedTuple):
-    """Who looked at each key with the full cache: the queries with the most attention, none of them the key's own.
+class Strongest(NamedTuple):
+    """The queries that attend to each key most, with the full cache. The key's own query is left out.
 
-    The first `NEAR_LOOKS` entries are queries less than `FAR` tokens later, the other `FAR_LOOKS` are later ones. A
-    query that looked in several heads is listed once, with the head in which it looked most.
+    The first `NEAR_QUERIES` entries are queries less than `FAR` tokens later, the other `FAR_QUERIES` are later ones. A
+    query that attends to the key in several heads is listed once, with the head in which it attends most.
 
     Attributes:
-      query: int32 ``[keys, looks]``, from 0; -1 where there are not so many.
-      head: int32 ``[keys, looks]``, layer * kv_heads + key-value head.
-      attention: float32 ``[keys, looks]``, the mean over the query heads that share the key.
+      query: int32 ``[keys, queries]``, from 0; -1 if there are fewer queries.
+      head: int32 ``[keys, queries]``, layer * kv_heads + key-value head.
+      attention: float32 ``[keys, queries]``, the mean over the query heads that share the key.
     """
 
     query: np.ndarray
@@ -115,8 +115,8 @@ class Looks(NamedTuple):
     attention: np.ndarray
 
 
-def looks(trace: Trace, progress: Callable[[int], None] = lambda done: None) -> Looks:
-    """The strongest looks at each key of a trace.
+def strongest(trace: Trace, progress: Callable[[int], None] = lambda done: None) -> Strongest:
+    """The queries that attend most to each key of a trace.
 
     Args:
       progress: called with the number of layers done.
@@ -125,7 +125,7 @@ def looks(trace: Trace, progress: Callable[[int], None] = lambda done: None) -> 
       TraceError: when a layer of the trace cannot be read.
 
     >>> rows = np.array([[1, 0, 0], [0.5, 0.5, 0], [0.7, 0.2, 0.1]])
-    >>> found = looks(Trace.from_attention(rows[None, None]))
+    >>> found = strongest(Trace.from_attention(rows[None, None]))
     >>> found.query[:, :3]
     array([[ 2,  1, -1],
            [ 2, -1, -1],
@@ -142,15 +142,15 @@ def looks(trace: Trace, progress: Callable[[int], None] = lambda done: None) -> 
         progress(layer + 1)
     best, which = best.T, which.T  # [keys, queries]
     distance = np.arange(steps) - np.arange(steps)[:, None]
-    near = _strongest(np.where((distance > 0) & (distance < FAR), best, 0), NEAR_LOOKS)
-    far = _strongest(np.where(distance >= FAR, best, 0), FAR_LOOKS)
+    near = _largest(np.where((distance > 0) & (distance < FAR), best, 0), NEAR_QUERIES)
+    far = _largest(np.where(distance >= FAR, best, 0), FAR_QUERIES)
     query = np.concatenate([near, far], axis=1)
     taken = np.maximum(query, 0)
     head, share = (np.take_along_axis(x, taken, axis=1) for x in (which, best))
-    return Looks(query, head.astype(np.int32), np.where(query < 0, 0, share))
+    return Strongest(query, head.astype(np.int32), np.where(query < 0, 0, share))
 
 
-def _strongest(weights: np.ndarray, count: int) -> np.ndarray:
+def _largest(weights: np.ndarray, count: int) -> np.ndarray:
     """The columns of the ``count`` largest weights of each row, the largest first; -1 where a weight is 0."""
     padded = np.pad(weights, ((0, 0), (0, max(0, count - weights.shape[1]))))
     top = np.argpartition(-padded, count - 1, axis=1)[:, :count]
@@ -158,16 +158,16 @@ def _strongest(weights: np.ndarray, count: int) -> np.ndarray:
     return np.where(np.take_along_axis(padded, top, axis=1) > 0, top, -1).astype(np.int32)
 
 
-def page(shown: Part, replays: Mapping[str, Replay], looked: Looks, options: Mapping[str, Any]) -> str:
+def page(shown: Part, replays: Mapping[str, Replay], found: Strongest, options: Mapping[str, Any]) -> str:
     """The page, as HTML.
 
     Args:
-      replays: of the part of the trace that is shown, by SPEC: one, or two to stand side by side.
-      looked: of that part.
+      replays: one or two replays of that part of the trace, by SPEC. Two are shown side by side.
+      found: the queries that attend most to the keys of that part.
       options: ``fidelity``, ``capacity``, ``chunk`` and ``prompt``, as they were replayed.
     """
     meta = shown.trace.meta
-    arrays = _arrays(list(replays.values()), looked)
+    arrays = _arrays(list(replays.values()), found)
     left_out = [*shown.left_out, *_cut(meta)]
     about = {
         "model": meta.model,
@@ -181,7 +181,7 @@ def page(shown: Part, replays: Mapping[str, Replay], looked: Looks, options: Map
         "policies": list(replays),
         "options": dict(options),
         "far": FAR,
-        "looks": [NEAR_LOOKS, FAR_LOOKS],
+        "strongest": [NEAR_QUERIES, FAR_QUERIES],
         "left_out": left_out,
         "arrays": [[name, array.size] for name, array in arrays.items()],
     }
@@ -210,29 +210,29 @@ def whole_numbers(arrays: Sequence[np.ndarray]) -> bytes:
     return zlib.compress(low.tobytes() + high.tobytes(), 9)
 
 
-def _arrays(replays: Sequence[Replay], looked: Looks) -> dict[str, np.ndarray]:
-    """What the page computes everything from, by name. Attention is in ten-thousandths."""
+def _arrays(replays: Sequence[Replay], strongest: Strongest) -> dict[str, np.ndarray]:
+    """The arrays from which the page computes all that it shows, by name. Attention is in ten-thousandths."""
     found = {}
     for index, replay in enumerate(replays):
         found[f"until{index}"] = np.where(replay.until == FOREVER, NONE, replay.until)
         found[f"lost{index}"] = replay.lost.astype(np.int32)
     found["needed"] = replays[0].needed
-    found["query"] = np.where(looked.query < 0, NONE, looked.query)
-    found["head"] = looked.head
-    found["attention"] = (10_000 * looked.attention).round().astype(np.int32)
+    found["query"] = np.where(strongest.query < 0, NONE, strongest.query)
+    found["head"] = strongest.head
+    found["attention"] = (10_000 * strongest.attention).round().astype(np.int32)
     return found
 
 
 def _cut(meta: Meta) -> list[str]:
-    """What the page does not show of the text."""
+    """Sentences that tell which part of the text the page does not show."""
     if meta.pieces is None:
         return ["The trace holds no text: tokens are shown by their positions."]
     cut = sum(len(piece) > PIECE for piece in meta.pieces)
-    return [f"Of {cut:,} long tokens only the first {PIECE} characters are shown."] if cut else []
+    return [f"Only the first {PIECE} characters of {cut:,} long tokens are shown."] if cut else []
 
 
 def _json(value: Any) -> str:
-    """JSON that cannot end the script element in which it stands."""
+    """JSON text that cannot end the script element that holds it."""
     text = json.dumps(value, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 

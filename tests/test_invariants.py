@@ -28,8 +28,12 @@ BROKEN = {
     "newest_live": (invariants.newest_live, [without((1, 1, 6, 4)), 2], (1, 1, 6, 4)),
     "none_early": (invariants.none_early, [without((1, 1, 2, 0), (0, 0, 6, 0)), 3], (1, 1, 2, 0)),
     "within_capacity": (invariants.within_capacity, [full(), 5], (0, 0, 6, None)),
-    "only_minor_goes": (invariants.only_minor_goes, [without((0, 1, 6, 2)), IMPORTANT, 2], (0, 1, 6, 2)),
-    "minor_goes": (invariants.minor_goes, [full(), NOTHING, 3, 2], (0, 0, 3, 0)),
+    "important_keys_are_kept": (
+        invariants.important_keys_are_kept,
+        [without((0, 1, 6, 2)), IMPORTANT, 2],
+        (0, 1, 6, 2),
+    ),
+    "unimportant_keys_are_evicted": (invariants.unimportant_keys_are_evicted, [full(), NOTHING, 3, 2], (0, 0, 3, 0)),
     "monotone": (lambda kept, of: invariants.subset(kept, of, "there"), [full(), without((1, 0, 5, 1))], (1, 0, 5, 1)),
     "alike": (
         lambda kept, of: invariants.same_decisions("alike", kept, of, "there"),
@@ -55,8 +59,8 @@ def test_what_is_sound_passes():
     invariants.newest_live(kept, 6)
     invariants.none_early(kept, 6)
     invariants.within_capacity(kept, 6)
-    invariants.only_minor_goes(kept, NOTHING, 3)
-    invariants.minor_goes(kept, IMPORTANT, 3, 1)
+    invariants.important_keys_are_kept(kept, NOTHING, 3)
+    invariants.unimportant_keys_are_evicted(kept, IMPORTANT, 3, 1)
     invariants.subset(without((0, 0, 5, 1)), kept, "there")
     invariants.same_decisions("alike", kept, kept, "there")
 
@@ -74,19 +78,19 @@ def test_numbers_may_differ_by_head():
         invariants.newest_live(kept, np.array([3, 6]))
     important = NOTHING.copy()
     important[:, :, 2, 0] = True  # asked for at clock 3
-    invariants.only_minor_goes(kept[:, :, :4], important[:, :, :4], np.array([2, 1]))
+    invariants.important_keys_are_kept(kept[:, :, :4], important[:, :, :4], np.array([2, 1]))
     with pytest.raises(InvariantError, match="layer 0, head 1, clock 4, key 0"):
-        invariants.only_minor_goes(kept, important, np.array([1, 2]))
+        invariants.important_keys_are_kept(kept, important, np.array([1, 2]))
 
 
 def test_steps_may_be_chunks():
     """Rows after clocks 2, 4 and 6: key 1 was read and went within the same chunk."""
     clock = np.array([2, 4, 6])
     kept = full()[:, :, clock - 1]
-    invariants.minor_goes(kept, IMPORTANT, 2, 1, clock)
+    invariants.unimportant_keys_are_evicted(kept, IMPORTANT, 2, 1, clock)
     kept[0, 0, 0, 1] = False
     with pytest.raises(InvariantError, match="layer 0, head 0, clock 2, key 1"):
-        invariants.only_minor_goes(kept, IMPORTANT, 2, clock)
+        invariants.important_keys_are_kept(kept, IMPORTANT, 2, clock)
 
 
 def test_importance_by_hand():

@@ -109,10 +109,10 @@ def test_the_data_are_what_the_replay_keeps(corm, trace, replays, tmp_path):
     assert replays[0].overflow.sum() > 0
 
 
-def test_who_looked(corm, trace, tmp_path):
+def test_the_queries_that_attend_most(corm, trace, tmp_path):
     _, arrays = data_of(view(corm, trace, tmp_path / "view.html")[0])
     heads = np.stack([alpha for layer in range(4) for alpha in attention(Trace.open(trace), layer)])
-    near, far = viewer.NEAR_LOOKS, viewer.FAR_LOOKS
+    near, far = viewer.NEAR_QUERIES, viewer.FAR_QUERIES
     query, head, share = (arrays[name].reshape(96, near + far) for name in ("query", "head", "attention"))
     for key in range(96):
         best = heads[:, :, key].max(0)
@@ -137,7 +137,7 @@ def test_hostile_text_stays_text(corm, trace, tmp_path):
     about, _ = data_of(page)
     shown = [piece if len(piece) <= viewer.PIECE else piece[: viewer.PIECE] + "…" for piece in HOSTILE]
     assert about["pieces"][: len(HOSTILE)] == shown
-    assert about["left_out"] == ["Of 5 long tokens only the first 200 characters are shown."]
+    assert about["left_out"] == ["Only the first 200 characters of 5 long tokens are shown."]
     assert about["model"] == MODEL
     # The policy lets nothing but the page's own style and script be used.
     for name in ("style", "script"):
@@ -245,7 +245,7 @@ def file(trace, replays, folder):
     """The page of both policies."""
     shown = viewer.part(Trace.open(trace))
     options = {"fidelity": "renormalized", "capacity": CAPACITY, "chunk": 1, "prompt": None}
-    page = viewer.page(shown, dict(zip(SPECS, replays, strict=True)), viewer.looks(shown.trace), options)
+    page = viewer.page(shown, dict(zip(SPECS, replays, strict=True)), viewer.strongest(shown.trace), options)
     (folder / "view.html").write_text(page, encoding="utf-8")
     return folder / "view.html"
 
@@ -379,7 +379,7 @@ def test_the_token_under_the_pointer(opened, replays):
                 "last eviction": f"at {went[-1]}" if went else "never",
                 "never evicted in": f"{8 - len(went)} of 8",
                 "evicted, important again later in": f"{again} of 8",
-                "lost for want of a slot in": f"{int(result.lost[..., token].sum())} of 8",
+                "lost for lack of a slot in": f"{int(result.lost[..., token].sum())} of 8",
             }
         if token == 0:
             page.locator("#chosen summary").click()
@@ -391,11 +391,13 @@ def test_the_token_under_the_pointer(opened, replays):
             assert ["*" in cell for cell in cells] == (result.regretted & (result.gone <= 96))[
                 ..., token
             ].ravel().tolist()
-    looks = page.locator(".looks tr").all()[1:]
-    lookers = {int(row.locator("td").first.inner_text()) for row in looks}
-    marked = page.locator(".panel").first.locator(".looker").evaluate_all("all => all.map(one => +one.dataset.token)")
-    assert set(marked) == lookers
-    for row in looks:
+    strongest = page.locator(".strongest tr").all()[1:]
+    listed = {int(row.locator("td").first.inner_text()) for row in strongest}
+    marked = (
+        page.locator(".panel").first.locator(".attending").evaluate_all("all => all.map(one => +one.dataset.token)")
+    )
+    assert set(marked) == listed
+    for row in strongest:
         query, _, later, layer, head, _, *fates = row.locator("td").all_inner_texts()
         assert int(query) - int(later) == 50
         for text, result in zip(fates, replays, strict=True):

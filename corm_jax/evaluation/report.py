@@ -54,7 +54,7 @@ def report(folders: Sequence[Path], page: Path, against: str = "full", overwrite
         kind: page.with_name(f"{page.stem}-{kind}.png") for kind in dict.fromkeys(one.run.kind for one in every)
     }
     check_new({"--out": page, **{f"the picture of {kind}": picture for kind, picture in pictures.items()}}, overwrite)
-    parts, draw = ["# How policies do", ""], []
+    parts, draw = ["# Policies: quality and memory", ""], []
     for kind, picture in pictures.items():
         of_kind = [found for found in every if found.run.kind == kind]
         points = [line for found in of_kind for line in found.lines]

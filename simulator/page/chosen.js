@@ -1,13 +1,13 @@
-// The chosen token: when it is evicted, and whose queries looked at it.
+// The chosen token: when it is evicted, and which queries attend to it most.
 
 function choose(token) {
   if (token === now.chosen) return;
   mark("chosen", now.chosen === null ? [] : [now.chosen], false);
-  mark("looker", now.lookers ?? [], false);
+  mark("attending", now.attending ?? [], false);
   now.chosen = token;
-  now.lookers = looksAt(token).map((look) => look.query);
+  now.attending = strongestAt(token).map((one) => one.query);
   mark("chosen", [token], true);
-  mark("looker", now.lookers, true);
+  mark("attending", now.attending, true);
   inspect();
 }
 
@@ -15,8 +15,8 @@ function mark(name, tokens, on) {
   for (const policy of policies) for (const token of tokens) policy.spans[token].classList.toggle(name, on);
 }
 
-function looksAt(token) {
-  const size = about.looks[0] + about.looks[1];
+function strongestAt(token) {
+  const size = about.strongest[0] + about.strongest[1];
   const found = [];
   for (let i = token * size; i < (token + 1) * size; i++) {
     if (arrays.query[i] === NEVER) continue;
@@ -57,7 +57,7 @@ function inspect() {
     fateTable(token),
     drawLife(token),
     lifeNote(),
-    ...looksTable(token),
+    ...strongestTable(token),
     byHead(token, open),
   );
 }
@@ -77,7 +77,7 @@ function fateTable(token) {
     ["never evicted in", ({ times }) => `${one - times.length}${of}`],
     ["evicted, important again later in", ({ again }) => `${again}${of}`],
   ];
-  if (fates.some(({ lost }) => lost)) rows.push(["lost for want of a slot in", ({ lost }) => `${lost}${of}`]);
+  if (fates.some(({ lost }) => lost)) rows.push(["lost for lack of a slot in", ({ lost }) => `${lost}${of}`]);
   const table = make("table", { class: "numbers" });
   if (policies.length > 1) {
     const heads = policies.map((policy) => make("th", { scope: "col" }, swatchOf(policy), nameOf(policy)));
@@ -102,7 +102,7 @@ function swatchOf(policy) {
   return swatch;
 }
 
-// How many of the visible heads hold the token, over time, and the strongest looks below.
+// How many of the visible heads hold the token, over time, and the queries that attend to it most below.
 function drawLife(token) {
   const svg = draw("svg", { id: "life", viewBox: "0 0 1000 100", preserveAspectRatio: "none", role: "img" });
   svg.setAttribute("aria-label", "heads that hold the token, over time");
@@ -115,11 +115,11 @@ function drawLife(token) {
     const drawn = points.map(([x, gone]) => `${(1000 * x).toFixed(1)},${((70 * gone) / now.heads).toFixed(2)}`);
     svg.append(draw("polyline", { class: NAMES[policy.index], points: drawn.join(" ") }));
   }
-  const looks = looksAt(token);
-  const most = Math.max(...looks.map((look) => look.attention));
-  for (const { query, attention } of looks) {
+  const strongest = strongestAt(token);
+  const most = Math.max(...strongest.map((one) => one.attention));
+  for (const { query, attention } of strongest) {
     const x = 1000 * across(query + 1);
-    svg.append(draw("line", { class: "look", x1: x, x2: x, y1: 100, y2: 98 - (22 * attention) / most }));
+    svg.append(draw("line", { class: "query", x1: x, x2: x, y1: 100, y2: 98 - (22 * attention) / most }));
   }
   const line = draw("line", { class: "now", y1: 0, y2: 100 });
   moveCursor(line, now.time);
@@ -135,11 +135,11 @@ function lifeNote() {
   return make("p", { class: "note" }, text);
 }
 
-function looksTable(token) {
-  const looks = looksAt(token);
-  const title = make("h3", {}, "Whose queries looked at it, with the full cache");
-  if (!looks.length) return [title, make("p", { class: "note" }, "No later query did.")];
-  const table = make("table", { class: "looks" });
+function strongestTable(token) {
+  const strongest = strongestAt(token);
+  const title = make("h3", {}, "Queries that attend to it most, with the full cache");
+  if (!strongest.length) return [title, make("p", { class: "note" }, "No later query attends to it.")];
+  const table = make("table", { class: "strongest" });
   const columns = [
     "token",
     "",
@@ -150,8 +150,7 @@ function looksTable(token) {
     ...policies.map((policy) => (policies.length > 1 ? nameOf(policy) : "key")),
   ];
   table.append(make("tr", {}, ...columns.map((name) => make("th", { scope: "col" }, name))));
-  for (const look of looks) {
-    const { query, head, attention } = look;
+  for (const { query, head, attention } of strongest) {
     const row = [
       count(query),
       word(query),

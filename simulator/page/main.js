@@ -116,7 +116,7 @@ function plural(number, name) {
 }
 
 function describe() {
-  const { model, tokens, layers, heads, group, options, looks, far } = about;
+  const { model, tokens, layers, heads, group, options, strongest, far } = about;
   const parts = [
     model.trim() || "a trace",
     `${plural(tokens, "token")}, ${plural(layers.length, "layer")} of ${plural(heads, "key-value head")}`,
@@ -127,10 +127,10 @@ function describe() {
   ];
   $("about").textContent = parts.filter(Boolean).join(" · ");
   const mean = group > 1 ? `, the mean of the ${group} query heads that share a key` : "";
-  $("looks-note").textContent =
-    `Whose queries looked: attention with the full cache${mean}. Of each token this page holds the ${looks[0]} ` +
-    `strongest queries less than ${far} tokens later and the ${looks[1]} strongest after those, each with the head in ` +
-    "which it looked most; all others are left out, and so is the token's own query.";
+  $("strongest-note").textContent =
+    `Attention is that with the full cache${mean}. For each token this page holds the ${strongest[0]} queries less than ` +
+    `${far} tokens later that attend to it most, and the ${strongest[1]} after those, each with the head in which it ` +
+    "attends most. All other queries are left out, and so is the token's own.";
   $("left-out").append(...about.left_out.map((sentence) => make("li", {}, sentence)));
   $("time").max = tokens;
 }
