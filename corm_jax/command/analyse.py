@@ -1,4 +1,4 @@
-"""``corm analyse``: what CORM rests on, measured."""
+"""``corm analyse``: measures on which properties of attention CORM relies, and how far they hold."""
 
 from pathlib import Path
 
@@ -23,14 +23,21 @@ from corm_jax.terminal.tables import Column, print_table
 @model_options
 @texts_options
 @click.option(
-    "--tokens", type=Whole(analysis.SHORTEST), default=2048, show_default=True, help="how many to read of each"
+    "--tokens", type=Whole(analysis.SHORTEST), default=2048, show_default=True, help="tokens of each text to read"
 )
-@click.option("--out", type=click.Path(path_type=Path), default="analysis.json", show_default=True)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default="analysis.json",
+    show_default=True,
+    help="the JSON file to write; a picture of the same name, with .png, is written beside it",
+)
 @console.overwrite_option
 def analyse(model, dtype, paths, datasets, tokens, out, overwrite):
-    """Check what CORM rests on: sparse attention, queries alike, and recent ones that tell which keys matter.
+    """Measure the properties of attention on which CORM relies.
 
-    Intervals are over texts, so there are none for one text.
+    They are: attention is sparse, queries that are close together are similar, and recent queries show which keys the
+    next queries find important. Intervals are over texts; for one text there are none.
     """
     check_new({"--out": out}, overwrite)
     picture = out.with_suffix(".png")
@@ -55,17 +62,17 @@ def analyse(model, dtype, paths, datasets, tokens, out, overwrite):
         rows.append((what, str(bootstrap(values.mean(1))), f"{by_layer.min():.3f}", f"{by_layer.max():.3f}"))
 
     axes = every[0]
-    row("keys below 1/t", "sparsity")
+    row("keys with attention below 1/t", "sparsity")
     for index, distance in enumerate(axes["distances"]):
-        row(f"cosine of queries {distance} apart", "similarity", index)
+        row(f"cosine of queries {distance} tokens apart", "similarity", index)
     for index, window in enumerate(axes["windows"]):
-        row(f"important keys that the last {window} queries knew", "coverage", index)
+        row(f"important keys that were important to one of the last {window} queries", "coverage", index)
     for index, window in enumerate(axes["windows"]):
         row(f"kept with w = {window}, r = {axes['recents'][-1]}", "kept", index, -1)
     for index, bits in enumerate(axes["bits"]):
-        row(f"error of the cosine from {bits} signs", "lsh_error", index)
+        row(f"error of the cosine estimated from {bits} signs", "lsh_error", index)
     title = f"{model} reads {tokens:,} tokens of {', '.join(ids)}"
-    headings = "mean over layers\nand texts [95%]", "least of\na layer", "most of\na layer"
+    headings = "mean over layers\nand texts [95%]", "lowest\nlayer", "highest\nlayer"
     finish(
         lambda: deliver(out, lambda path: write_json(path, result), overwrite),
         lambda: deliver(picture, saving(plots.analysis, analysis.mean(every), title), overwrite),

@@ -1,4 +1,4 @@
-"""``corm calibrate``: a profile for a model, a window for each of its heads."""
+"""``corm calibrate``: makes a profile of a model, which has a window for each of its heads."""
 
 from pathlib import Path
 
@@ -21,22 +21,25 @@ from corm_jax.terminal.tables import show
     "paths",
     type=click.Path(path_type=Path),
     multiple=True,
-    help="a UTF-8 file or a directory; repeatable",
+    help="a UTF-8 file, or a directory of .txt files; repeat for more  [default: Python's language reference]",
 )
-@click.option("--tokens", type=COUNT, default=4096, show_default=True, help="how many to read of each")
+@click.option("--tokens", type=COUNT, default=4096, show_default=True, help="tokens of each text to read")
+@click.option("--target-live", "target", type=Real(1e-6, 1), required=True, help="the share of the keys that stays")
 @click.option(
-    "--target-live", "target", type=Real(1e-6, 1), required=True, help="the share of the keys that is to stay"
+    "--out", type=click.Path(path_type=Path), required=True, help="the profile to write, for corm:profile=FILE"
 )
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="the profile, for corm:profile=FILE")
 @console.overwrite_option
-@click.option("--seed", type=SEED, default=0, show_default=True, help="of what the model draws to find what is lost")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="of the tokens that are drawn from predictions")
 @click.option(
     "--work",
     type=click.Path(path_type=Path),
-    help="keep here what was measured of each text, to go on after a kill, or with another target",
+    help="a directory for the measurements of each text, to go on after an interruption or with another target",
 )
 def calibrate(model, dtype, paths, tokens, target, out, overwrite, seed, work):
-    """Find a window for each head: what is lost on texts, and where they are read again, against the keys that stay."""
+    """Find a window for each head, so that a given share of the keys stays and predictions lose as little as possible.
+
+    The loss is measured while texts are read, and while the beginning of each is read a second time.
+    """
     check_new({"--out": out}, overwrite)
     if work:
         with naming({"--work": work}):
@@ -60,4 +63,5 @@ def calibrate(model, dtype, paths, tokens, target, out, overwrite, seed, work):
         )
     deliver(out, found.save, overwrite)
     whole = sum(window is None for layer in found.window for window in layer)
-    show(f"{out}: {found.made['live']:.3f} live, {whole} heads whole. To use it: --policy corm:profile={out}")
+    kept = f"{found.made['live']:.3f} of the keys stay, {whole} heads keep all of theirs"
+    show(f"{out}: {kept}. To use it: --policy corm:profile={out}")

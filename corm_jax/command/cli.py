@@ -32,7 +32,7 @@ class Plugins(console.Group):
 
     @cached_property
     def registered(self) -> list[EntryPoint]:
-        """All of them, read once.
+        """The entry points of all commands, read once.
 
         Raises:
           CormError: if there is none.
@@ -44,14 +44,14 @@ class Plugins(console.Group):
         )
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Their names, in order."""
+        """The names of the commands, sorted."""
         return sorted({plugin.name for plugin in self.registered})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """A command by its name, or None.
+        """The command with this name, or None if there is none.
 
         Raises:
-          CormError: if two packages have a command of that name, or it cannot be imported.
+          CormError: if two packages have a command with this name, or if it cannot be imported.
         """
         found = [plugin for plugin in self.registered if plugin.name == cmd_name]
         if len(found) > 1:

@@ -1,4 +1,4 @@
-"""``corm compare``: a text through each policy's cache, side by side."""
+"""``corm compare``: a text is read through the cache of each policy, and the results stand side by side."""
 
 import contextlib
 import sys
@@ -37,21 +37,23 @@ DEFAULT_POLICIES = ("full", DEFAULT_POLICY, "corm:window=64,recent=64")
 @model_options
 @cache_options
 @text_option
-@click.option("--tokens", type=Whole(2), default=2048, show_default=True, help="how many to read")
+@click.option("--tokens", type=Whole(2), default=2048, show_default=True, help="tokens of the text to read")
 @click.option(
-    "--policy", "specs", type=Spec(), multiple=True, metavar="SPEC", help="name:key=value,...; repeat to compare"
+    "--policy", "specs", type=Spec(), multiple=True, metavar="SPEC", help="name:option=value,...; repeat to compare"
 )
 @click.option(
     "--budget",
     type=Budget(),
     metavar="KEYS",
-    help="hold all but full to so many keys a head, or to a share such as 0.25",
+    help="keys of a head that stay at most under each policy but full, or a share of the tokens such as 0.25",
 )
 @click.option(
-    "--prompt", type=COUNT, help="how many of the tokens are the prompt, for policies that wait for its end; not scored"
+    "--prompt",
+    type=COUNT,
+    help="how many of the tokens are the prompt, which is not scored; for policies that wait for its end",
 )
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="write the result here")
-@click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="draw it into this PNG file")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="write the results into this JSON file")
+@click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="draw the results into this PNG file")
 @console.overwrite_option
 def compare(
     model,
@@ -69,21 +71,25 @@ def compare(
     plot_file,
     overwrite,
 ):
-    """Read a text through each policy's cache: what forgetting costs, what it saves.
+    """Read a text through the cache of each policy: how much worse it is predicted, and how much memory is saved.
 
-    Every token is predicted from what the cache still holds (teacher forcing). A SPEC is a name from `corm policies`
-    with options, as in corm:window=64,recent=32, or a class of your own, as in my_policies:Recent:budget=64, whose
-    module is imported, from the current directory too. On a --budget, corm without a window gets the one with which it
-    ends the text with as many keys, searched in passes of their own; with a window it is capped.
+    Every token is predicted from the keys that the cache still holds (teacher forcing). A SPEC is a name from `corm
+    policies` with options, as in corm:window=64,recent=32, or a class of your own, as in my_policies:Recent:budget=64;
+    its module is imported, also from the current directory.
+
+    With --budget, corm without a window gets the window with which it holds that many keys when the text ends. It is
+    searched by reading the text a few more times. With a window, corm keeps its rule, and the budget is a limit.
     """
     specs = list(dict.fromkeys(specs or DEFAULT_POLICIES))
     keys = None if budget is None else keys_of(budget, tokens)
     sizes = Sizes.of(capacity, layout, chunk, specs, tokens)
     if chunk > tokens:
-        raise CormError(f"--chunk {chunk} is more than --tokens {tokens}: choose at most as many")
+        raise CormError(f"--chunk {chunk} is more than --tokens {tokens}: lower --chunk")
     searched = [spec for spec in specs if keys and lacks_window(spec)]
     if searched and keys and keys > tokens:
-        raise CormError(f"--budget {budget} is more than --tokens {tokens}: {searched[0]} keeps at most all of them")
+        raise CormError(
+            f"--budget {budget} is more than --tokens {tokens}, and {searched[0]} cannot keep more: lower --budget"
+        )
     policies = {}
     for spec in specs:
         with naming({"--policy": spec, "--budget": budget}):
@@ -123,7 +129,7 @@ def compare(
         held = "none"
         if keys:
             with console.progress_bar() as progress:
-                task = progress.add_task(f"{spec}: window", total=PASSES, visible=lacks_window(spec))
+                task = progress.add_task(f"{spec}: searching the window", total=PASSES, visible=lacks_window(spec))
                 advance = partial(progress.update, task)
                 spec, held = fitted(
                     spec, network, ids, keys, chunk=chunk, progress=lambda done, to=advance: to(completed=done)
@@ -145,7 +151,7 @@ def _device() -> str:
 
 
 def _peak_memory() -> dict[str, int]:
-    """Peak bytes: of the process, where the system says, and of the accelerator, where there is one."""
+    """The most bytes in use so far: of the process, if the system says, and of the accelerator, if there is one."""
     peaks = {}
     with contextlib.suppress(ModuleNotFoundError):  # not on Windows
         import resource
@@ -204,14 +210,16 @@ def _print_table(result: dict[str, Any]) -> None:
     ]
     peaks = ", ".join(f"{peak / 2**30:.2f} GiB ({where})" for where, peak in result["peak_memory_bytes"].items())
     notes = [
-        f"NLL: nats a token over {result['scored']:,} predictions; Δ against the first row. kept: live / seen, "
-        f"mean over layers and heads, at the end and over time. {result['dtype']}, chunks of {result['chunk']}, "
-        f"{result['device']}, peak memory {peaks}."
+        f"NLL: negative log-likelihood in nats a token, mean over {result['scored']:,} predictions; PPL: exp(NLL); "
+        "Δ NLL: difference from the first row. kept: share of the keys that are live, mean over layers and heads, at "
+        "the end and over time. MiB of keys and values that are live, of the arrays that are allocated, and of a full "
+        "cache. overflow: keys evicted because no slot was free. s: seconds, without compiling.",
+        f"{result['dtype']}, chunks of {result['chunk']}, {result['device']}, peak memory {peaks}.",
     ]
     if budget:
         notes.append(
-            f"budget: {budget:,} keys a head; fixed, or a cap on a policy that decides by itself, or CORM's "
-            "w = r, searched so that it ends with as many."
+            f"budget: {budget:,} keys of a head. fixed: the policy keeps that many. cap: the policy decides by itself, "
+            "and keeps at most that many. searched: CORM's w = r is such that it ends with that many. none: no budget."
         )
     print_table(
         columns, rows, title=f"{result['model']} reads {result['tokens']:,} tokens of {result['text']}", notes=notes

@@ -36,14 +36,14 @@ from corm_jax.terminal.console import COUNT, SEED, Budget, Real, Spec, Whole
 from corm_jax.terminal.tables import Column, print_table
 
 SMALL_CHUNK = 1024
-"""A chunk that may be longer than any prompt."""
+"""A chunk of up to this many tokens is accepted even if every prompt is shorter."""
 
 POLICIES = ("full", "corm", "streaming_llm", "h2o:attention=mean", "tova", "snapkv", "random")
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What all kinds of ``corm eval`` share, as options say it."""
+    """The options that all kinds of ``corm eval`` share."""
 
     kind: Kind
     model: str
@@ -62,11 +62,13 @@ class Job:
         make_examples: Callable[[Decoder, Tokenizer], Sequence[Any]],
         make_score: Callable[[Decoder, Tokenizer, Sequence[Any]], Callable[[Policy, Any, Policy], dict[str, Any]]],
     ) -> None:
-        """Scores examples with each policy into the records, and prints the table.
+        """Scores every example under every policy, writes the results into the directory, and prints the table.
 
         Args:
-          settings: those of this kind.
-          data: what the examples are made from, by name.
+          settings: the options of this kind of evaluation.
+          data: the texts or files from which the examples are made, by name.
+          make_examples: makes the examples, from the model and the tokenizer.
+          make_score: makes the function that scores a policy on an example, see `Suite.run`.
         """
         model, tokenizer = inputs.load(self.model, self.dtype)
         inputs.check_profiles(self.specs, self.model, model)
@@ -74,7 +76,7 @@ class Job:
         if not examples:
             raise CormError(f"there is nothing to read in {', '.join(data)}: give more")
         longest = max(len(example.prompt) for example in examples)
-        if self.chunk > max(longest, SMALL_CHUNK):  # it would only be padding, and take memory
+        if self.chunk > max(longest, SMALL_CHUNK):  # the rest of the chunk would be padding, which takes memory
             raise CormError(f"--chunk {self.chunk:,} is more than the longest prompt, {longest:,} tokens: lower it")
         inputs.note_context(model, longest)
         if self.budget is None:
@@ -97,7 +99,7 @@ class Job:
         suite = Suite(model, self.specs, self.budget, self.chunk)
         with Records(self.out, run) as records, console.progress_bar() as progress:
             if records.rows:
-                print(f"corm: note: {len(records.rows):,} results are there already", file=sys.stderr)
+                print(f"corm: note: {len(records.rows):,} results of an earlier run are kept", file=sys.stderr)
             task = progress.add_task(self.kind, total=len(examples) * len(self.specs))
             score = make_score(model, tokenizer, examples)
             suite.run(records, examples, score, lambda n: progress.update(task, completed=n))
@@ -106,30 +108,33 @@ class Job:
 
 @click.group("eval", cls=console.Group)
 def evaluate():
-    """Score policies on tasks, example by example, into a directory that survives being killed."""
+    """Score policies on tasks, example by example, and write the results into a directory.
+
+    If a run is interrupted, the same command goes on after the last example that was scored.
+    """
 
 
 _options = console.options(
     model_options,
     click.option(
-        "--policy", "specs", type=Spec(), multiple=True, metavar="SPEC", help="name:key=value,...; repeat to compare"
+        "--policy", "specs", type=Spec(), multiple=True, metavar="SPEC", help="name:option=value,...; repeat to compare"
     ),
     click.option(
         "--budget",
         type=Budget(),
         metavar="KEYS",
-        help="hold all but full to so many keys a head, or a share of the prompt",
+        help="keys of a head that stay at most under each policy but full, or a share of the prompt such as 0.25",
     ),
-    click.option("--chunk", type=COUNT, default=16, show_default=True, help="tokens between evictions; 1 is exact"),
-    click.option("--limit", type=COUNT, help="so many examples of each task at most"),
-    click.option("--seed", type=SEED, default=0, show_default=True),
+    click.option("--chunk", type=COUNT, default=16, show_default=True, help="tokens between two evictions; 1 is exact"),
+    click.option("--limit", type=COUNT, help="the most examples of each task"),
+    click.option("--seed", type=SEED, default=0, show_default=True, help="of the tasks that are drawn at random"),
     click.option("--out", type=click.Path(path_type=Path), required=True, help="the directory of the results"),
 )
-_blind = click.option("--blind", is_flag=True, help="ask without the text that holds the answer: what is guessed")
+_blind = click.option("--blind", is_flag=True, help="leave out the text that holds the answer: what can be guessed")
 
 
 def _command(kind: Kind):
-    """A kind of ``corm eval``. The function gets a `Job` for the options that all kinds share."""
+    """Makes a kind of ``corm eval``. The function gets the options that all kinds share as one `Job`."""
 
     def decorate(function):
         @wraps(function)
@@ -160,16 +165,16 @@ def _table(kind: str, rows: list[dict[str, Any]]) -> None:
         )
         for line in found
     ]
-    print_table(columns, cells, title=f"{kind}: means over examples [95%]")
+    print_table(columns, cells, title=f"{kind}: means over examples [95% interval]")
 
 
 @_command("perplexity")
 @texts_options
-@click.option("--tokens", type=Whole(2), default=2048, show_default=True, help="of each stretch of a text")
-@click.option("--prompt", type=COUNT, help="how many of them are the prompt; not scored")
-@click.option("--bucket", type=COUNT, default=512, show_default=True, help="positions that are averaged together")
+@click.option("--tokens", type=Whole(2), default=2048, show_default=True, help="of each part into which a text is cut")
+@click.option("--prompt", type=COUNT, help="how many of them are the prompt, which is not scored")
+@click.option("--bucket", type=COUNT, default=512, show_default=True, help="positions whose NLL is averaged together")
 def perplexity(job: Job, paths, datasets, tokens, prompt, bucket):
-    """How well texts are predicted: NLL, and by position."""
+    """How well texts are predicted: the negative log-likelihood (NLL), of all tokens and by position."""
     for spec in job.specs:
         console.check_prompt(spec, parse(spec), prompt, tokens - 1)
     data = read_texts(paths, datasets)
@@ -192,10 +197,10 @@ def perplexity(job: Job, paths, datasets, tokens, prompt, bucket):
 
 @_command("agreement")
 @texts_options
-@click.option("--tokens", type=Whole(2), default=2048, show_default=True, help="of each stretch of a text")
-@click.option("--prompt", type=COUNT, help="how many of them are the prompt; not scored  [default: half]")
+@click.option("--tokens", type=Whole(2), default=2048, show_default=True, help="of each part into which a text is cut")
+@click.option("--prompt", type=COUNT, help="how many of them are the prompt, which is not scored  [default: half]")
 def agreement(job: Job, paths, datasets, tokens, prompt):
-    """How close predictions stay to those of the full cache: KL, and how often the likeliest token is the same."""
+    """How close predictions are to those of the full cache: the KL divergence, and how often the best guess is equal."""
     prompt = tokens // 2 if prompt is None else prompt
     for spec in job.specs:
         console.check_prompt(spec, parse(spec), prompt, tokens - 1)
@@ -218,17 +223,33 @@ def agreement(job: Job, paths, datasets, tokens, prompt):
 
 @_command("recall")
 @texts_options
-@click.option("--task", "names", multiple=True, default=tuple(recalls.TASKS), show_default=True)
-@click.option("--length", "lengths", type=COUNT, multiple=True, default=(1024,), show_default=True, help="of a prompt")
-@click.option("--depth", "depths", type=Real(0, 1), multiple=True, default=(0.1, 0.5, 0.9), show_default=True)
+@click.option("--task", "names", multiple=True, default=tuple(recalls.TASKS), show_default=True, help="repeat for more")
+@click.option(
+    "--length",
+    "lengths",
+    type=COUNT,
+    multiple=True,
+    default=(1024,),
+    show_default=True,
+    help="tokens of a prompt; repeat for more",
+)
+@click.option(
+    "--depth",
+    "depths",
+    type=Real(0, 1),
+    multiple=True,
+    default=(0.1, 0.5, 0.9),
+    show_default=True,
+    help="where the answer is, from the prompt's beginning (0) to its end (1); repeat for more",
+)
 @_blind
 def recall(job: Job, paths, datasets, names, lengths, depths, blind):
-    """Whether what was read long ago is still known: pass keys, needles, pairs, a passage seen again.
+    """Whether the model can recall what it read long ago: pass keys, needles, pairs, a passage that comes again.
 
-    There are --limit examples of each task, length and depth, or 5.
+    For each task, length and depth there are 5 examples, or --limit.
 
-    `nll` is that of the right answer, in nats a token; `margin` is how much likelier it is than the likeliest of the
-    wrong ones; `exact` says whether the model writes it down by itself.
+    `nll` is the negative log-likelihood of the right answer, in nats a token. `margin` is that of the likeliest wrong
+    answer minus `nll`. `exact` is the share of the examples in which the model writes the right answer by itself.
     """
     limit = job.limit or 5
     recalls.check(names, lengths, depths, limit, job.seed)
@@ -265,13 +286,21 @@ def recall(job: Job, paths, datasets, names, lengths, depths, blind):
 
 
 @_command("longbench")
-@click.option("--data", "folder", type=click.Path(path_type=Path), required=True, help="a directory: <task>.jsonl")
-@click.option("--task", "names", multiple=True, help="repeat for more  [default: all that are there]")
-@click.option("--length", type=COUNT, default=3500, show_default=True, help="longer prompts lose their middle")
+@click.option(
+    "--data", "folder", type=click.Path(path_type=Path), required=True, help="a directory with <task>.jsonl files"
+)
+@click.option("--task", "names", multiple=True, help="repeat for more  [default: all in the directory]")
+@click.option(
+    "--length",
+    type=COUNT,
+    default=3500,
+    show_default=True,
+    help="tokens of a prompt; a longer one is cut in its middle",
+)
 @click.option("--chat", is_flag=True, help="wrap questions as a user's turn, as LongBench does for chat models")
 @_blind
 def longbench(job: Job, folder, names, length, chat, blind):
-    """LongBench: its prompts, truncation and metrics, in [0, 1]."""
+    """LongBench, with its own prompts, truncation and metrics; scores are from 0 to 1."""
     names = list(dict.fromkeys(names)) or benchmark.there(folder)
     for package in ("rapidfuzz", "rouge_score"):
         if find_spec(package) is None:
@@ -283,7 +312,7 @@ def longbench(job: Job, folder, names, length, chat, blind):
 
     def score(model, tokenizer, questions):
         needed = max(len(one.prompt) for one in questions) + max(one.new_tokens for one in questions)
-        tokens = max(min(length, needed) + 512, needed)  # a template for conversations may go beyond the length
+        tokens = max(min(length, needed) + 512, needed)  # a chat template may make a prompt longer than --length
 
         def of(policy, question, largest):
             asked = ask(model, policy, question.prompt, slots_for(largest, None, tokens, job.chunk), job.chunk)

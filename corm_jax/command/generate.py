@@ -19,20 +19,34 @@ from corm_jax.terminal.console import COUNT, SEED, Real, Spec, naming
 
 MIB = 2**20
 COLDEST = 0.001
-"""The lowest temperature but for 0: logits divided by less are no float32 numbers."""
+"""The lowest temperature above 0: logits that are divided by a smaller number may be too large for float32."""
 
 
 @click.command(cls=console.Command)
 @model_options
 @cache_options
-@click.option("--prompt", help="the prompt's text")
-@click.option("--prompt-file", type=click.Path(path_type=Path), help="a UTF-8 file that holds it")
-@click.option("--chat", is_flag=True, help="wrap it as a user's turn of a conversation")
-@click.option("--policy", "spec", type=Spec(), default=DEFAULT_POLICY, show_default=True, metavar="SPEC")
-@click.option("--max-new-tokens", type=COUNT, default=128, show_default=True)
+@click.option("--prompt", help="the text of the prompt")
+@click.option("--prompt-file", type=click.Path(path_type=Path), help="a UTF-8 file with the prompt")
+@click.option("--chat", is_flag=True, help="wrap the prompt as a user's turn, by the model's chat template")
+@click.option(
+    "--policy",
+    "spec",
+    type=Spec(),
+    default=DEFAULT_POLICY,
+    show_default=True,
+    metavar="SPEC",
+    help="name:option=value,...",
+)
+@click.option("--max-new-tokens", type=COUNT, default=128, show_default=True, help="the most tokens to generate")
 @click.option("--temperature", type=Real(0, 1e6), default=0.0, show_default=True, help="0 takes the likeliest token")
-@click.option("--top-p", type=Real(1e-6, 1), default=1.0, show_default=True, help="draw from this much of the mass")
-@click.option("--seed", type=SEED, default=0, show_default=True)
+@click.option(
+    "--top-p",
+    type=Real(1e-6, 1),
+    default=1.0,
+    show_default=True,
+    help="draw from the likeliest tokens, up to this total probability",
+)
+@click.option("--seed", type=SEED, default=0, show_default=True, help="of the tokens that are drawn")
 def generate(
     model,
     dtype,
@@ -49,7 +63,7 @@ def generate(
     top_p,
     seed,
 ):
-    """Continue a prompt through an evicting cache; the last line says how full the cache is."""
+    """Continue a prompt through an evicting cache. The last line that is printed says how full the cache is."""
     policy = parse(spec)
     if (prompt is None) == (prompt_file is None):
         raise CormError("give a prompt, either with --prompt or with --prompt-file")
@@ -59,7 +73,7 @@ def generate(
         )
     words = read_text(prompt_file) if prompt is None else prompt
     if not words:
-        raise CormError("the prompt is empty")
+        raise CormError("the prompt is empty: give some words")
     sizes = Sizes.of(capacity, layout, chunk, [spec], None)
     about = {"--policy": spec, "--capacity": capacity}
     with naming(about):
@@ -68,7 +82,7 @@ def generate(
     sizes.check(model, network.config)
     inputs.check_profiles([spec], model, network)
     ids = tokenizer.chat(words) if chat else Text(tokenizer, words, "the prompt").whole
-    chunk = min(chunk, max(len(ids), 1))  # more would be the same, and take more memory
+    chunk = min(chunk, max(len(ids), 1))  # a larger chunk gives the same result, and takes more memory
     sizes.check_memory(network, spec, policy, len(ids) + max_new_tokens, chunk, "--max-new-tokens")
     inputs.note_context(network, len(ids) + max_new_tokens)
     if capacity is None:
@@ -91,10 +105,10 @@ def generate(
         ):
             for piece in pieces.push(new.tokens[0]):
                 print(piece, end="", flush=True)
-            final = usage(new.caches)  # before the next stretch takes the caches over
+            final = usage(new.caches)  # before the next tokens, to which the caches are donated
     if final:
         print(
-            f"\n[cache: {float(final.live.mean()):.1f} of {int(final.seen[0])} keys live a head, "
+            f"\n[cache: {float(final.live.mean()):.1f} of {int(final.seen[0])} keys live in a head (mean over layers and heads); "
             f"{final.bytes_live / MIB:.2f} MiB live, {final.bytes_allocated / MIB:.2f} MiB allocated, "
             f"{final.bytes_full / MIB:.2f} MiB full, overflow {int(final.overflow.sum())}]"
         )

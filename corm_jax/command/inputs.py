@@ -21,15 +21,20 @@ from corm_jax.terminal.console import progress_bar
 
 
 def load(model: str, dtype: str) -> tuple[Decoder, Tokenizer]:
-    """`checkpoint.load` with a bar, or what a module of the user's own returns."""
+    """The model and the tokenizer that ``--model`` names: a checkpoint, or what a function of the user's own returns.
+
+    While the weights are read, a bar shows how many tensors have been read.
+    """
     if own_model.is_own(model):
         if dtype != DTYPES[0]:
-            raise CormError(f"--dtype {dtype} is for checkpoints: {model} decides about its own, leave the option out")
+            raise CormError(
+                f"--dtype {dtype} is for checkpoints: {model} chooses the dtype by itself, so leave --dtype out"
+            )
         return own_model.load(model)
 
     def bar(parameters):
         with progress_bar() as progress:
-            yield from progress.track(parameters, description=f"loading {model}")
+            yield from progress.track(parameters, description=f"reading the weights of {model}, tensor by tensor")
 
     try:
         with warnings.catch_warnings():
@@ -41,14 +46,16 @@ def load(model: str, dtype: str) -> tuple[Decoder, Tokenizer]:
 
 
 def check_profiles(specs: Sequence[str], model: str, network: Decoder) -> None:
-    """Raises if a SPEC has a profile, and it is for another model."""
+    """Raises if a SPEC has a profile that is for another model."""
     for spec in specs:
         if profile := profile_of(spec):
             profile.check(model, network.config)
 
 
 def encode(network: Decoder, tokenizer: Tokenizer, words: str, name: str, tokens: int) -> list[int]:
-    """The first ``tokens`` token ids of a text that is called ``name``, with what the tokenizer puts first.
+    """The first ``tokens`` token ids of a text, those included that the tokenizer puts before it.
+
+    Errors call the text ``name``.
 
     Raises:
       CormError: as `corm_jax.model.prompts.Text.part`.
@@ -59,7 +66,7 @@ def encode(network: Decoder, tokenizer: Tokenizer, words: str, name: str, tokens
 
 
 def note_context(network: Decoder, tokens: int) -> None:
-    """Says so if the model was not trained on as many tokens."""
+    """Prints a note on standard error if the model was trained on fewer tokens."""
     if tokens > network.config.context:
         print(
             f"corm: note: {tokens:,} tokens go beyond the {network.config.context:,} that the model was trained on",
@@ -68,7 +75,7 @@ def note_context(network: Decoder, tokens: int) -> None:
 
 
 def text_from(path: Path | None) -> tuple[str, str]:
-    """A text to read, by default `reference_text`, and its name."""
+    """The text in a file, or without one `reference_text`, and the name of the text."""
     if path is None:
         return reference_text(), f"pydoc_data.topics {platform.python_version()}"
     return read_text(path), str(path)

@@ -15,13 +15,19 @@ model_options = console.options(
         "--model",
         default="smollm2-135m",
         show_default=True,
-        help="name, directory, .gguf, hub id, or module:function of your own, which is imported and called",
+        help="name, directory, .gguf file, hub id, or module:function of your own, which is imported and called",
     ),
-    click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True),
+    click.option(
+        "--dtype",
+        type=click.Choice(DTYPES),
+        default="float32",
+        show_default=True,
+        help="of the weights, the activations and the caches",
+    ),
 )
 
 text_option = click.option(
-    "--text", type=click.Path(path_type=Path), help="a UTF-8 file  [default: Python's language reference]"
+    "--text", type=click.Path(path_type=Path), help="the UTF-8 file to read  [default: Python's language reference]"
 )
 
 texts_options = console.options(

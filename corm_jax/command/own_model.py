@@ -17,16 +17,16 @@ RETURNS = "(decoder, tokenizer), see docs/adapters.md"
 
 
 def is_own(model: str) -> bool:
-    """Whether a name means a function of a module, and no file of that name."""
+    """Whether ``--model`` names a function in a module: it has that form, and no file has that name."""
     return PLACE.fullmatch(model) is not None and not Path(model).exists()
 
 
 def load(model: str) -> tuple[Decoder, Tokenizer]:
-    """What the function of a module returns, which may lie in the directory from which the command is called.
+    """Imports the module, also from the current directory, calls the function, and returns its decoder and tokenizer.
 
     Raises:
-      CormError: names the module that is not there, the attribute that it lacks, the line of it that failed, and what
-        the returned objects lack.
+      CormError: names the module that is missing, the attribute that it lacks, the line that failed, or the method that
+        the decoder or the tokenizer lacks.
     """
     name, _, attribute = model.partition(":")
     if (here := str(Path.cwd())) not in sys.path:
@@ -35,7 +35,9 @@ def load(model: str) -> tuple[Decoder, Tokenizer]:
         module = import_module(name)
     except ModuleNotFoundError as error:
         if error.name and (name == error.name or name.startswith(f"{error.name}.")):
-            raise CormError(f"--model {model}: there is no module {error.name!r} in {here}, nor installed") from None
+            raise CormError(
+                f"--model {model}: there is no module {error.name!r} in {here}, and none is installed"
+            ) from None
         _failed(model, error)
     except Exception as error:
         _failed(model, error)
@@ -45,8 +47,8 @@ def load(model: str) -> tuple[Decoder, Tokenizer]:
         )
     function = getattr(module, attribute)
     if not callable(function):
-        what = f"{attribute} in {_file(module)} is a {type(function).__name__}"
-        raise CormError(f"--model {model}: {what}, and must be a function that returns {RETURNS}")
+        what = f"{attribute} in {_file(module)} has the type {type(function).__name__}"
+        raise CormError(f"--model {model}: {what}, but it must be a function that returns {RETURNS}")
     try:
         found = function()
     except CormError:
@@ -54,13 +56,14 @@ def load(model: str) -> tuple[Decoder, Tokenizer]:
     except Exception as error:
         _failed(model, error)
     if not isinstance(found, tuple) or len(found) != 2:
-        raise CormError(f"--model {model}: {attribute}() returned a {type(found).__name__}, and must return {RETURNS}")
+        what = f"{attribute}() returned an object of type {type(found).__name__}"
+        raise CormError(f"--model {model}: {what}, but it must return {RETURNS}")
     decoder, tokenizer = found
     check_decoder(decoder, f"--model {model}: the decoder")
     for method in ("encode", "decode"):
         if not callable(getattr(tokenizer, method, None)):
             kind = type(tokenizer).__name__
-            raise CormError(f"--model {model}: the tokenizer, a {kind}, has no method {method}: see docs/adapters.md")
+            raise CormError(f"--model {model}: the tokenizer (a {kind}) has no method {method}: see docs/adapters.md")
     return decoder, tokenizer if isinstance(tokenizer, Tokenizer) else PlainTokenizer(tokenizer)
 
 
@@ -69,7 +72,7 @@ def _file(module: Any) -> str:
 
 
 def _failed(model: str, error: Exception) -> NoReturn:
-    """Raises an error that shows the innermost line that is not of an installed package."""
+    """Raises an error that shows the line that failed: the innermost one outside of installed packages."""
     if isinstance(error, SyntaxError):
         raise CormError(f"--model {model}: {error.filename}, line {error.lineno}: {error.msg}") from error
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]

@@ -1,4 +1,4 @@
-"""``corm policies``: what there is to choose from."""
+"""``corm policies``: a table of the policies and their options."""
 
 import dataclasses
 
@@ -15,21 +15,21 @@ from corm_jax.terminal.tables import Column, print_table
 def policies():
     """List the policies with their options.
 
-    These are ours and those of installed packages, which register a class as an entry point in the group
-    corm_jax.policies. A policy of your own needs no entry point: a SPEC names it as module:Class, and imports the
-    module from the current directory, or from wherever it is installed.
+    Listed are the policies of corm-jax and those of installed packages that register a class as an entry point in the
+    group corm_jax.policies. A policy of your own needs no entry point: name it as module:Class, and the module is
+    imported, from the current directory or from where it is installed.
     """
     rows = [row for name in (*POLICIES, *registered()) for row in _rows(name)]
-    rows.append(("any of them", "", "", "unless it has an option of that name itself"))
+    rows.append(("every policy", "", "", "also takes these options, unless it has one of the same name itself"))
     rows += [("", name, "none", meaning) for name, meaning in COMBINATORS.items()]
     print_table([Column(name) for name in ("policy", "option", "default", "what it does")], rows)
 
 
 def _rows(name: str) -> list[tuple[str, str, str, str]]:
-    """A row for a policy and one for each of its options."""
+    """A row for a policy, and a row for each of its options."""
     try:
         kind = class_of(name)
-    except CormError as error:  # of a package that is installed: the others are listed all the same
+    except CormError as error:  # in an installed package: the other policies are listed anyway
         return [(name, "", "", str(error))]
     words = (kind.__doc__ or "").strip() or name
     needs = ""

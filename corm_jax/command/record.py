@@ -1,4 +1,4 @@
-"""``corm record``: what every layer of a model attends to, as a trace."""
+"""``corm record``: records as a trace what every layer of a model attends to."""
 
 import os
 import shlex
@@ -27,9 +27,15 @@ STORED = ("float32", "float16", "bfloat16")
 @click.command(cls=console.Command)
 @model_options
 @text_option
-@click.option("--tokens", type=COUNT, default=2048, show_default=True, help="how many to read")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="the directory to make")
-@click.option("--store", type=click.Choice(STORED), default="float32", show_default=True, help="round the values to it")
+@click.option("--tokens", type=COUNT, default=2048, show_default=True, help="tokens of the text to read")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="the directory to write")
+@click.option(
+    "--store",
+    type=click.Choice(STORED),
+    default="float32",
+    show_default=True,
+    help="the dtype of the numbers in the trace",
+)
 def record(model, dtype, text, tokens, out, store):
     """Record what every layer attends to with the full cache: a trace, to replay policies on.
 
@@ -52,7 +58,7 @@ def record(model, dtype, text, tokens, out, store):
         kv_heads=config.kv_heads,
         head_dim=config.head_dim,
         scale=config.head_dim**-0.5,
-        # What differs must not go on from the other.
+        # With the dtype, so that a recording does not go on after layers of another dtype.
         model=model if dtype == DTYPES[0] else f"{model} ({dtype})",
         dtype=store,
         tokens=tuple(ids),
@@ -63,7 +69,7 @@ def record(model, dtype, text, tokens, out, store):
         _check_room(out, network, tokens, store)
         with Writer(out, meta) as writer, console.progress_bar() as progress:
             if writer.done:
-                print(f"corm: note: {writer.done} of {config.layers} layers are there already", file=sys.stderr)
+                print(f"corm: note: {writer.done} of {config.layers} layers were recorded before", file=sys.stderr)
             task = progress.add_task(f"{config.layers} layers", total=config.layers * tokens)
             state = writer.folder / "hidden.safetensors"
             layers = recording.resume(
@@ -77,15 +83,16 @@ def record(model, dtype, text, tokens, out, store):
 
 
 def _check_room(out: Path, network: Decoder, tokens: int, store: str) -> None:
-    """Raises unless the disk has room for a trace, less what is there of it already."""
+    """Raises unless the disk has room for those layers of a trace that are not recorded yet."""
     config, dim = network.config, hidden(network).shape[-1]
     size = 2 if store != "float32" else 4
     numbers = config.layers * config.head_dim * (config.heads + 2 * config.kv_heads)
-    need = tokens * (size * numbers + 2 * 4 * dim)  # the hidden states are there twice while they are replaced
+    # While the file of hidden states is replaced, there are two of them.
+    need = tokens * (size * numbers + 2 * 4 * dim)
     part = out.with_name(f".{out.name}.part")
     there = sum(file.stat().st_size for file in part.iterdir()) if part.is_dir() else 0
     free = shutil.disk_usage(out.parent).free + there
     if need > free:
         raise CormError(
-            f"--out {out} takes {need / MIB:,.0f} MiB, {free / MIB:,.0f} are free: make room, or lower --tokens"
+            f"--out {out} takes {need / MIB:,.0f} MiB, but only {free / MIB:,.0f} are free: make room, or lower --tokens"
         )

@@ -1,4 +1,4 @@
-"""The options about caches, ``--capacity`` and ``--layout`` among them, and whether memory holds what they ask for."""
+"""The options about caches, such as ``--capacity`` and ``--layout``, and a check that the memory suffices for them."""
 
 import os
 import sys
@@ -23,7 +23,7 @@ from corm_jax.terminal.limits import check_memory
 
 
 class Slots(Whole):
-    """What ``--capacity`` takes: a number, or the file of a plan."""
+    """The value of ``--capacity``: a number of slots, or the file of a plan."""
 
     name = "slots"
 
@@ -41,33 +41,33 @@ cache_options = console.options(
         "--capacity",
         type=Slots(1),
         metavar="SLOTS",
-        help="slots a key-value head, or a plan  [default: all that could be needed]",
+        help="slots of a key-value head, or the file of a plan  [default: as many as can be needed]",
     ),
     click.option(
         "--layout",
         type=click.Choice(["rectangular", "pooled"]),
         default="rectangular",
         show_default=True,
-        help="each head its own slots, or a pool for each layer",
+        help="each head has its own slots, or the heads of a layer share a pool of slots",
     ),
-    click.option("--chunk", type=COUNT, default=1, show_default=True, help="tokens between evictions; 1 is exact"),
+    click.option("--chunk", type=COUNT, default=1, show_default=True, help="tokens between two evictions; 1 is exact"),
     click.option(
         "--overflow",
         type=click.Choice(["evict", "error"]),
         default="evict",
         show_default=True,
-        help="without a free slot: the key that the policy scores lowest is evicted, or stop",
+        help="if no slot is free, evict the key with the lowest score, or stop with an error",
     ),
 )
 
 
 class Sizes(NamedTuple):
-    """What ``--capacity`` and ``--layout`` ask for.
+    """The sizes of caches that ``--capacity`` and ``--layout`` give.
 
     Attributes:
-      capacity: slots a head, of whatever policy; or None.
-      plan: for the one policy that it is for; the others get what they could need.
-      stores: 1 for pools, None for rectangles.
+      capacity: slots of a head, the same for every policy; or None.
+      plan: the slots of one policy. Every other policy gets as many slots as it can need.
+      stores: 1 for pools, None if each head has its own slots.
     """
 
     capacity: int | None
@@ -78,7 +78,12 @@ class Sizes(NamedTuple):
     def of(
         cls, capacity: int | Path | None, layout: str, chunk: int, specs: Sequence[str], tokens: int | None
     ) -> "Sizes":
-        """Raises for what cannot be, or is of no use to any of the policies."""
+        """The sizes that the options give.
+
+        Raises:
+          CormError: for a plan that cannot be read, that is for none of the policies or for another chunk, or without
+            ``--layout pooled``.
+        """
         if not isinstance(capacity, Path):
             return cls(capacity, None, 1 if layout == "pooled" else None)
         with naming({"--capacity": capacity}):
@@ -86,11 +91,13 @@ class Sizes(NamedTuple):
         if layout != "pooled":
             raise CormError(f"the plan {capacity} is for pools: add --layout pooled")
         if not any(plan.is_for(spec) for spec in specs):
-            raise CormError(f"the plan {capacity} is for --policy {plan.policy}, which is not among those asked for")
+            raise CormError(f"the plan {capacity} is for --policy {plan.policy}, which is not among the policies given")
         if plan.chunk != chunk:
-            raise CormError(f"the plan {capacity} is for --chunk {plan.chunk}, not {chunk}: use that, or make another")
+            raise CormError(
+                f"the plan {capacity} is for --chunk {plan.chunk}, not {chunk}: use that chunk, or make another plan"
+            )
         if tokens and tokens > plan.tokens:
-            note = f"the plan was made on {plan.tokens:,} tokens: {tokens:,} may overflow"
+            note = f"the plan was made for {plan.tokens:,} tokens: with {tokens:,}, slots may run out"
             print(f"corm: note: {note}", file=sys.stderr)
         return cls(None, plan, stores=1)
 
@@ -99,14 +106,14 @@ class Sizes(NamedTuple):
         return self.plan.capacity if self.plan and self.plan.is_for(spec) else self.capacity
 
     def check(self, model: str, config: Any) -> None:
-        """Raises if there is a plan, and it is for another model."""
+        """Raises if there is a plan that is for another model."""
         if self.plan:
             self.plan.check(model, config)
 
     def check_memory(self, network: Decoder, spec: str, policy: Policy, tokens: int, chunk: int, option: str) -> None:
-        """Raises unless the caches for so many tokens, which ``option`` says, can fit into memory."""
+        """Raises unless the caches for this many tokens fit into memory; ``option`` is the one to lower otherwise."""
         if tokens > ENDLESS:
-            raise CormError(f"{tokens:,} tokens are beyond {ENDLESS:,}, where the clock ends: lower {option}")
+            raise CormError(f"{tokens:,} tokens are more than the {ENDLESS:,} that the clock can count: lower {option}")
         capacity = slots_for(policy, self.of_spec(spec), tokens, chunk)
         fewer = f"lower {option}" if self.of_spec(spec) is None else "lower --capacity"
         with naming({"--policy": spec, "--capacity": self.capacity}):
@@ -116,18 +123,18 @@ class Sizes(NamedTuple):
 def check_reading(
     model: Decoder, policy: Policy, capacity: Capacity, chunk: int, *, stores: int | None = None, fewer: str
 ) -> None:
-    """Raises if caches of so many slots, or chunks of so many tokens, cannot fit into memory.
+    """Raises unless caches of this capacity, and chunks of this many tokens, fit into memory.
 
     Args:
       capacity, stores, policy: as for `corm_jax.make_caches`, for one sequence.
-      chunk: tokens between evictions: each takes its logits over the vocabulary, and its attention to all slots.
-      fewer: what to do if there are too many slots.
+      chunk: tokens between two evictions. Each takes memory for its logits and for its attention to all slots.
+      fewer: the way out if there are too many slots, for the error.
 
     Raises:
-      CormError: names the bytes.
+      CormError: with the memory that is needed and the memory that there is.
     """
     config = model.config
-    # Bytes are all that matters here: with one token to read, no policy protects more than there are slots.
+    # Only bytes are counted here. With tokens=1 no capacity is refused for the keys that a policy protects.
     make = partial(make_caches, model, policy, batch=1, capacity=capacity, stores=stores, tokens=1)
     caches = jax.eval_shape(make)
     slots = max(per_layer_capacity(capacity, config.layers))

@@ -1,4 +1,7 @@
-"""A user's words as the conversation that a model expects: the checkpoint's own chat template, in Jinja's language."""
+"""Chat templates: a user's text becomes the conversation that a model expects.
+
+The template is a program in the language of Jinja that comes with the checkpoint.
+"""
 
 import json
 import subprocess
@@ -8,18 +11,19 @@ from typing import Any, NamedTuple
 
 from corm_jax.errors import CormError
 
-WAY_OUT = "write the prompt out, without --chat"
+WAY_OUT = "leave --chat out, and write the conversation into the prompt yourself"
+
 PATIENCE = 120
-"""Seconds after which a template is stopped where the system cannot limit its processor time."""
+"""Seconds after which a template is stopped, on systems that cannot limit its processor time."""
 
 
 class ChatTemplate(NamedTuple):
-    """What a checkpoint says about conversations.
+    """The chat template of a checkpoint.
 
     Attributes:
-      source: the template, or several by name, if there are any.
-      tokens: text of special tokens by name, such as ``bos_token``; the template sees them.
-      where: the file, for errors.
+      source: the text of the template, or several templates by name, or None.
+      tokens: the text of each special token by its name, such as ``bos_token``; the template can use them.
+      where: the name of the file or directory, for errors.
     """
 
     source: Any
@@ -27,13 +31,13 @@ class ChatTemplate(NamedTuple):
     where: str
 
     def render(self, text: str) -> str:
-        """A user's words and the beginning of an answer, as ``apply_chat_template`` of transformers writes them.
+        """A user's turn and the beginning of an answer, as ``apply_chat_template`` of transformers writes them.
 
-        The template is a program from elsewhere. It runs in Jinja's sandbox, in a process whose time and memory are
-        limited (`chat_render`). Of several templates it is the one that is called ``default``.
+        The template is a foreign program. It runs in the sandbox of Jinja, in a process with limited time and memory
+        (`chat_render`). If there are several templates, the one with the name ``default`` is used.
 
         Raises:
-          CormError: without a template, or if it fails.
+          CormError: if there is no template, or if it fails.
         """
         source = self.source
         if isinstance(source, dict) and source:
@@ -44,7 +48,7 @@ class ChatTemplate(NamedTuple):
         if not source:
             raise CormError(f"{self.where} has no chat template: {WAY_OUT}")
         if not isinstance(source, str):
-            raise CormError(f"the chat template of {self.where} is no text, but {source!r:.60}: {WAY_OUT}")
+            raise CormError(f"the chat template of {self.where} must be text, not {source!r:.60}: {WAY_OUT}")
         variables = {
             **self.tokens,
             "messages": [{"role": "user", "content": text}],
@@ -63,17 +67,17 @@ NO_TEMPLATE = ChatTemplate(None, {}, "the tokenizer")
 
 
 def _run(asked: dict[str, Any]) -> dict[str, str]:
-    # -P: or this folder, which has a types.py, would come before the standard library.
+    # Without -P Python would look for modules in this folder first, before the standard library.
     command = [sys.executable, "-P", str(Path(__file__).with_name("chat_render.py"))]
     try:
         done = subprocess.run(command, input=json.dumps(asked).encode(), capture_output=True, timeout=PATIENCE)
     except subprocess.TimeoutExpired:
         return {"error": "it takes too long"}
     except OSError as error:
-        return {"error": f"there is no process to run it in: {error}"}
-    if done.returncode < 0:  # a signal
-        return {"error": "it takes too long, or too much memory"}
+        return {"error": f"the process for it cannot be started: {error}"}
+    if done.returncode < 0:  # a signal ended the process
+        return {"error": "it takes too long, or needs too much memory"}
     try:
         return json.loads(done.stdout)
     except ValueError:
-        return {"error": f"its process says {done.stderr.decode(errors='replace')[-200:]!r}"}
+        return {"error": f"its process ended with {done.stderr.decode(errors='replace')[-200:]!r}"}

@@ -1,12 +1,12 @@
 """Renders a chat template in a process of its own, whose time and memory are limited.
 
-A chat template is a program that comes with a checkpoint. Jinja's sandbox denies it files, modules and attributes, but
-not time and memory: nested loops or ``"x".ljust(10**11)`` would stop the machine. So `chat` runs this file as a script,
-and this file imports nothing of ours. Reads one JSON object, ``{"template", "variables"}``, from standard input, and
-writes one, ``{"text"}`` or ``{"error"}``, to standard output.
+A chat template is a program that comes with a checkpoint. The sandbox of Jinja gives it no access to files, modules and
+attributes, but does not limit time and memory: nested loops or ``"x".ljust(10**11)`` could stop the machine. So `chat`
+runs this file as a script, and this file imports nothing of corm_jax. The script reads one JSON object, ``{"template",
+"variables"}``, from standard input, and writes one, ``{"text"}`` or ``{"error"}``, to standard output.
 
 The environment is that of Hugging Face transformers (``utils/chat_template_utils.py``), so that a template gives the
-same text here and there.
+same text in both.
 """
 
 import contextlib
@@ -16,13 +16,13 @@ from datetime import datetime
 from typing import Any
 
 SECONDS = 2
-"""Processor time that a template may take; those of real checkpoints take a few milliseconds."""
+"""The most processor time of a template. Those of real checkpoints take a few milliseconds."""
 
 BYTES = 2**29
-"""Memory that the process may take."""
+"""The most memory of the process."""
 
 CHARACTERS = 2**24
-"""Length of the text that a template may write."""
+"""The most characters that a template may write."""
 
 
 def limit() -> None:
@@ -32,7 +32,7 @@ def limit() -> None:
     except ImportError:  # Windows
         return
     for what, most in ((resource.RLIMIT_CPU, SECONDS), (resource.RLIMIT_AS, BYTES)):
-        with contextlib.suppress(ValueError, OSError):  # a lower limit is there already, or none is possible
+        with contextlib.suppress(ValueError, OSError):  # there is a lower limit already, or the system has none
             resource.setrlimit(what, (most, most))
 
 
@@ -49,7 +49,7 @@ def render(template: str, variables: dict[str, Any]) -> str:
     from jinja2.utils import Namespace
 
     class Generation(Extension):
-        """``{% generation %}`` marks the assistant's words for training. Here its body is all that counts."""
+        """``{% generation %}`` marks the assistant's words for training. Here only its body is written."""
 
         tags = {"generation"}  # noqa: RUF012
 
@@ -62,7 +62,7 @@ def render(template: str, variables: dict[str, Any]) -> str:
             return caller()
 
     class PlainDict:
-        """Makes dictionaries, and gives no access to their type."""
+        """``dict`` for templates: it makes dictionaries, and gives no access to the type."""
 
         def __call__(self, *args, **values):
             return dict(*args, **values)
@@ -71,7 +71,7 @@ def render(template: str, variables: dict[str, Any]) -> str:
             return dict.fromkeys(*args)
 
     class PlainNamespace(Namespace):
-        """A namespace whose names do not begin with an underscore."""
+        """``namespace`` for templates: names that begin with an underscore are refused."""
 
         def __init__(*args, **values):
             self, *rest = args
@@ -107,7 +107,7 @@ def render(template: str, variables: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Reads a template and its variables, and writes the text or why there is none."""
+    """Reads a template and its variables from standard input, and writes the text or the error to standard output."""
     asked = json.load(sys.stdin)
     limit()
     try:
@@ -119,7 +119,7 @@ def main() -> None:
         found = {"error": f"it needs more than {BYTES // 2**20} MiB of memory"}
     except RecursionError:
         found = {"error": "it is nested too deeply"}
-    except Exception as error:  # whatever a foreign program does wrong
+    except Exception as error:  # a foreign program may raise anything
         found = {"error": f"{error}" or type(error).__name__}
     json.dump(found, sys.stdout)
 

@@ -1,7 +1,7 @@
 """The tokenizer of a Hugging Face directory, with the ids that ``AutoTokenizer`` of transformers 5 gives.
 
 ``tokenizer.json`` holds the whole tokenizer. The files beside it name special tokens, the chat template and the tokens
-that end a text. What is read of them, and which file wins, is as in transformers.
+that end a text. Which of them are read, and which file is followed if two disagree, is as in transformers.
 """
 
 import json
@@ -26,13 +26,13 @@ FILES = (
     "generation_config.json",
     "config.json",
 )
-"""What is read here, for those who download it."""
+"""The files that are read here, for a download."""
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-"""The special tokens that every tokenizer of transformers may have."""
+"""The names of the special tokens that any tokenizer of transformers may have."""
 
-AS_IT_STANDS = ("TokenizersBackend", "PythonBackend", "PreTrainedTokenizer")
-"""Classes of transformers 5 that use ``tokenizer.json`` as it stands. Most others take no more than its vocabulary."""
+UNCHANGED = ("TokenizersBackend", "PythonBackend", "PreTrainedTokenizer")
+"""Classes of transformers 5 that use all of ``tokenizer.json``. Most others use only its vocabulary."""
 
 Kind = TypeVar("Kind")
 
@@ -40,12 +40,12 @@ DEFAULTS = {
     "LlamaTokenizer": {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
     "GPT2Tokenizer": dict.fromkeys(("unk_token", "bos_token", "eos_token"), "<|endoftext|>"),
 }
-"""The tokens of such classes, where ``tokenizer_config.json`` does not name them."""
+"""The special tokens of these classes, if ``tokenizer_config.json`` does not name them."""
 
 
 @dataclass
 class Settings:
-    """``tokenizer_config.json``, but for the named tokens."""
+    """``tokenizer_config.json``, without the special tokens in `NAMED`."""
 
     __pydantic_config__: ClassVar = {"strict": True}
     tokenizer_class: str | None = None
@@ -65,7 +65,7 @@ class Settings:
 
 @dataclass
 class Config:
-    """``config.json`` or ``generation_config.json``, as far as it is about text."""
+    """What ``config.json`` or ``generation_config.json`` says about tokens."""
 
     __pydantic_config__: ClassVar = {"strict": True}
     eos_token_id: Any = None
@@ -84,14 +84,15 @@ class Config:
 def from_directory(path: Path) -> Tokenizer:
     """The tokenizer of a Hugging Face directory, with the ids that ``AutoTokenizer`` of transformers 5 gives.
 
-    A text ends where ``eos_token_id`` says, an id or a list of them, in ``generation_config.json``, or where there
-    is no such file in ``config.json``. Truncation and padding that are saved in ``tokenizer.json`` are not done.
+    A text ends with a token of ``eos_token_id``, an id or a list of ids, in ``generation_config.json``, or in
+    ``config.json`` if there is no such file. Truncation and padding that ``tokenizer.json`` asks for are not applied.
 
     Raises:
-      CheckpointError: for files that are missing, damaged, contradict each other or ask for what is not supported.
+      CheckpointError: for files that are missing or damaged, that contradict each other, or that ask for something that
+        is not supported.
 
     Warns:
-      CheckpointWarning: where files say different things, or nothing, about ids or the end of a text.
+      CheckpointWarning: if files disagree, or say nothing, about token ids or about the end of a text.
     """
     import tokenizers
 
@@ -104,18 +105,18 @@ def from_directory(path: Path) -> Tokenizer:
             raise ValueError(f"dropout = {inner.model.dropout} makes ids random: set it to null")
     settings, config = _settings(path / "tokenizer_config.json"), _read(path / "config.json", Config) or Config()
     said = _read(path / "tokenizer_config.json", dict) or {}
-    kind = (settings.tokenizer_class or config.tokenizer_class or AS_IT_STANDS[0]).removesuffix("Fast")
+    kind = (settings.tokenizer_class or config.tokenizer_class or UNCHANGED[0]).removesuffix("Fast")
     if kind == "LlamaTokenizer" and '"ByteLevel"' in file.read_text("utf-8"):
-        kind = AS_IT_STANDS[0]  # Llama 3, whose files name the class of Llama 2: transformers sees that, too
+        kind = UNCHANGED[0]  # Llama 3, whose files name the class of Llama 2; transformers treats it so, too
     with damage(path, "tokenizer"):
-        same = kind in AS_IT_STANDS or _same_form(inner, kind, settings, said)
+        same = kind in UNCHANGED or _splits_alike(inner, kind, settings, said)
         pad = {"pad_token": inner.padding["pad_token"]} if inner.padding else {}
         tokens = _add_tokens(inner, DEFAULTS.get(kind, {}) | pad | said, path)
         inner.encode_special_tokens = settings.split_special_tokens
         template = ChatTemplate(_template(path, settings), tokens, str(path))
         tokenizer = Tokenizer(inner, _end(path, config), template, config.vocab_size)
-    anew = None if same else kind
-    for note in _notes(tokenizer, settings, anew, path):
+    rebuilt = None if same else kind
+    for note in _notes(tokenizer, settings, rebuilt, path):
         warnings.warn(note, CheckpointWarning, stacklevel=2)
     return tokenizer
 
@@ -129,14 +130,16 @@ def _read(path: Path, kind: type[Kind]) -> Kind | None:
 def _settings(path: Path) -> Settings:
     settings = _read(path, Settings) or Settings()
     if settings.auto_map:
-        raise CheckpointError(f"{path} asks for code of its own (auto_map), which is not run: save a fast tokenizer")
+        raise CheckpointError(
+            f"{path} asks for code of the checkpoint (auto_map), which is not run: save a fast tokenizer"
+        )
     if set(settings.fast_tokenizer_files or ()) - {"tokenizer.json"}:
         raise CheckpointError(f"{path} names other files in fast_tokenizer_files: only tokenizer.json is read")
     return settings
 
 
 def _end(path: Path, config: Config) -> tuple[int, ...]:
-    """As in transformers: where there is a ``generation_config.json``, ``config.json`` does not count."""
+    """The tokens that end a text. As in transformers, ``config.json`` counts only without ``generation_config.json``."""
     found = _read(path / "generation_config.json", Config) or config
     if config.vocab_size is not None and found.end and max(found.end) >= config.vocab_size:
         raise ValueError(f"eos_token_id = {max(found.end)} is beyond the vocabulary of {config.vocab_size:,}")
@@ -144,7 +147,7 @@ def _end(path: Path, config: Config) -> tuple[int, ...]:
 
 
 def _template(path: Path, settings: Settings) -> Any:
-    """Files of their own come before ``tokenizer_config.json``."""
+    """The chat template, or several by name. Separate files have priority over ``tokenizer_config.json``."""
     files = {file.stem: file for file in sorted((path / "additional_chat_templates").glob("*.jinja"))}
     if (path / "chat_template.jinja").exists():
         files["default"] = path / "chat_template.jinja"
@@ -198,7 +201,7 @@ def _add_tokens(inner: Any, said: dict[str, Any], path: Path) -> dict[str, str]:
     named |= own
     for key, token in [*named.items(), *(("a special token", token) for token in extra or [])]:
         if not isinstance(token, str | AddedToken):
-            raise ValueError(f"{key} is {token!r:.60}, which is no token")
+            raise ValueError(f"{key} is {token!r:.60}, which is not a token")
     whole: list[Any] = [added[index] for index in sorted(added)]
     there = {token.content for token in (*inner.get_added_tokens_decoder().values(), *whole)}
     whole += dict.fromkeys(token for token in (*named.values(), *(extra or [])) if str(token) not in there)
@@ -209,12 +212,14 @@ def _add_tokens(inner: Any, said: dict[str, Any], path: Path) -> dict[str, str]:
     for index, token in added.items():
         if inner.token_to_id(token.content) != index:
             found = inner.token_to_id(token.content)
-            raise ValueError(f"the token {token.content!r} has the id {found} in tokenizer.json, and {index} beside it")
+            raise ValueError(
+                f"the token {token.content!r} has the id {found} in tokenizer.json, and {index} in a file beside it"
+            )
     return {key: str(token) for key, token in named.items()}
 
 
 def _tokens(said: dict[str, Any], **flags: Any) -> dict[str, Any]:
-    """What a file says of tokens, those with properties as `AddedToken`."""
+    """The entries of a file that are about tokens; tokens with properties become `AddedToken`."""
     from tokenizers import AddedToken
 
     def convert(value: Any):
@@ -231,17 +236,17 @@ def _tokens(said: dict[str, Any], **flags: Any) -> dict[str, Any]:
     return {key: convert(value) for key, value in said.items() if key in several or key.endswith("_token")}
 
 
-def _notes(tokenizer: Tokenizer, settings: Settings, anew: str | None, path: Path) -> Iterator[str]:
-    """What files of the directory say differently, and which of them is followed."""
-    if anew is not None:
+def _notes(tokenizer: Tokenizer, settings: Settings, rebuilt: str | None, path: Path) -> Iterator[str]:
+    """Notes about files that disagree with each other or with transformers, and which of them is followed."""
+    if rebuilt is not None:
         yield (
-            f"{path}: transformers 5 may build the tokenizer of the class {anew!r} anew. Here tokenizer.json is used "
-            "as it stands; ids may differ where a text begins with a space, or goes on behind a special token. With "
-            "the tokenizer_class 'TokenizersBackend', transformers uses the file, too"
+            f"{path}: for the class {rebuilt!r}, transformers 5 may not use all of tokenizer.json, but build another "
+            "tokenizer. Here the file is used; ids may differ where a text begins with a space, or after a special "
+            "token. With the tokenizer_class 'TokenizersBackend', transformers uses the file, too"
         )
     for name, said, place, found in (
         ("add_bos_token", settings.add_bos_token, "before", tokenizer.begin),
-        ("add_eos_token", settings.add_eos_token, "behind", tokenizer.close),
+        ("add_eos_token", settings.add_eos_token, "after", tokenizer.close),
     ):
         if said is not None and said != bool(found):
             yield (
@@ -250,16 +255,16 @@ def _notes(tokenizer: Tokenizer, settings: Settings, anew: str | None, path: Pat
                 "followed, as in transformers 5"
             )
     if settings.clean_up_tokenization_spaces and type(tokenizer.inner.model).__name__ != "BPE":
-        yield f"{path}: clean_up_tokenization_spaces is not done, so that text has spaces before punctuation"
+        yield f"{path}: clean_up_tokenization_spaces is not applied: text that is written has spaces before punctuation"
     if not tokenizer.end:
         yield (
-            f"{path} does not say which token ends a text (eos_token_id in generation_config.json, or without that "
-            "file in config.json): generation goes on up to the number of tokens that is asked for"
+            f"{path} does not say which token ends a text (eos_token_id in generation_config.json, or in config.json "
+            "if there is no such file): generation goes on until it has made the number of tokens asked for"
         )
 
 
-def _same_form(inner: Any, kind: str, settings: Settings, said: dict[str, Any]) -> bool:
-    """Whether ``tokenizer.json`` cuts a text as the class that it names does in transformers 5."""
+def _splits_alike(inner: Any, kind: str, settings: Settings, said: dict[str, Any]) -> bool:
+    """Whether ``tokenizer.json`` splits a text as the class ``kind`` of transformers 5 does."""
     from tokenizers import pre_tokenizers
 
     if kind == "LlamaTokenizer":

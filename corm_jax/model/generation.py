@@ -1,7 +1,8 @@
-"""Prefill, decode, generation. Two compiled programs serve every prompt: one block of prefill, one stretch of decoding.
+"""Prefill, decoding and generation. Two compiled programs serve prompts of any length: one reads a block, one decodes.
 
-Prompts are read in blocks of fixed size, the last one padded; inside a block `jax.lax.scan` goes through the chunks
-between which the policy evicts. Decoding is a `jax.lax.scan` over tokens. Caches are donated: updated in place.
+Prompts are read in blocks of a fixed size, the last of which is padded. Inside a block, `jax.lax.scan` runs over the
+chunks, and the policy evicts after each. Decoding is a `jax.lax.scan` over `STRETCH` tokens. Caches are donated, so
+that they are updated in place.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,27 +25,27 @@ from corm_jax.model.decoder import Decoder, Policies, forward, make_caches
 from corm_jax.showing.brief import between, leaves, line
 
 TOKENS_PER_BLOCK = 256
-"""Tokens that go through the model at once, rounded up to a multiple of the chunk. Does not change results."""
+"""Tokens of a prompt in one run of the model, rounded up to a multiple of the chunk. It does not change results."""
 
 STRETCH = 16
-"""Tokens decoded between two returns to the host."""
+"""Tokens that are decoded in one run of the compiled program."""
 
 Overflow = str
 OVERFLOW = ("evict", "error")
 
 
 class Blocks(NamedTuple):
-    """Prompts cut for reading: ``tokens [batch, blocks, block]``, and ``count [blocks, batch]`` real tokens in each."""
+    """Prompts in blocks: ``tokens [batch, blocks, block]``, of which ``count [blocks, batch]`` are no padding."""
 
     tokens: np.ndarray
     count: np.ndarray
 
     @classmethod
     def cut(cls, prompts: Prompts, vocab: int, chunk: SupportsIndex) -> "Blocks":
-        """Pads prompts on the right and cuts them.
+        """Pads prompts on the right and cuts them into blocks.
 
         Raises:
-          CormError: for no prompt, an empty prompt, what is no id of the vocabulary, or a chunk below 1.
+          CormError: for no prompt, an empty prompt, ids outside the vocabulary, or a chunk below 1.
         """
         chunk = integer("chunk", chunk)
         rows = prompts_of(prompts, vocab)
@@ -59,7 +60,7 @@ class Blocks(NamedTuple):
 
 
 class Generation(NamedTuple):
-    """New tokens of each prompt, without those that end a text, and the caches after them."""
+    """The new tokens of each prompt, without those that end a text, and the caches after they were read."""
 
     tokens: list[list[int]]
     caches: Caches
@@ -79,22 +80,23 @@ def prefill(
     chunk: SupportsIndex = 1,
     overflow: Overflow = "evict",
 ) -> tuple[Float[Array, "batch vocab"], Caches]:
-    """Reads prompts of any lengths, each row with its own clock.
+    """Reads prompts into caches. The prompts of a batch may have different lengths.
 
     Args:
-      caches: as `make_caches` returns them, or after an earlier call; donated.
-      prompts: token ids, one list or array a row, or one array ``[batch, tokens]``; the whole prompt, for policies that
-        wait for its end.
-      chunk: tokens between evictions. 1 is the exact recurrence; more is faster and remembers a little longer.
-      overflow: what happens when no slot is free: the key that the policy ranks lowest is evicted and counted; or, with
-        ``"error"``, `CacheOverflowError`. What overflowed before the call does not matter.
+      caches: those of `make_caches`, or of an earlier call. They are donated.
+      prompts: token ids, a list or an array for each row, or one array ``[batch, tokens]``. For policies that wait for
+        the end of the prompt, it must be the whole prompt.
+      chunk: tokens between two evictions. 1 is the exact recurrence. With more, reading is faster, and keys are evicted
+        a little later.
+      overflow: what happens when no slot is free. ``"evict"``: the key with the lowest score is evicted and counted.
+        ``"error"``: a `CacheOverflowError` is raised, unless the overflow was before this call.
 
     Returns:
-      Logits of each row's next token, and the caches.
+      The logits of the next token of each row, and the caches.
 
     Raises:
-      CormError: for bad token ids, caches of another model, policy or batch, or a capacity that cannot hold a chunk, or
-        the prompt if the policy keeps all of it.
+      CormError: for ids outside the vocabulary, caches of another model, policy or batch, and a capacity that cannot
+        hold a chunk, or the prompt if the policy keeps all of it.
     """
     chunk = integer("chunk", chunk)
     one_of("overflow", overflow, OVERFLOW)
@@ -137,13 +139,13 @@ def decode(
     *,
     steps: int,
 ) -> tuple[Int[Array, "batch {steps}"], Float[Array, "batch vocab"], Bool[Array, " batch"], Caches]:
-    """Draws up to ``steps`` tokens a row, evicting after each: one `jax.lax.scan`.
+    """Draws up to ``steps`` tokens for each row, and evicts after each token: one `jax.lax.scan`.
 
-    Rows that are ``done``, or that have drawn ``limit`` tokens or one of ``end``, stand still: their caches stay as
-    they are, and their further tokens are -1.
+    A row stops if it is ``done``, or has drawn ``limit`` tokens or one of ``end``. From then on its cache does not
+    change, and its tokens are -1.
 
     Returns:
-      Tokens, the logits of the next one, which rows met an end, and the caches.
+      The tokens, the logits of the next token, which rows have drawn a token of ``end``, and the caches.
 
     Raises:
       CormError: for caches of another model, policy or batch.
@@ -169,13 +171,17 @@ def decode(
 def sample(
     logits: Float[Array, "batch vocab"], key: Array, temperature: Float[Array, ""], top_p: Float[Array, ""]
 ) -> Int[Array, " batch"]:
-    """Draws a token a row: the likeliest at temperature 0, else among the likeliest that hold ``top_p`` of the mass."""
+    """Draws a token for each row.
+
+    At temperature 0 it is the likeliest token. Otherwise it is drawn from the softmax of ``logits / temperature``,
+    among the likeliest tokens: as few as have a total probability of ``top_p`` or more.
+    """
 
     def draw(logits):
         scaled = logits / temperature
         ordered = -jnp.sort(-scaled, axis=-1)
         probability = jax.nn.softmax(ordered)
-        inside = jnp.cumsum(probability, axis=-1) - probability < top_p  # the likeliest always is
+        inside = jnp.cumsum(probability, axis=-1) - probability < top_p  # always true of the likeliest token
         least = jnp.min(ordered, axis=-1, keepdims=True, where=inside, initial=jnp.inf)
         return jax.random.categorical(key, jnp.where(scaled >= least, scaled, -jnp.inf)).astype(jnp.int32)
 
@@ -197,9 +203,9 @@ def stream(
     top_p: Any = 1.0,
     seed: SupportsIndex = 0,
 ) -> Iterator[Generation]:
-    """`generate`, a stretch of tokens at a time: each item holds the tokens that are new since the last.
+    """`generate` as an iterator: each item has the tokens since the last item, up to 16 of each row.
 
-    The caches of an item are given up for the next: read what you need from them before going on.
+    The caches of an item are donated when the next item is computed, so read what you need from them before.
     """
     new, chunk = integer("max_new_tokens", max_new_tokens), integer("chunk", chunk)
     temperature = real("temperature", temperature, ">= 0", least=0)
@@ -240,17 +246,19 @@ def stream(
 
 
 def generate(model: Decoder, policy: Policies, prompts: Prompts, **options) -> Generation:
-    """Continues prompts.
+    """Reads prompts and continues each of them.
 
     Args:
-      model, policy: what reads, and the rule by which its caches forget.
-      prompts: token ids, one list or array a row, of any lengths; or one array ``[batch, tokens]``.
-      max_new_tokens: the most to draw for each.
-      capacity: slots a key-value head, of all layers or of each; by default as many as could ever be needed.
-      stores: sets of slots a layer; 1 is a pool, of which each head takes what it needs. None: one for each head.
+      model: the decoder.
+      policy: the policy of its caches, or one for each layer.
+      prompts: token ids, a list or an array for each row, of any lengths, or one array ``[batch, tokens]``.
+      max_new_tokens: the most tokens to draw for each prompt.
+      capacity: slots of a key-value head, a number or one for each layer; by default as many as the policy can need.
+      stores: sets of slots in a layer. 1 is a pool that all heads share; None gives each head its own.
       chunk, overflow: how the prompt is read, see `prefill`.
       end: ids after which a row stops, usually ``tokenizer.end``.
-      temperature, top_p, seed: see `sample`; greedy by default.
+      temperature, top_p: see `sample`; by default the likeliest token is drawn.
+      seed: of the random numbers.
 
     Raises:
       CormError: for options out of range, empty prompts or token ids outside the vocabulary.
@@ -261,7 +269,7 @@ def generate(model: Decoder, policy: Policies, prompts: Prompts, **options) -> G
 
 
 def watch(caches: Caches, overflow: Overflow) -> Callable[[Caches], None]:
-    """A check of later caches: it raises if keys were evicted since for want of a slot and ``overflow`` is an error."""
+    """Makes a check for later caches, which raises if a key overflowed since ``caches`` and ``overflow`` is ``"error"``."""
     one_of("overflow", overflow, OVERFLOW)
     if overflow == "evict":
         return lambda caches: None
@@ -271,8 +279,8 @@ def watch(caches: Caches, overflow: Overflow) -> Callable[[Caches], None]:
         for layer, (one, earlier) in enumerate(zip(caches, before, strict=True)):
             if int(one.overflow.sum()) > earlier:
                 raise CacheOverflowError(
-                    f"layer {layer} ran out of its {capacities(caches)[layer]} slots a head: raise capacity, or "
-                    "let it evict"
+                    f"layer {layer} ran out of its {capacities(caches)[layer]} slots a head: raise the capacity, or "
+                    "choose overflow evict"
                 )
 
     return check

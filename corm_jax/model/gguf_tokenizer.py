@@ -1,7 +1,7 @@
-"""The tokenizer inside a GGUF file, with the ids that llama.cpp gives: it is the format's reference.
+"""The tokenizer inside a GGUF file, with the token ids that llama.cpp gives, the reference for this format.
 
-What the file does not say is taken as llama.cpp takes it, and said in a `CheckpointWarning`. A field that is not known
-here may change ids, so it is refused.
+If a field is missing, the default of llama.cpp is used, and a `CheckpointWarning` says so. An unknown field could
+change token ids, so it is refused.
 """
 
 import json
@@ -18,8 +18,7 @@ from corm_jax.model.chat import ChatTemplate
 from corm_jax.model.tokenizer import Tokenizer, damage
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-"""GGUF's types of tokens."""
-
+"""The types of tokens in GGUF."""
 
 NAMED = {
     "bos": "bos",
@@ -30,19 +29,18 @@ NAMED = {
     "cls": "cls",
     "mask": "mask",
 }
-"""Transformers' names of special tokens, and GGUF's."""
-
+"""The names of special tokens in transformers, and those in GGUF."""
 
 OF_OTHERS = ("ggml.precompiled_charsmap", "ggml.normalizer.lowercase", "ggml.normalizer.strip_accents")
-"""Fields of other kinds of tokenizers, which mean nothing if they are false or empty."""
+"""Fields for other kinds of tokenizers, which have no effect if they are false or empty."""
 
 
 @dataclass
 class Ggml:
     """The fields ``tokenizer.ggml.*``.
 
-    ``add_sep_token`` is about pairs of texts, which nothing here reads, and the ``fim`` tokens about text before and
-    after a gap. The tokens ``cls``, ``mask`` and so on are special, and that is all that is used of them.
+    ``add_sep_token`` is for pairs of texts and the ``fim`` tokens are for filling gaps, which are not used here. Of the
+    tokens ``cls``, ``mask`` and so on it is only used that they are special.
     """
 
     __pydantic_config__: ClassVar = {"strict": True}
@@ -89,7 +87,7 @@ class Ggml:
             if name in ("token_type", "scores") and value is not None and len(value) != count:
                 raise ValueError(f"{name} has {len(value):,} entries for {count:,} tokens")
         if unknown := set(self.token_type or ()) - set(range(NORMAL, BYTE + 1)):
-            raise ValueError(f"token_type has {min(unknown)}, which is no type of a token")
+            raise ValueError(f"token_type has {min(unknown)}, which is not a type of token")
         if not all(map(math.isfinite, self.scores or ())):
             raise ValueError("scores must be finite")
         if self.remove_extra_whitespaces:
@@ -101,35 +99,35 @@ class Ggml:
 
 
 def from_gguf(metadata: dict[str, Any], path: Path, embeddings: int | None = None) -> Tokenizer:
-    """From the fields ``tokenizer.*`` of a GGUF file: byte-level BPE, or SentencePiece's BPE as Llama 2 has it.
+    """The tokenizer in the fields ``tokenizer.*`` of a GGUF file: byte-level BPE, or BPE of SentencePiece (Llama 2).
 
-    Ids are those of llama.cpp with special tokens in the text parsed. A text ends with the tokens ``eos``, ``eot``
+    Ids are those of llama.cpp when it parses special tokens in a text. A text ends with the tokens ``eos``, ``eot``
     and ``eom``; if one of them is Llama 3's ``<|eot_id|>``, also with its ``<|eom_id|>`` and ``<|end_of_text|>``.
 
     Args:
       metadata: the file's fields by name.
       path: the file, for errors.
-      embeddings: how many tokens the model knows.
+      embeddings: the number of tokens that have an embedding in the model.
 
     Raises:
-      CheckpointError: for a vocabulary that is damaged or of another kind, and for an unknown field.
+      CheckpointError: for a vocabulary that is damaged or of another kind, or an unknown field.
 
     Warns:
-      CheckpointWarning: where a field is missing, with what is assumed.
+      CheckpointWarning: if a field is missing; it says what is assumed.
     """
     said = {key.removeprefix("tokenizer."): value for key, value in metadata.items() if key.startswith("tokenizer.")}
     templates = {
         name: said.pop(key) for key, name in ((key, _template_name(key)) for key in list(said)) if name is not None
     }
-    said.pop("chat_templates", None)  # only their names again
+    said.pop("chat_templates", None)  # a list of the names of the templates
     ggml = _checked(said, path)
     if embeddings is not None and embeddings != len(ggml.tokens):
-        raise CheckpointError(f"{path} has {len(ggml.tokens):,} tokens, but embeddings of {embeddings:,}")
+        raise CheckpointError(f"{path} has {len(ggml.tokens):,} tokens, but embeddings for {embeddings:,}")
     notes = list(_assume(ggml, path))
     with damage(path, "vocabulary"):
         inner = _byte_level(ggml) if ggml.model == "gpt2" else _sentencepiece(ggml)
         _add_tokens(inner, ggml)
-        _frame(inner, ggml)
+        _add_begin_and_end(inner, ggml)
     ids = {f"{name}_token": getattr(ggml, f"{field}_token_id") for name, field in NAMED.items()}
     tokens = {name: ggml.tokens[token] for name, token in ids.items() if token is not None}
     for note in notes:
@@ -167,7 +165,7 @@ def _checked(said: dict[str, Any], path: Path) -> Ggml:
 
 
 def _assume(ggml: Ggml, path: Path) -> Iterator[str]:
-    """Fills in what the file does not say, as llama.cpp does. Yields what is to be said about it."""
+    """Fills in the fields that the file leaves out, as llama.cpp does, and yields notes about them."""
     missing = {}
     if ggml.model == "llama":
         missing = {
@@ -190,25 +188,25 @@ def _assume(ggml: Ggml, path: Path) -> Iterator[str]:
         ggml.token_type = [NORMAL] * len(ggml.tokens)
     if not _ends(ggml):
         yield (
-            f"{path} does not say which token ends a text (tokenizer.ggml.eos_token_id): generation goes on up to the "
-            "number of tokens that is asked for"
+            f"{path} does not say which token ends a text (tokenizer.ggml.eos_token_id): generation goes on until it "
+            "has made the number of tokens asked for"
         )
     if missing:
         assumed = ", ".join(f"{name} = {str(value).lower()}" for name, value in missing.items())
-        yield f"{path} leaves out fields of its tokenizer, which llama.cpp takes as {assumed}: so it is here"
+        yield f"{path} leaves out fields of its tokenizer. As in llama.cpp, these values are assumed: {assumed}"
 
 
 def _ends(ggml: Ggml) -> tuple[int, ...]:
     ends = [ggml.eos_token_id, ggml.eot_token_id, ggml.eom_token_id]
-    # Llama 3 Instruct has three ends. Its Hugging Face directory lists them; GGUF files name <|eot_id|> alone, and
-    # llama.cpp finds the others by their text.
+    # In Llama 3 Instruct three tokens end a text. Its Hugging Face directory lists them. GGUF files name only
+    # <|eot_id|>, and llama.cpp finds the others by their text.
     if any(end is not None and ggml.tokens[end] == "<|eot_id|>" for end in ends):
         ends += [ggml.tokens.index(name) for name in ("<|eom_id|>", "<|end_of_text|>") if name in ggml.tokens]
     return tuple(dict.fromkeys(end for end in ends if end is not None))
 
 
 def _add_tokens(inner: Any, ggml: Ggml) -> None:
-    """Tokens that are matched whole in a text, before it is cut into words."""
+    """Adds the tokens that are found in a text as a whole, before the text is split into words."""
     from tokenizers import AddedToken
 
     named = {getattr(ggml, f"{name}_token_id") for name in NAMED.values()} | set(_ends(ggml))
@@ -220,8 +218,8 @@ def _add_tokens(inner: Any, ggml: Ggml) -> None:
     inner.add_tokens(whole)
 
 
-def _frame(inner: Any, ggml: Ggml) -> None:
-    """The tokens before and after a text."""
+def _add_begin_and_end(inner: Any, ggml: Ggml) -> None:
+    """Adds the tokens that are put before and after every text."""
     from tokenizers import processors
 
     before = ["bos_token_id"] if ggml.add_bos_token else []
@@ -230,7 +228,9 @@ def _frame(inner: Any, ggml: Ggml) -> None:
     for name in (*before, *after):
         token = getattr(ggml, name)
         if token is None:
-            raise ValueError(f"tokenizer.ggml.{name} is missing, but such a token belongs to each text")
+            raise ValueError(
+                f"tokenizer.ggml.{name} is missing, but add_{name.removesuffix('_id')} asks for this token"
+            )
         special.append({"id": name, "ids": [token], "tokens": [ggml.tokens[token]]})
     if special:
         inner.post_processor = processors.TemplateProcessing(single=[*before, "$A", *after], special_tokens=special)
@@ -249,10 +249,10 @@ WORDS = {
     "llama-v3": (LLAMA3_WORDS,),
     "llama3": (LLAMA3_WORDS,),
 }
-"""How the field ``pre`` cuts a text into words: by one pattern after the other."""
+"""How a text is split into words, by the value of the field ``pre``: with one pattern after the other."""
 
 IGNORE_MERGES = ("llama-bpe", "llama-v3", "llama3")
-"""Llama 3: a word that is a token is that token, whatever the merges say; and a text begins with a token."""
+"""The values of ``pre`` for Llama 3: a word that is a token is not split further, and a text begins with a token."""
 
 
 def _byte_level(ggml: Ggml) -> Any:
@@ -275,7 +275,7 @@ def _byte_level(ggml: Ggml) -> Any:
 
 
 def _sentencepiece(ggml: Ggml) -> Any:
-    """SentencePiece's BPE (Llama 2, Vicuna): of two pieces that join into a known one, the best score goes first."""
+    """The BPE of SentencePiece (Llama 2, Vicuna): the two pieces whose union has the highest score are joined first."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     vocabulary = _vocabulary(ggml)
@@ -288,12 +288,12 @@ def _sentencepiece(ggml: Ggml) -> Any:
             if score in taken:
                 raise ValueError(
                     f"tokenizer.ggml.scores gives {taken[score]!r} and {piece!r} the same score: which of them is "
-                    "joined first is not known; use the model's Hugging Face directory"
+                    "joined first is unknown: use the model's Hugging Face directory"
                 )
             taken[score] = piece
             joins += [(-score, index, piece[:cut], piece[cut:]) for cut in cuts]
         elif kind == UNUSED and (cuts or len(piece) == 1):
-            raise ValueError(f"the token {piece!r} is of the type unused, but a text could give it")
+            raise ValueError(f"the token {piece!r} has the type unused, but it could occur in a text")
     merges = [(left, right) for *_, left, right in sorted(joins)]
     unknown = ggml.tokens[ggml.unknown_token_id or 0]
     inner = Tokenizer(models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))

@@ -1,4 +1,4 @@
-"""A tokenizer of any package, of which only two methods are asked for."""
+"""A tokenizer from another package, of which only the methods ``encode`` and ``decode`` are needed."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,12 +8,12 @@ from corm_jax.model.tokenizer import Tokenizer
 
 
 class PlainTokenizer(Tokenizer):
-    """What the commands ask of a tokenizer, from an object that has two methods.
+    """A tokenizer for the commands, made from any object that has two methods.
 
     Args:
-      inner: with ``encode(text) -> ids`` of the words alone, and ``decode(ids) -> text``. It may have the attributes
-        ``begin``, the ids that stand before a text, and ``end``, those after which generation stops; and a method
-        ``chat(text) -> ids`` of a user's turn.
+      inner: has ``encode(text) -> ids``, without ids before or after those of the text, and ``decode(ids) -> text``. It
+        may have the attributes ``begin``, the ids that stand before a text, and ``end``, the ids after which generation
+        stops; and a method ``chat(text) -> ids`` for a user's turn.
 
     >>> class Letters:
     ...     def encode(self, text):
@@ -31,12 +31,12 @@ class PlainTokenizer(Tokenizer):
         self.end = tuple(int(one) for one in getattr(inner, "end", ()))
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """Token ids of a text, with `begin` before them if they are ``special``."""
+        """The token ids of a text, with `begin` before them if ``special`` is true."""
         try:
             ids = [int(one) for one in self.inner.encode(text)]
         except TypeError as error:
             kind = type(self.inner).__name__
-            raise CormError(f"encode of the tokenizer, a {kind}, must return whole numbers: {error}") from None
+            raise CormError(f"encode of the tokenizer (a {kind}) must return whole numbers: {error}") from None
         return [*self.begin, *ids] if special else ids
 
     def decode(self, ids: list[int]) -> str:
@@ -44,17 +44,21 @@ class PlainTokenizer(Tokenizer):
         return self.inner.decode(ids)
 
     def pieces(self, ids: list[int]) -> list[str]:
-        """The text of each token by itself."""
+        """The text of each token alone."""
         return [self.inner.decode([one]) for one in ids]
 
     def stream(self) -> "_Stream":  # pyright: ignore
-        """Decodes ids one by one."""
+        """A decoder for ids that come one by one."""
         return _Stream(self.inner)
 
     def chat(self, text: str) -> list[int]:
-        """Token ids of a user's turn."""
+        """The token ids of a user's turn.
+
+        Raises:
+          CormError: if the tokenizer has no method ``chat``.
+        """
         if not hasattr(self.inner, "chat"):
-            raise CormError(f"the tokenizer, a {type(self.inner).__name__}, has no method chat: leave --chat out")
+            raise CormError(f"the tokenizer (a {type(self.inner).__name__}) has no method chat: leave --chat out")
         return [int(one) for one in self.inner.chat(text)]
 
 

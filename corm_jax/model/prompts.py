@@ -1,11 +1,11 @@
 """Prompts: token ids that begin as the model expects a text to begin.
 
-A model was trained on texts that begin with what its tokenizer puts there: ``<s>`` for Llama 2, ``<|begin_of_text|>``
-for Llama 3, nothing for SmolLM2. A part of a text that is read by itself begins so too, and so does a prompt that is
-put together from pieces: with these ids, once. They count as tokens of the prompt, and are never predicted. What a
-tokenizer puts after a text is left out, since what is read here is predicted or continued: it has no end.
+A model was trained on texts that begin with the ids that its tokenizer puts there: ``<s>`` for Llama 2,
+``<|begin_of_text|>`` for Llama 3, none for SmolLM2. Each prompt begins with these ids once, also if it is a part of a
+text or is made of several pieces. They count as tokens of the prompt, and their prediction is not scored. Ids that a
+tokenizer puts after a text are left out, since the texts here are predicted or continued.
 
-The token ids of texts are made here and nowhere else.
+All commands make the token ids of texts here.
 """
 
 from corm_jax.errors import CormError
@@ -13,14 +13,16 @@ from corm_jax.model.tokenizer import Tokenizer
 
 
 class Text:
-    """A text as token ids, to be read whole or in parts.
+    """A text as token ids, for prompts from all or parts of it.
 
     Args:
-      name: what the text is called in errors.
+      tokenizer: makes the ids.
+      words: the text.
+      name: the name of the text in errors.
 
     Attributes:
       begin: the ids that the tokenizer puts before a text; often none.
-      ids: those of the text alone. A text that begins with the tokenizer's words for `begin` does not have them twice.
+      ids: the ids of the text itself. If the text itself begins with `begin`, these ids are left out here.
     """
 
     def __init__(self, tokenizer: Tokenizer, words: str, name: str):
@@ -29,12 +31,12 @@ class Text:
         self.ids = ids[first:] if first and ids[:first] == self.begin else ids
 
     def __len__(self) -> int:
-        """How many tokens the whole text has, with `begin`."""
+        """The number of tokens of the whole text, with `begin`."""
         return len(self.begin) + len(self.ids)
 
     @property
     def whole(self) -> list[int]:
-        """The whole text as a prompt.
+        """The whole text as a prompt, with `begin`.
 
         Raises:
           CormError: for an empty text.
@@ -47,7 +49,7 @@ class Text:
         """A prompt of exactly ``tokens`` ids: `begin`, then the text from its token ``start`` on.
 
         Raises:
-          CormError: for fewer tokens than `begin` and one more, or a text that is too short.
+          CormError: if ``tokens`` leaves no token for the text after `begin`, or if the text is too short.
         """
         own = self._own(tokens)
         if len(self.ids) < start + own:
@@ -59,12 +61,12 @@ class Text:
         return self.begin + self.ids[start : start + own]
 
     def starts(self, tokens: int) -> range:
-        """Where the `part` of so many ids begin that cut the whole text, one after the other; the rest is left over."""
+        """The ``start`` of each `part` of this many ids, if the text is cut into them; a shorter rest is left out."""
         own = self._own(tokens)
         return range(0, len(self.ids) - own + 1, own)
 
     def _own(self, tokens: int) -> int:
-        """How many tokens of a part are the text's own."""
+        """How many tokens of a part are not `begin`, but of the text."""
         if tokens <= len(self.begin):
             begin = f": the tokenizer puts {len(self.begin)} before a text" if self.begin else ""
             raise CormError(f"ask for at least {len(self.begin) + 1} tokens of {self.name}, not {tokens}{begin}")
@@ -72,21 +74,23 @@ class Text:
 
 
 def scored_from(tokenizer: Tokenizer, prompt: int | None) -> int:
-    """The first token of a text that is scored: what the tokenizer puts there is not predicted, nor is a prompt."""
+    """The index of the first token that is scored: after the prompt, and after the ids that the tokenizer puts first."""
     return max(prompt or 1, len(tokenizer.begin))
 
 
 def inside(tokenizer: Tokenizer, words: str) -> list[int]:
-    """Token ids of words inside a text: without `Text.begin`, and without the space that Llama 2 puts before a text.
+    """The token ids of words inside a text: without `Text.begin`, and without the space that Llama 2 puts before a text.
 
     Raises:
-      CormError: for a tokenizer whose ids of a word hang on what stands before it.
+      CormError: for a tokenizer that encodes the words differently after each text that is tried.
     """
     first, later = (tokenizer.encode(text, special=False) for text in ("0", "\n0"))
     if later[len(later) - len(first) :] == first:
         return tokenizer.encode(words, special=False)
-    for before in "\n0.":  # that is encoded as before, and what follows it is not at the beginning
+    for before in "\n0.":  # if this text has the same ids with the words after it, the other ids are those of the words
         alone, both = (tokenizer.encode(text, special=False) for text in (before, before + words))
         if both[: len(alone)] == alone:
             return both[len(alone) :]
-    raise CormError(f"this tokenizer does not say which tokens {words[:40]!r} has inside a text: use another model")
+    raise CormError(
+        f"the token ids of {words[:40]!r} inside a text cannot be found with this tokenizer: use another model"
+    )

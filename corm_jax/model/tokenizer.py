@@ -1,4 +1,4 @@
-"""Text to token ids and back.
+"""Tokenizers: from text to token ids and back.
 
 `corm_jax.model.directory_tokenizer` makes a tokenizer from ``tokenizer.json``, `corm_jax.model.gguf_tokenizer` from the
 vocabulary inside a GGUF file.
@@ -15,14 +15,14 @@ from corm_jax.model.chat import NO_TEMPLATE, ChatTemplate
 
 @contextmanager
 def damage(path: Path, what: str) -> Iterator[None]:
-    """Turns whatever the library tokenizers raises into an error that names the file."""
+    """Turns errors of the library tokenizers into a `CheckpointError` that names the file."""
     try:
         yield
     except CheckpointError:
         raise
     except ValueError as error:
         raise CheckpointError(f"{path}: {' '.join(str(error).split())}") from None
-    except BaseException as error:  # a panic of Rust's is no Exception
+    except BaseException as error:  # a panic in Rust is not an Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise CheckpointError(f"{path}: the {what} is damaged: {' '.join(str(error).split())}") from None
@@ -35,9 +35,9 @@ class Tokenizer:
       inner: the `tokenizers.Tokenizer`.
       end: ids after which generation stops.
       template: the chat template.
-      size: how many tokens the model knows; ids must be below it.
-      begin: ids that the tokenizer puts before a text, such as that of ``<s>``; often none.
-      close: ids that it puts after a text; nearly always none.
+      size: the vocabulary of the model; ids must be below it.
+      begin: the ids that the tokenizer puts before a text, such as the id of ``<s>``; often none.
+      close: the ids that it puts after a text; nearly always none.
     """
 
     def __init__(
@@ -53,22 +53,24 @@ class Tokenizer:
         self.begin, self.close = _around(inner.post_processor)
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """Token ids of a text.
+        """The token ids of a text.
 
         Args:
-          special: put `begin` before and `close` after them, as the model expects it of a whole text; not so for words
-            that stand inside a text.
+          special: whether `begin` and `close` are put around them, as the model expects of a whole text.
+
+        Raises:
+          CormError: for a text that is not Unicode or cannot be encoded, or ids outside the vocabulary of the model.
         """
         try:
             ids = self.inner.encode(text, add_special_tokens=special).ids
         except TypeError:
             raise CormError(f"{text!r:.60} is not Unicode text") from None
-        except Exception as error:  # such as a character that is no token, without a token for unknown ones
+        except Exception as error:  # such as an unknown character, if there is no token for unknown ones
             raise CormError(f"the text {text!r:.60} cannot be encoded: {error}") from None
         if self.size is not None and ids and max(ids) >= self.size:
             token = self.inner.id_to_token(max(ids))
             raise CormError(
-                f"the text has {token!r}, whose id {max(ids)} the model does not know: it has {self.size:,}"
+                f"the text has the token {token!r}, whose id {max(ids)} is not below the model's vocabulary of {self.size:,}"
             )
         return ids
 
@@ -77,24 +79,24 @@ class Tokenizer:
         return self.inner.decode(ids, skip_special_tokens=True)
 
     def pieces(self, ids: list[int]) -> list[str]:
-        """The text of each token by itself, special tokens too; what is no whole character there becomes U+FFFD."""
-        # Behind another token, since decoders may strip the space that a text's first one begins with.
+        """The text of each token alone, also of special tokens. Incomplete characters become U+FFFD."""
+        # Each is decoded after another token, since decoders may remove a space at the beginning of a text.
         before = self.inner.encode("a", add_special_tokens=False).ids
         texts = self.inner.decode_batch([before, *([*before, token] for token in ids)], skip_special_tokens=False)
         return [text.removeprefix(texts[0]) for text in texts[1:]]
 
     def stream(self) -> "Stream":
-        """Decodes ids one by one."""
+        """A decoder for ids that come one by one."""
         return Stream(self.inner)
 
     def chat(self, text: str) -> list[int]:
-        """Token ids of a user's words as a conversation that the model is to answer, by the checkpoint's chat template.
+        """The token ids of a user's turn, and of the beginning of an answer, by the checkpoint's chat template.
 
-        As with ``apply_chat_template`` of transformers, special tokens are those that the template writes; `begin` and
-        `close` are not added. Special tokens within the user's words count as such, too.
+        As with ``apply_chat_template`` of transformers, the template writes the special tokens; `begin` and `close` are
+        not added. The names of special tokens in the user's text are special tokens, too.
 
         Raises:
-          CormError: if the checkpoint has no chat template, or it fails.
+          CormError: if the checkpoint has no chat template, or if the template fails.
         """
         return self.encode(self.template.render(text), special=False)
 
@@ -103,19 +105,21 @@ def _around(post_processor: Any) -> tuple[list[int], list[int]]:
     """The ids that a post-processor puts before and after a text."""
     from tokenizers import Tokenizer, models
 
-    # A post-processor has its ids within itself, so a text of one token shows them, whatever the vocabulary is.
+    # A post-processor holds the ids that it adds. So a text of one token shows them, whatever the vocabulary is.
     one = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
     if post_processor is not None:
         one.post_processor = post_processor
     found = one.encode("a")
     if found.special_tokens_mask.count(0) != 1:
-        raise CormError(f"post_processor must put a text once between other tokens: {post_processor!s:.200}")
+        raise CormError(
+            f"post_processor must give the text once, with other tokens around it, but is {post_processor!s:.200}"
+        )
     middle = found.special_tokens_mask.index(0)
     return found.ids[:middle], found.ids[middle + 1 :]
 
 
 class Stream:
-    """Incremental decoding: text comes out as soon as it is complete."""
+    """A decoder for ids that come one by one: it returns text as soon as its characters are complete."""
 
     def __init__(self, inner: Any):
         from tokenizers.decoders import DecodeStream

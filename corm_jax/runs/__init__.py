@@ -1,1 +1,1 @@
-"""Runs of a model over texts: how well it predicts, what it attends to, what fits a budget, what heads may forget."""
+"""Runs of a model over texts: prediction under a policy, recording of traces, windows for a budget or for each head."""

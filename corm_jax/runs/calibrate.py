@@ -1,28 +1,26 @@
-"""A window for each head of a model: what each choice loses, against the keys that it keeps.
+"""Calibration: a window for each head of a model, chosen by what is lost and how many keys are kept.
 
-Heads differ in what they need. For each key-value head h and each choice o of CORM's (w, r, m), with which a key is
-important at alpha >= m/t, calibration texts give
+Heads need different numbers of keys. A choice c is one of CORM's (w, r, m), with which a key is important at
+alpha >= m/t. For each choice c and key-value head h, the texts give three numbers:
 
-    live[o, h]     the share of the keys that are live at the end,
-    blurred[o, h]  the KL divergence of the prediction from that of the full cache, nats a token, to second order:
+    live[c, h]     the share of the keys that are live when the text ends,
+    blurred[c, h]  the KL divergence of the prediction from that of the full cache, nats a token, to second order:
                    mean over queries t of  (s[t, h] . (o_live[t] - o_all[t]))^2 / 2
+    again[c, h]    the NLL that is lost when the beginning of the text is read again, nats a token, to first order:
+                   sum over the queries t of this second reading of  G[t, h] . (o_live[t] - o_all[t])
 
-with o the head's outputs read from the live keys and from all, and s their scores (`corm_jax.runs.worth`). Texts hardly
-ask for what was read long ago. So when a text has been read, its beginning comes once more:
+Here o_live and o_all are the head's outputs over the live keys and over all keys, s are their scores, and G is their
+worth (`corm_jax.runs.worth`). The third number is there because texts hardly depend on what was read long ago. G is
+measured on a shorter text with the second reading sooner after the first, since the worth of an output hardly depends
+on how long ago its keys were read. All three are computed from the queries, keys and values of the full cache; as in a
+cache, CORM decides by the attention over the keys that it kept. With a price p of a key,
 
-    again[o, h]    the NLL that this second reading loses, nats a token, to first order:
-                   sum over its queries t of  G[t, h] . (o_live[t] - o_all[t])
+    choice[h]  =  argmin over c of  blurred[c, h] + RETURNS max(again[c, h], 0) + p live[c, h]
 
-with G the outputs' worth, measured where the second reading comes sooner: what a head's output is worth hardly depends
-on how long ago its keys were read. All three come from the full cache's queries, keys and values; CORM judges by
-attention over what it kept, as in the cache. With the price p of a key,
-
-    choice[h]  =  argmin over o of  blurred[o, h] + RETURNS max(again[o, h], 0) + p live[o, h]
-
-and p is the lowest price at which the mean of live is at most the target (every choice on the lower convex hull is one
-for some price, so that no other exchange of keys between heads gains at that size). Few heads carry recall, as
-RazorAttention (arXiv 2407.15891) and DuoAttention (arXiv 2410.10819) found; these come out with all of their keys, or
-with wide windows.
+where p is the lowest price at which the mean of live is at most the target. (Each choice on the lower convex hull is
+the best one at some price. So at this size no exchange of keys between heads lowers the loss.) Few heads carry recall,
+as RazorAttention (arXiv 2407.15891) and DuoAttention (arXiv 2410.10819) found; they get all of their keys, or wide
+windows.
 """
 
 import hashlib
@@ -51,25 +49,26 @@ from corm_jax.runs.worth import scores, worth
 
 WINDOWS, RECENTS, MULTIPLES, SINKS, GROUP = range(4, 11), (32, 128, 512, 1024), range(7), 4, "mean"
 CHOICES = [(2**w, r, 2**m) for w, r, m in product(WINDOWS, RECENTS, MULTIPLES) if (w + m) % 2 == 0] + [(None, 1, 1)]
-"""(w, r, m), w and m in powers of two, every other pair of them; the last keeps everything."""
+"""The choices (w, r, m): w and m are powers of two, and every other pair of them is used. The last keeps all keys."""
 
 CHUNK = 32
-"""Tokens between evictions."""
+"""Tokens between two evictions."""
 
 RETURNS = 0.003
-"""What a nat of a second reading weighs, in nats of a text."""
+"""The weight of a nat that the second reading loses, against a nat that the first reading loses."""
 
 AGAIN, NODES = 256, 4
-"""Tokens that are read again, and gradients for their worth."""
+"""How many tokens are read again, and at how many values of g their worth is measured."""
 
 SHORTEST = 256
+"""The fewest tokens of a text."""
 
 SEGMENTS = 4
-"""A text is read in so many parts, each over the keys up to its own end, which skips much of the causal half."""
+"""In how many parts a text is read. A part attends to the keys up to its end, not to those that come later."""
 
 
 class Cost(NamedTuple):
-    """By choice and head."""
+    """What each choice keeps and loses in each head: the three numbers at the top of this file."""
 
     live: Float[np.ndarray, "choices *layers kv_heads"]
     blurred: Float[np.ndarray, "choices *layers kv_heads"]
@@ -77,14 +76,14 @@ class Cost(NamedTuple):
 
     @property
     def loss(self) -> Float[np.ndarray, "choices *layers kv_heads"]:
-        """What is weighed against the price of keys."""
+        """The loss of each choice, to which the price of its keys is added: blurred + RETURNS max(again, 0)."""
         return self.blurred + RETURNS * np.maximum(self.again, 0)
 
 
 def chosen(
     values: Float[np.ndarray, "choices *heads"], choice: Int[np.ndarray, "*heads"]
 ) -> Float[np.ndarray, "*heads"]:
-    """Of each head, by its choice."""
+    """The value of each head at the choice that it has."""
     return np.take_along_axis(values, choice[None], axis=0)[0]
 
 
@@ -99,19 +98,19 @@ def calibrate(
     work: Path | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Profile:
-    """The profile of a model at which a share of ``target`` of the texts' keys is live at their end.
+    """The profile of a model with which a share of ``target`` of the keys is live when the texts end.
 
     Args:
-      name: what the model is called.
-      texts: token ids by name, of one length.
+      name: the name of the model.
+      texts: the token ids of each text by its name, all texts of one length.
       target: in (0, 1].
-      begin: how many of each text's first ids are those that the tokenizer puts before a text: they do not come again.
-      seed: of the texts that the model draws, for `corm_jax.runs.worth.scores`.
-      work: a directory for what was measured of each text, to go on from after a kill, or with another target.
-      progress: called with the name of what is read: `NODES` + 1 times, and then for each layer.
+      begin: how many ids at the beginning of each text the tokenizer put there. They are not read again.
+      seed: of the tokens that are drawn from predictions, for `corm_jax.runs.worth.scores`.
+      work: a directory for the measurements of each text, from which a later call goes on.
+      progress: called with the name of a text, `NODES` + 1 times and then once for each layer.
 
     Raises:
-      CormError: for a target outside (0, 1], one that no choice is as small as, or texts too short.
+      CormError: for a target outside (0, 1] or below what every choice keeps, and for texts that are too short.
     """
     if not 0 < target <= 1:
         raise CormError(f"the share of keys that stay must be in (0, 1], not {target}")
@@ -122,7 +121,7 @@ def calibrate(
 
 
 def profile(name: str, choice: Int[np.ndarray, "layers kv_heads"], cost: Cost, made: dict[str, Any]) -> Profile:
-    """The profile of these choices, which says what they cost."""
+    """The profile with these choices, which also holds what they keep and lose."""
     windows, recents, multiples = ([[CHOICES[o][i] for o in layer] for layer in choice.tolist()] for i in range(3))
     live, blurred = (chosen(x, choice) for x in (cost.live, cost.blurred))
     rounded = [[[round(value, 4) for value in layer] for layer in x.tolist()] for x in (live, cost.again[0])]
@@ -142,14 +141,16 @@ def costs(
     work: Path | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> list[Cost]:
-    """What every choice keeps and loses on each text, ``[choices, layers, kv_heads]``: see `calibrate`.
+    """What each choice keeps and loses on each text, as arrays ``[choices, layers, kv_heads]``: see `calibrate`.
 
     Args:
       begin: as in `calibrate`.
-      again: tokens that are read once more, or a quarter of the text where that is less.
+      again: how many tokens are read again; but at most a quarter of the text.
     """
     if not texts or min(map(len, texts.values())) < SHORTEST:
-        raise CormError(f"calibration takes texts of at least {SHORTEST} tokens: give more text, or more of each")
+        raise CormError(
+            f"calibration needs texts of at least {SHORTEST} tokens: give longer texts, or read more tokens of each"
+        )
     if not 0 <= seed < 2**32:
         raise CormError(f"the seed must be from 0 to {2**32 - 1}, not {seed}")
     found = []
@@ -162,7 +163,9 @@ def costs(
         if cost is None:
             cost = _costs(model, ids, seed, second, partial(progress, text))
             if not all(np.isfinite(values).all() for values in cost):
-                raise CormError(f"what was measured of {text!r} is not a number: are the weights sound in this dtype?")
+                raise CormError(
+                    f"what was measured on {text!r} is NaN or infinite: are the weights sound in this dtype?"
+                )
             if file:
                 _save(file, cost)
         found.append(cost)
@@ -170,7 +173,7 @@ def costs(
 
 
 def mean(several: Sequence[Cost]) -> Cost:
-    """The mean over texts."""
+    """The mean of the costs over texts."""
     return jax.tree.map(lambda *each: np.mean(each, axis=0), *several)
 
 
@@ -191,7 +194,7 @@ def measure(
     score: Float[np.ndarray, "tokens kv_heads group head_dim"],
     worth: Float[np.ndarray, "again kv_heads group head_dim"],
 ) -> Cost:
-    """What every choice keeps and loses in one layer, on a text of ``tokens`` and its first ``again`` once more."""
+    """What each choice keeps and loses in one layer, on a text of ``tokens``, the first ``again`` of which come twice."""
     window, recent, multiple = (np.array(x) for x in zip(*CHOICES[:-1], strict=True))
     window, recent, multiple = window.astype(np.int32), recent.astype(np.int32), multiple.astype(np.float32)
     kv_heads, head_dim = one.k.shape[1:]
@@ -206,7 +209,7 @@ def measure(
 @jax.jit
 @broadcasts
 def _measure(window, recent, multiple, q, k, v, gradient, tokens, end):
-    """Every choice beside the others. No key is moved: a choice notes which are gone, and when each was important."""
+    """All choices at once. No key is moved: each choice has the ``last`` of every key, and whether it is evicted."""
     kv_heads, group, head_dim = q.shape[1:]
     w, r, m = (x[:, None, None] for x in (window, recent, multiple))
 
@@ -226,11 +229,12 @@ def _measure(window, recent, multiple, q, k, v, gradient, tokens, end):
         again += jnp.where((clock > tokens) & (clock <= end), change, 0.0).sum(-1)
         scale = clock.astype(jnp.float32) / share / group
 
-        def judge(i, last):  # query by query: each is later than the one before, and loops of this kind are vectors
+        # One query after the other, so that the last one that found a key important counts.
+        def record_importance(i, last):
             ratio = sum(alpha[:, member, i] * scale[:, :, member, i, None] for member in range(group))
             return jnp.where(ratio >= m, clock[i], last)
 
-        last = jax.lax.fori_loop(0, CHUNK, judge, last)
+        last = jax.lax.fori_loop(0, CHUNK, record_importance, last)
         seen = jnp.minimum(clock[-1], end)
         gone |= (last <= seen - w) & (key < seen - r) & (key >= SINKS) & (seen >= w)
         live = jnp.where(clock[0] <= tokens, (~gone & (key < tokens)).sum(-1, dtype=jnp.int32), live)
@@ -255,10 +259,10 @@ def choose(
     cost: Float[np.ndarray, "choices layers kv_heads"],
     target: float,
 ) -> Int[np.ndarray, "layers kv_heads"]:
-    """Which choice each head gets at the lowest price of a key at which a mean of ``target`` stays.
+    """The choice of each head, at the lowest price of a key at which a share of at most ``target`` stays.
 
     Raises:
-      CormError: for a target below what the cheapest choices keep.
+      CormError: if even the choices that keep the fewest keys keep more than the target.
     """
 
     def at(price: float):
@@ -268,8 +272,8 @@ def choose(
     least = live.min(0).mean()
     if least > target:
         raise CormError(
-            f"no choice keeps as little as {target:g} of the keys: sinks and recent keys alone take {least:.3f} of "
-            "such texts; ask for more, or calibrate on longer texts"
+            f"no choice keeps as little as {target:g} of the keys: the least is {least:.3f} on these texts, since sinks and "
+            "recent keys always stay; choose a higher target, or calibrate on longer texts"
         )
     low, high = 1e-9, 1e6
     for _ in range(80):
@@ -279,7 +283,7 @@ def choose(
 
 
 def _digest(model: Decoder, ids: Sequence[int], seed: int, second: Sequence[int]) -> str:
-    """Under which name costs are kept: whatever they depend on."""
+    """The name of the file with the costs of a text: a checksum of all that they depend on."""
     weights = hashlib.sha256()
     for leaf in jax.tree.leaves(model):
         weights.update(np.asarray(leaf).tobytes())
@@ -288,7 +292,7 @@ def _digest(model: Decoder, ids: Sequence[int], seed: int, second: Sequence[int]
 
 
 def _save(file: Path, cost: Cost) -> None:
-    """Keeps costs. Several processes may measure for one directory: a file has the name of what it depends on."""
+    """Writes costs into a file. Several processes may do so in one directory, since equal names mean equal content."""
     try:
         with whole_file(file) as temporary:
             save_file(cost._asdict(), temporary)
@@ -297,10 +301,10 @@ def _save(file: Path, cost: Cost) -> None:
 
 
 def _load(file: Path | None, model: Decoder) -> Cost | None:
-    """Costs that were measured before.
+    """The costs in a file; None if there is no file.
 
     Raises:
-      CormError: for a file that holds something else.
+      CormError: if the file holds anything else.
     """
     if file is None or not file.exists():
         return None
@@ -309,8 +313,8 @@ def _load(file: Path | None, model: Decoder) -> Cost | None:
         cost = Cost(**load_file(file))
     except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise CormError(f"{file} does not hold what was measured of a text: delete it ({reason})") from None
+        raise CormError(f"{file} does not hold the measurements of a text: delete it ({reason})") from None
     for name, values in cost._asdict().items():
         if values.shape != shape or values.dtype != np.float32 or not np.isfinite(values).all():
-            raise CormError(f"{file} does not hold what was measured of a text: delete it ({name} is not as expected)")
+            raise CormError(f"{file} does not hold the measurements of a text: delete it ({name} is not as expected)")
     return cost

@@ -1,4 +1,4 @@
-"""CORM to a given size: the window with which it keeps as many keys as a budget would."""
+"""The window with which CORM keeps a given number of keys, so that it can be compared with policies on a budget."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -22,17 +22,18 @@ from corm_jax.policies import Corm, Notation, held_by, lacks_window, on_budget, 
 from corm_jax.runs.perplexity import read_text
 
 TOLERANCE = 0.02
-"""How near to the goal is near enough."""
+"""The search ends if the keys that are kept differ from the goal by at most this share of it."""
 
 PASSES = 4
-"""With the policy at work, at most."""
+"""The most times that the text is read with a window on trial."""
 
 
 @policy
 class WidestGap(Wrapper):
-    """Evicts nothing, and notes for each key the longest time that nobody found it important.
+    """Evicts nothing, and records each key's longest gap: the most queries in a row that did not find it important.
 
-    The state is what CORM remembers, and the longest gap: with w = r, a key goes when t - max(last, position + 1) >= w.
+    With w = r, CORM evicts a key as soon as t - max(last, position + 1) >= w, so a key stays if w is above its gap.
+    The state is that of CORM, and the longest gap of each key.
     """
 
     @property
@@ -63,17 +64,18 @@ def fit_window(
     chunk: SupportsIndex = 1,
     progress: Callable[[int], None] = lambda done: None,
 ) -> int:
-    """The w = r with which CORM ends a text with a mean of ``keys`` live keys a head, or as near as it comes.
+    """The w = r with which CORM has ``keys`` live keys a head, on average, when a text ends; or the nearest found.
 
-    A first pass with a full cache tells how many each window would keep if evictions changed nothing. They change
-    something: a few more passes, with the policy at work, correct the goal by what it then really keeps.
+    The text is first read with a full cache. That shows how many keys each window would keep if evictions did not
+    change attention. They do, so the text is then read with the window found, up to `PASSES` times; each time the goal
+    is corrected by the number of keys that were kept.
 
     Args:
       tokens: the text.
-      keys: the goal, as a budget would set it.
-      corm: the policy; its window and recent keys do not matter.
-      chunk: tokens between evictions.
-      progress: called with the number of passes done.
+      keys: the goal, live keys of a head.
+      corm: the policy, of which ``window`` and ``recent`` are replaced.
+      chunk: tokens between two evictions.
+      progress: called with the number of times that the text was read with a window.
 
     Raises:
       CormError: for a goal outside 1 to the number of tokens, and as `corm_jax.runs.perplexity.read_text`.
@@ -113,10 +115,12 @@ def fitted(
     chunk: int = 1,
     progress: Callable[[int], None] = lambda done: None,
 ) -> tuple[str, str]:
-    """A SPEC at a given size, and how it comes to have it.
+    """A SPEC that keeps ``keys`` keys of a head, and how it does so.
 
-    ``fixed``: the policy has a budget of ``keys``. ``cap``: it decides by itself, up to as many. ``searched``: CORM
-    without a window of its own gets the one that `fit_window` finds. The full cache stays as it is: ``none``.
+    - ``"fixed"``: the policy gets a budget of ``keys``, and keeps that many.
+    - ``"cap"``: the policy decides by itself, and gets a budget of ``keys`` as a limit.
+    - ``"searched"``: CORM without a window of its own gets the window that `fit_window` finds.
+    - ``"none"``: the full cache, which has no budget.
     """
     if lacks_window(spec):
         window = fit_window(model, tokens, keys, parse(spec), chunk=chunk, progress=progress)

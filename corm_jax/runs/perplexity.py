@@ -33,11 +33,11 @@ class Reading(NamedTuple):
     Attributes:
       nll: float32 ``[tokens - 1]``, nats: -ln of the probability of each token after the first.
       live: int32 ``[layer, chunks, kv_heads]``, live keys after each chunk.
-      seen: int32 ``[chunks]``, tokens read by then.
-      usage: the caches at the end.
-      passes: how often a block of the exact recurrence attended until its evictions were settled, mean over blocks and
-        layers; 1 in chunks.
-      seconds: wall time without compilation.
+      seen: int32 ``[chunks]``, tokens read after each chunk.
+      usage: how full the caches are at the end.
+      passes: how many times the queries of a block attended until its evictions no longer changed, in the exact
+        recurrence; mean over blocks and layers. With chunks it is 1.
+      seconds: wall time, without compiling.
     """
 
     nll: np.ndarray
@@ -49,12 +49,12 @@ class Reading(NamedTuple):
 
     @property
     def kept(self) -> np.ndarray:
-        """Live share of the keys seen, mean over layers and key-value heads: ``[chunks]``."""
+        """The share of the keys that are live, mean over layers and key-value heads, after each chunk: ``[chunks]``."""
         return self.live.mean((0, 2)) / self.seen
 
     @property
     def kept_per_layer(self) -> np.ndarray:
-        """The same at the end, for each layer: ``[layer]``."""
+        """The share of the keys that are live at the end, mean over the heads of each layer: ``[layer]``."""
         return self.live[:, -1].mean(-1) / self.seen[-1]
 
     def __repr__(self) -> str:
@@ -71,9 +71,9 @@ class Reading(NamedTuple):
         return {"nll": f"{nll:.4f}", "kept": f"{kept:.3f}", "usage": self.usage}
 
     def to_xarray(self) -> "xarray.Dataset":
-        """The same with names: axes ``layer``, ``kv_head``, ``token`` and ``seen``, the tokens read after each chunk.
+        """The reading with named axes: ``layer``, ``kv_head``, ``token``, and ``seen``, tokens read after each chunk.
 
-        ``nll`` has no first token, which nothing predicts. Needs ``pip install 'corm-jax[xarray]'``.
+        ``nll`` begins with the second token: the first is not predicted. Needs ``pip install 'corm-jax[xarray]'``.
         """
         live = Variable("layer seen kv_head", self.live, "live keys", "keys")
         nll = Variable("token", self.nll, "negative log-likelihood of the token", "nats")
@@ -94,23 +94,23 @@ def read_text(
     overflow: Overflow = "evict",
     progress: Callable[[int], None] = lambda done: None,
 ) -> Reading:
-    """Reads a text token by token through the caches and scores every prediction.
+    """Reads a text through the caches of a policy, and measures how well each token is predicted.
 
     Args:
       tokens: the ids of one text, a list or an array, at least two.
-      capacity, stores: as in `corm_jax.generate`; by default there is a slot for every token, and nothing overflows.
-      chunk: tokens between evictions; 1 is the exact recurrence.
-      prompt: how many of the tokens are the prompt, for policies that wait for its end; it ends a chunk.
-      overflow: as in `generation.prefill`.
+      capacity, stores: as in `corm_jax.generate`; by default there are as many slots as the policy can need.
+      chunk: tokens between two evictions; 1 is the exact recurrence.
+      prompt: how many of the tokens are the prompt, for policies that wait for its end. A chunk ends where it ends.
+      overflow: as in `corm_jax.prefill`.
       progress: called with the number of tokens read so far.
 
     Raises:
-      CormError: for too few tokens, ids outside the vocabulary, a capacity that cannot hold a chunk, no
-        ``prompt`` or a wrong one, or a model whose predictions are not numbers.
+      CormError: for fewer than 2 tokens, ids outside the vocabulary, a capacity that cannot hold a chunk, a ``prompt``
+        that is missing or impossible, or predictions that are NaN or infinite.
     """
     tokens = token_ids(tokens, model.config.vocab)
     if len(tokens) < 2:
-        raise CormError(f"a text of {len(tokens)} tokens leaves nothing to predict: it takes at least 2")
+        raise CormError(f"a text of {len(tokens)} tokens has no token to predict: give at least 2 tokens")
     chunk = integer("chunk", chunk)
     one_of("overflow", overflow, OVERFLOW)
     capacity = slots_for(policy, capacity, len(tokens), chunk)
@@ -119,7 +119,7 @@ def read_text(
     caches = make_caches(model, policy, batch=1, capacity=capacity, stores=stores, tokens=len(tokens))
     caches = set_prompt(policy, caches, np.array([len(tokens)], np.int32), np.array([prompt], np.int32), chunk)
     check = watch(caches, overflow)
-    # A block without tokens changes nothing, but it compiles: the clock starts after it.
+    # A block without tokens changes nothing. It is read so that `seconds` does not count the compiling.
     _, _, caches = _score(model, policy, caches, blocks[:1], targets[:1], np.zeros(1, np.int32), chunk=chunk)
     jax.block_until_ready(caches)
     started, scores, live, passes, seen = time.perf_counter(), [], [], [], [0]
@@ -138,7 +138,7 @@ def read_text(
     if not np.isfinite(nll).all():
         where = int(np.flatnonzero(~np.isfinite(nll))[0]) + 1
         raise CormError(
-            f"the model's prediction of token {where} is not a number: are the weights sound in this dtype?"
+            f"the model's prediction of token {where} is NaN or infinite: are the weights sound in this dtype?"
         )
     usage, passed = cache.usage(caches), float(np.mean(passes))
     return Reading(nll, np.concatenate(live, axis=1), np.array(seen[1:]), usage, passed, seconds)
@@ -147,9 +147,12 @@ def read_text(
 def cut(
     tokens: Tokens, prompt: int, vocab: int, chunk: int
 ) -> tuple[Int[np.ndarray, "blocks block"], Int[np.ndarray, "blocks block"], Int[np.ndarray, "blocks 1"]]:
-    """A text in blocks, what each token is followed by, and how many are real. The prompt ends a chunk.
+    """Cuts a text into blocks.
 
-    So what follows the prompt is read after the eviction that waits for its end.
+    Prompt and rest are cut apart, so that the rest is read after the eviction that waits for the end of the prompt.
+
+    Returns:
+      The tokens of each block, padded; the token that follows each; and how many tokens of each block are no padding.
     """
     parts = [Blocks.cut([part], vocab, chunk) for part in (tokens[:prompt], tokens[prompt:]) if len(part)]
     blocks, counts = (np.concatenate(x) for x in zip(*((part.tokens[0], part.count) for part in parts), strict=True))

@@ -1,7 +1,7 @@
-"""What every layer attends to while the model reads a text with the full cache.
+"""Recording: what every layer attends to while the model reads a text with the full cache.
 
-The text goes through one layer after the other, not one token after the other. So memory holds the hidden states of the
-text and a single layer's queries, keys, values and cache, however many layers there are.
+The whole text is read by one layer, then by the next. So memory holds the hidden states of the text, and the queries,
+keys, values and the cache of a single layer, however many layers there are.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,10 +24,10 @@ from corm_jax.policies.recorder import Recorder, recorded
 
 
 class Recorded(NamedTuple):
-    """One layer's share of the reading. All float32, whatever the model's dtype.
+    """What is recorded of one layer. All arrays are float32, whatever the dtype of the model.
 
     Attributes:
-      layer: which, from 0.
+      layer: the number of the layer, from 0.
       q: ``[tokens, q_heads, head_dim]``, rotated. Query heads ``h * group`` to ``h * group + group - 1`` share
         key-value head ``h``.
       k, v: ``[tokens, kv_heads, head_dim]``, the keys rotated.
@@ -101,13 +101,14 @@ def resume(
     *,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Iterator[Recorded]:
-    """`record` from layer ``done`` on, for a caller who stores each layer before asking for the next.
+    """Goes on with a recording after its first ``done`` layers. The caller stores each layer before it takes the next.
 
-    The hidden states go to the file ``state`` as soon as a layer is stored. They may be those of an earlier layer after
-    a kill, or missing: then layers that are stored already are read once more, and not yielded.
+    The hidden states that leave a layer are written to the file ``state`` once the caller has stored the layer. After
+    an interruption the file may be missing, or hold those of an earlier layer. Then some layers that are stored are
+    computed once more, and are not yielded.
 
     Raises:
-      CormError: as `record`; if ``state`` cannot be written.
+      CormError: as `record`, and if ``state`` cannot be written.
     """
     first, x = _load(state, (len(tokens), hidden(model).shape[-1]), done)
     if done == model.config.layers:
@@ -135,7 +136,7 @@ def _save(state: Path, layers: int, x: np.ndarray) -> None:
 
 
 def _load(state: Path, shape: tuple[int, int], most: int) -> tuple[int, np.ndarray | None]:
-    """How many layers are behind the hidden states in ``state``, and these; 0 and None if they are of no use."""
+    """The hidden states in ``state``, after the number of layers that they went through; 0 and None if unusable."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 

@@ -1,25 +1,27 @@
-"""What a model's prediction loses when its heads forget.
+"""How much a model's prediction loses when the outputs of its heads change, because keys are evicted.
 
-With ``o[t, h]`` the output of key-value head h at token t (of all query heads of its group), both answers are gradients
-with respect to it.
+Let ``o[t, h]`` be the output of key-value head h at token t (of all query heads of its group). Two answers are given,
+and both are gradients with respect to it.
 
-**What is gone for good** (`worth`). Let every output be a mixture, ``g`` of what its queries read from all keys and
-``1 - g`` of what they read from the first `SINKS` and the newest `WINDOW`, and L(g) the mean negative log-likelihood
-of some tokens. What a change of the outputs costs is averaged over the way from the window to everything:
+**The worth of outputs** (`worth`) is for changes that lose information. Let every output be a mixture: ``g`` times the
+output over all keys, plus ``1 - g`` times the output over the first `SINKS` and the newest `WINDOW` keys alone. L(g) is
+the mean negative log-likelihood of some tokens under this mixture. Its gradient is averaged from g = 0 to g = 1:
 
     G[t, h]  =  integral over g from 0 to 1 of  dL / do[t, h]          L changes by about  sum over t, h of  G . change
 
-These are integrated gradients (Sundararajan et al., arXiv 1703.01365): a gradient at g = 1 alone would say that a head
-is worth nothing where another could stand in for it, though not both can go. The integral is a Gauss-Legendre sum.
+These are integrated gradients (Sundararajan et al., arXiv 1703.01365). The gradient at g = 1 alone would be near zero
+for each of two heads that can replace each other, although one of them is needed. The integral is a Gauss-Legendre sum.
 
-**What is only blurred** (`scores`). Where a text is predicted well, gradients of its likelihood are noise about zero;
-what a small change costs is of second order. Let y be of the model's own, each token drawn from its prediction:
+**The scores of outputs** (`scores`) are for small changes. Where a text is predicted well, the gradient of its
+likelihood is noise around zero, and the loss is of second order. Let y be tokens that are drawn from the predictions:
 
     s[t, h]  =  d ln p(y) / do[t, h]          KL(before || after)  is about  E sum over t, h of  (s . change)^2 / 2
 
-the diagonal of the Fisher information: later tokens' scores are uncorrelated, so one draw estimates it without bias.
+with the diagonal of the Fisher information. The scores of different tokens are uncorrelated, so that one draw is an
+unbiased estimate.
 
-Layers are run one at a time, forward and back, and queries a block at a time, so memory holds the attention of a block.
+One layer is run at a time, forward and backward, and one block of queries at a time, so that memory holds the attention
+of a single block.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,9 +37,10 @@ from corm_jax.errors import CormError
 from corm_jax.model.decoder import Decoder
 
 SINKS, WINDOW = 4, 128
+"""First and newest keys that a query reads at g = 0."""
 
 QUERIES_PER_BLOCK = 512
-"""Queries whose attention is in memory."""
+"""Queries whose attention is in memory at one time."""
 
 
 def worth(
@@ -48,11 +51,11 @@ def worth(
     *,
     progress: Callable[[], None] = lambda: None,
 ) -> list[Float[np.ndarray, "tokens kv_heads group head_dim"]]:
-    """G of every layer, in nats: of the mean NLL of ``tokens[first:]``, each predicted from those before it.
+    """G of every layer, in nats, for the mean NLL of ``tokens[first:]``, each predicted from the tokens before it.
 
     Args:
-      nodes: gradients on the way.
-      progress: called after each of them.
+      nodes: at how many values of g the gradient is taken.
+      progress: called after each gradient.
     """
     found = []
     for place, weight in zip(*np.polynomial.legendre.leggauss(nodes), strict=True):
@@ -65,7 +68,7 @@ def worth(
 def gradient(
     model: Decoder, tokens: Sequence[int], first: int, mixture: int | float
 ) -> tuple[float, list[Float[np.ndarray, "tokens kv_heads group head_dim"]]]:
-    """L, and dL / do of every layer, at one g."""
+    """L and dL / do of every layer, at ``mixture`` = g."""
     entering, x = _forward(model, tokens, mixture)
     loss, dx = _loss(model, x[:, first - 1 : -1], jnp.asarray(tokens[first:], jnp.int32))
     dx = jnp.zeros_like(x).at[:, first - 1 : -1].set(dx)
@@ -76,19 +79,19 @@ def gradient(
 def scores(
     model: Decoder, tokens: Sequence[int], seed: int
 ) -> list[Float[np.ndarray, "tokens kv_heads group head_dim"]]:
-    """The scores s of every layer, in nats, with the full cache: what follows each token is drawn after ``seed``."""
+    """The scores s of every layer, in nats, with the full cache; ``seed`` determines the tokens that are drawn."""
     entering, x = _forward(model, tokens, 1.0)
     _, dx = _loss(model, x, _draw(model, x, jax.random.key(seed)))
     return _backward(model, entering, dx, 1.0)
 
 
 def _forward(model, tokens, mixture):
-    """What enters each layer, and what leaves the last."""
+    """The hidden states that enter each layer, and those that leave the last layer."""
     ids = jnp.asarray(tokens, jnp.int32)[None]
     entering, x = [], model.embed(ids, iota(len(tokens))[None])
     for layer in model.layers:
         entering.append(x)
-        x = mixed(layer, x, _nothing(model, x), jnp.float32(mixture))
+        x = mixed(layer, x, _no_change(model, x), jnp.float32(mixture))
     return entering, x
 
 
@@ -96,12 +99,12 @@ def _backward(model, entering, dx, mixture):
     """The gradient with respect to the outputs of each layer's heads."""
     found = []
     for layer, x in zip(list(model.layers)[::-1], entering[::-1], strict=True):
-        dx, do = _back(layer, x, _nothing(model, x), jnp.float32(mixture), dx)
+        dx, do = _back(layer, x, _no_change(model, x), jnp.float32(mixture), dx)
         found.append(np.asarray(do))
     return found[::-1]
 
 
-def _nothing(model, x):
+def _no_change(model, x):
     config = model.config
     return jnp.zeros((x.shape[1], config.kv_heads, config.heads // config.kv_heads, config.head_dim), jnp.float32)
 
@@ -109,7 +112,7 @@ def _nothing(model, x):
 @jax.jit
 @broadcasts
 def mixed(layer, x, change, g):
-    """A layer whose heads' outputs are a mixture of everything and a window, plus a change."""
+    """A layer in which the outputs of the heads are the mixture for ``g``, plus ``change``."""
     tokens = x.shape[1]
     position = iota(tokens)
 
@@ -122,7 +125,9 @@ def mixed(layer, x, change, g):
     def attend(q, k, v, encoding=None, **how):
         form = Form(encoding, **how)
         if form.beyond:
-            raise CormError(f"only softmax(q . k) over all earlier keys is measured, without a {form.beyond[0]}")
+            raise CormError(
+                f"a layer attends with a {form.beyond[0]}: only softmax(q . k) over all earlier keys can be measured"
+            )
         q, k = (form.encoded(one[0], position) for one in (q, k))
         q, k, v = (one.astype(jnp.float32) for one in (form.queries(q).reshape(change.shape), k, v[0]))
         blocks = []
