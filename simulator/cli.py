@@ -17,7 +17,7 @@ from corm_jax.core.capacity import slots_for
 from corm_jax.core.policy import Policy
 from corm_jax.errors import CormError
 from corm_jax.files import check_new, deliver, finish, write_json
-from corm_jax.policies import Notation, parse
+from corm_jax.policies import Notation, default_spec, parse
 from corm_jax.showing.drawing import saving
 from corm_jax.terminal import console
 from corm_jax.terminal.console import COUNT, SEED, Real, Spec, Whole, naming
@@ -29,12 +29,14 @@ from simulator import oracle, planner, plots
 from simulator.replay import FIDELITIES, Replay, replay, sweep
 from simulator.report import print_replays, print_rows, summary
 from simulator.specification import MISSING, specified
-from simulator.verify import verify
+from simulator.verify import STAGES, verify
 
 # isort: split
 import click  # after the console, which says how to install it
 
-DEFAULT_POLICY = "corm:window=256,recent=256"
+DEFAULT = f"  [default: {default_spec(2048)}, or windows of an eighth of a shorter text]"
+"""The default of ``--policy`` in the help."""
+
 CHECKED = 512
 """Tokens that ``check`` reads by default."""
 
@@ -79,11 +81,12 @@ class Job(NamedTuple):
         return f"{self.model}, {self.trace.meta.steps:,} tokens, {part}{slots}"
 
     def policies(self, specs: Sequence[str]) -> dict[str, Policy]:
-        """The policy of each SPEC. Raises for one that cannot work with the options."""
-        policies = {spec: parse(spec) for spec in specs}
+        """The policy of each SPEC, or of the default. Raises for one that cannot work with the options."""
         steps, options = self.trace.meta.steps, self.options
+        policies = {spec: parse(spec) for spec in specs or [default_spec(steps)]}
         if options["capacity"] is None:
             console.note_budgets(specs, self.program)
+        console.note_small_budgets(specs, steps, options["prompt"], self.program)
         for spec, policy in policies.items():
             with naming({"--policy": spec, "--capacity": options["capacity"]}):
                 slots_for(policy, options["capacity"], steps, options["chunk"])
@@ -203,10 +206,8 @@ fidelity_option = click.option(
     help="attention to the live keys: made to sum to 1 again, or left as it was recorded",
 )
 _policy = partial(click.option, "--policy", type=Spec(), metavar="SPEC", show_default=True)
-_one_policy = _policy("spec", default=DEFAULT_POLICY, help="name:key=value,...")
-policies_option = _policy(
-    "specs", default=[DEFAULT_POLICY], multiple=True, help="name:key=value,...; repeat to compare"
-)
+_one_policy = _policy("spec", help=f"name:option=value,...{DEFAULT}")
+policies_option = _policy("specs", multiple=True, help=f"name:option=value,...; repeat to compare{DEFAULT}")
 _plot_file = click.option("--plot", "plot_file", type=_file, help="draw the result into this PNG file")
 
 
@@ -288,11 +289,11 @@ def _bounds(job: Job, specs, exact, plot_file):
 @_one_policy
 def _check(job: Job, spec) -> int:
     """Check a policy on a trace: replay, cache and specification must keep the same keys. If not, exit code 1."""
-    policy = job.policies([spec])[spec]
+    ((spec, policy),) = job.policies([spec] if spec else []).items()
     options = {name: job.options[name] for name in ("chunk", "capacity", "prompt")}
     if options["capacity"]:
         options["capacity"] = min(options["capacity"], job.trace.meta.steps)  # with as many, nothing overflows
-    with naming({"--policy": spec}), bar(spec, len(job.layers)) as progress:
+    with naming({"--policy": spec}), bar(f"checking {spec}", STAGES * len(job.layers)) as progress:
         findings = verify(job.trace, policy, **options, progress=progress)
     rows = [{"name": finding.name, "held": finding.held, "detail": finding.detail} for finding in findings]
     if not specified(policy):
@@ -324,7 +325,8 @@ def _plot(job: Job, spec, out, layer, head, start):
         raise CormError(f"--layer must be one of {layers}, and --head one from 0 to {meta.kv_heads - 1}")
     if start is not None and not 0 <= start < meta.steps:
         raise CormError(f"--from must be from 0 to {meta.steps - 1}, not {start}")
-    result, row = job.replay(spec, job.policies([spec])[spec], errors=True)
+    ((spec, policy),) = job.policies([spec] if spec else []).items()
+    result, row = job.replay(spec, policy, errors=True)
     title = f"{spec} on {job.title}"
     index, head = sorted(heads, key=lambda where: result.live[(*where, -1)])[len(heads) // 2]
     start = plots.busiest(plots.fates(result, index, head)) if start is None else start
@@ -343,7 +345,7 @@ def _plot(job: Job, spec, out, layer, head, start):
 
 @simulator.command("plan")
 @click.argument("paths", metavar="TRACE...", nargs=-1, required=True, type=_file)
-@_policy("spec", default=DEFAULT_POLICY, help="name:key=value,...")
+@_policy("spec", help=f"name:option=value,...{DEFAULT}")
 @click.option("--chunk", type=COUNT, default=1, show_default=True, help="tokens between evictions")
 @click.option("--overflow", type=Real(0, 0.999), default=0.001, show_default=True, help="share of keys without a slot")
 @click.option(
@@ -361,6 +363,7 @@ def _plan(paths, spec, chunk, overflow, spare, tokens, out, overwrite):
         with naming({"--tokens": tokens}):
             traces.append(trace.part(steps=tokens))
     shortest = min(trace.meta.steps for trace in traces)
+    spec = spec or default_spec(shortest)
     if chunk > shortest:
         raise CormError(f"--chunk {chunk} is more than the {shortest} tokens that are read: choose at most as many")
     with naming({"--policy": spec}), bar(spec, sum(trace.meta.layers for trace in traces)) as progress:

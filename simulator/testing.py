@@ -15,6 +15,9 @@ for something to happen.
 this needs the extra ``checks`` alone: Hypothesis and pytest.
 """
 
+import sys
+import time
+from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -37,6 +40,9 @@ from simulator.subject import Implementation, Subject
 CORM_JAX = Implementation()
 """The cache of `corm_jax`."""
 
+EVERY = 5.0
+"""The fewest seconds between two lines of progress."""
+
 
 @broadcasts
 def check_policy(
@@ -49,6 +55,8 @@ def check_policy(
     shrink: bool = True,
 ) -> None:
     """Runs every check on a policy that has something to say about it.
+
+    If that takes long, lines on standard error say now and then how many checks are done.
 
     Args:
       policy: the policy, or a Hypothesis strategy of policies.
@@ -69,9 +77,19 @@ def check_policy(
     if not checks:
         raise ValueError(f"no check is called {only!r}: there are {', '.join(check.__name__ for check in CHECKS)}")
     check_construction(_one_of(policy))
-    for check in checks:
-        if _applies(check, policy, reference):
-            _run(check, policy, reference, implementation, examples, shrink)
+    for check in _with_progress([check for check in checks if _applies(check, policy, reference)]):
+        _run(check, policy, reference, implementation, examples, shrink)
+
+
+def _with_progress(checks: Sequence[Any]) -> Iterator[Any]:
+    """The checks one by one, with a line of progress before some of them, at least `EVERY` seconds after the last."""
+    begin = last = time.monotonic()
+    for done, check in enumerate(checks):
+        if (now := time.monotonic()) - last >= EVERY:
+            progress = f"{done} of {len(checks)} checks done in {now - begin:.0f} s, the next is {check.__name__}"
+            print(f"check_policy: {progress}", file=sys.stderr, flush=True)
+            last = now
+        yield check
 
 
 def _applies(check, policy, reference: Reference | None) -> bool:

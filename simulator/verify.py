@@ -30,6 +30,10 @@ CLOSE = 2e-5
 """The largest error of alpha n in float32. If alpha n is nearer to the threshold, either verdict is accepted."""
 
 
+STAGES = 3
+"""How many times each layer is read: by the replay, by the cache, and by the specification."""
+
+
 class Finding(NamedTuple):
     """One claim, whether it holds on the trace, and the details."""
 
@@ -56,7 +60,7 @@ def verify(
     - the invariants of `simulator.invariants` that apply to the policy, for the keys in the cache.
 
     The specification takes seconds for a head of 512 steps, and its time grows with the square of the steps: cut a long
-    trace.
+    trace. ``progress`` is called with the number of layers done, up to `STAGES` times the layers of the trace.
 
     >>> from simulator.synthetic import sinks
     >>> [(finding.name, finding.held) for finding in verify(sinks(layers=1, steps=32), Corm(window=4, recent=2))]
@@ -71,14 +75,17 @@ def verify(
         raise TraceError("an attention trace holds no queries and keys: the cache and the specification need them")
     if not isinstance(policy, Policy):
         raise CormError(f"{policy!r} is not a policy: verify one at a time, on layers that it is meant for")
-    result = replay(trace, policy, chunk=chunk, capacity=capacity, prompt=prompt, errors=False)
+    result = replay(trace, policy, chunk=chunk, capacity=capacity, prompt=prompt, errors=False, progress=progress)
+    layers = trace.meta.layers
     chunk, prompt = min(chunk, trace.meta.steps), prompt or ENDLESS
     ends = np.minimum(np.arange(chunk, trace.meta.steps + chunk, chunk), trace.meta.steps)
     replayed = result.history()[:, :, ends - 1]
-    findings, cached = [], _cached(trace, policy, ends, chunk, capacity, prompt)
+    cached = _cached(trace, policy, ends, chunk, capacity, prompt, partial(_after, progress, layers))
+    findings = []
     if reference or specified(policy):
         how = {"chunks": np.diff(ends, prepend=0).tolist(), "capacity": capacity, "prompt": prompt}
-        findings.append(_specification(trace, policy, result, replayed, ends, how, reference, progress))
+        stage = partial(_after, progress, 2 * layers)
+        findings.append(_specification(trace, policy, result, replayed, ends, how, reference, stage))
     claims = _claims(trace, policy, result, cached, ends, chunk, capacity)
     for name, claim in [("cache", partial(_alike, cached, replayed, ends)), *claims]:
         try:
@@ -88,6 +95,10 @@ def verify(
         except InvariantError as error:
             findings.append(Finding(name, False, str(error)))
     return findings
+
+
+def _after(progress: Callable[[int], None], before: int, done: int) -> None:
+    progress(before + done)
 
 
 def _alike(cached, replayed, ends) -> None:
@@ -119,7 +130,7 @@ def _heads(trace: Trace, index: int) -> QKV:
     return QKV(q.reshape(meta.steps, meta.kv_heads, -1, meta.head_dim or 1), layer.k, layer.v)
 
 
-def _cached(trace, policy, ends, chunk, capacity, prompt) -> np.ndarray:
+def _cached(trace, policy, ends, chunk, capacity, prompt, progress) -> np.ndarray:
     """The keys in the cache after each chunk: bool ``[layers, kv_heads, chunks, keys]``."""
     meta = trace.meta
     held = np.zeros((meta.layers, meta.kv_heads, len(ends), meta.steps), bool)
@@ -131,6 +142,7 @@ def _cached(trace, policy, ends, chunk, capacity, prompt) -> np.ndarray:
         position = np.asarray(position)
         at, head, slot = np.nonzero(position >= 0)
         held[index, head, at, position[at, head, slot]] = True
+        progress(index + 1)
     return held
 
 

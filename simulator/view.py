@@ -6,7 +6,7 @@ from corm_jax.errors import CormError
 from corm_jax.files import check_new, deliver
 from corm_jax.terminal import console
 from corm_jax.terminal.console import COUNT
-from corm_jax.terminal.tables import show
+from corm_jax.terminal.tables import mib, show
 from corm_jax.traces.trace import Trace
 from simulator import viewer
 from simulator.cli import Job, bar, fidelity_option, layers_of, policies_option, replay_options
@@ -14,13 +14,13 @@ from simulator.cli import Job, bar, fidelity_option, layers_of, policies_option,
 # isort: split
 import click  # after the console, which says how to install it
 
-MIB = 2**20
-
 
 @click.command("view", cls=console.Command)
 @click.argument("path", metavar="TRACE", type=click.Path(path_type=Path))
 @policies_option
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="the HTML file to write")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default="view.html", show_default=True, help="the HTML file to write"
+)
 @console.overwrite_option
 @click.option("--tokens", type=COUNT, help=f"how many tokens to show  [default: at most {viewer.TOKENS:,}]")
 @click.option("--layers", metavar="N,N,...", help=f"layers to show, from 0  [default: up to {viewer.HEADS:,} heads]")
@@ -48,4 +48,4 @@ def view(path, specs, out, overwrite, tokens, layers, fidelity, **how):
     deliver(out, lambda place: place.write_bytes(content), overwrite)
     for sentence in shown.left_out:
         show(sentence)
-    show(f"{out}: {job.title}, {len(content) / MIB:.1f} MiB. Open it in a browser.")
+    show(f"{out}: {job.title}, {mib(len(content))} MiB. Open it in a browser.")

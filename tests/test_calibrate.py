@@ -171,7 +171,7 @@ def test_what_was_kept_of_a_text_is_checked(drawn, tmp_path, change):
     calibrate.costs(MODEL, {"a": IDS}, work=tmp_path)
     (file,) = tmp_path.iterdir()
     save_file({name: values for name, values in (cost._asdict() | change).items() if values is not None}, file)
-    with pytest.raises(CormError, match=f"^{file} does not hold what was measured of a text: delete it"):
+    with pytest.raises(CormError, match=f"^{file} does not hold the measurements of a text: delete it"):
         calibrate.costs(MODEL, {"a": IDS}, work=tmp_path)
 
 
@@ -182,7 +182,7 @@ def test_costs_that_cannot_be(drawn, tmp_path):
         with pytest.raises(CormError, match="the seed must be from 0 to 4294967295"):
             calibrate.costs(MODEL, {"a": IDS}, seed=seed)
     drawn[0].live[0] = np.inf
-    with pytest.raises(CormError, match="what was measured of 'a' is not a number"):
+    with pytest.raises(CormError, match="what was measured on 'a' is NaN or infinite"):
         calibrate.costs(MODEL, {"a": IDS})
 
 

@@ -1,5 +1,6 @@
 """The command line, in one process, on a tiny model that the tests make."""
 
+import contextlib
 import json
 import re
 from importlib.metadata import EntryPoint
@@ -9,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from corm_jax.command import cli, compare
+from corm_jax.command import cli, compare, inputs
 from corm_jax.runs import recording
 from corm_jax.traces.trace import Trace
 from tests.test_checkpoint import TEXT, byte_level_tokenizer
@@ -41,6 +42,7 @@ def test_compare(corm, model, text, tmp_path):
     result = json.loads(report.read_text())
     assert {"model", "text", "tokens", "dtype", "device", "rows"} <= result.keys()
     full, evicting = result["rows"]
+    assert " 0.0366 " in out  # MiB of the full cache, which one decimal would round to 0
     assert set(full) == {*KEYS.split(), "seconds", "kept_per_layer", "budget"}
     per_layer = 2 * 2 * 8 * 4 * 100  # k and v, 2 heads of 8 float32 numbers, 100 tokens
     assert full["kv_bytes_full"] == full["kv_bytes_live"] == 3 * per_layer
@@ -140,11 +142,29 @@ def test_generate(corm, model, tmp_path):
     common = ("generate", "--model", model, "--max-new-tokens", 20, "--policy", "corm:window=4,recent=2")
     code, out, _ = corm(*common, "--prompt", "It was the")
     assert code == 0
-    assert "[cache: " in out.splitlines()[-1]
+    assert re.match(
+        r"\[cache: \d+\.\d of \d+ keys live in a head \(mean over layers and heads\), ", out.splitlines()[-1]
+    )
     assert corm(*common, "--prompt-file", tmp_path / "prompt")[1] == out
     assert corm(*common, "--prompt", "It was the", "--chat")[1] != out
     assert corm(*common, "--prompt", "It was the", "--temperature", 1, "--top-p", 0.9, "--seed", 2)[0] == 0
     assert corm(*common[:-1], "snapkv:budget=4,window=2", "--prompt", "It was the" * 9)[0] == 0
+
+
+def test_the_bar_says_what_is_read(monkeypatch, model):
+    descriptions = []
+
+    class Bar(contextlib.nullcontext):
+        def __enter__(self):
+            return self
+
+        def track(self, items, description):
+            descriptions.append(description)
+            return items
+
+    monkeypatch.setattr(inputs, "progress_bar", Bar)
+    inputs.load(model, "float32")
+    assert descriptions == [f"reading the weights of {model}, tensor by tensor"]
 
 
 def test_record(corm, model, text, tmp_path):
@@ -158,10 +178,11 @@ def test_record(corm, model, text, tmp_path):
     tokenizer = byte_level_tokenizer()
     assert list(trace.meta.tokens) == tokenizer.encode(text.read_text()).ids[:70]
     assert "".join(trace.meta.pieces).startswith("It was the best of times, it was the worst of times. 'It's na")
-    first, second = printed.splitlines()
+    first, *commands = printed.splitlines()
     size = sum(file.stat().st_size for file in out.iterdir()) / 2**20
-    assert first == f"{out}: 3 layers of 70 tokens, {size:.1f} MiB. To replay a policy on it:"
-    assert second == f"python -m simulator replay '{out}' --policy corm:window=256,recent=256"
+    assert first == f"{out}: 3 layers of 70 tokens, {size:.3g} MiB. To replay a policy on it, or to see it:"
+    spec = "corm:window=8,recent=8"  # which evicts something in 70 tokens
+    assert commands == [f"{line} '{out}' --policy {spec}" for line in ("python -m simulator replay", "corm view")]
     assert corm(*common, "--out", tmp_path / "half", "--store", "float16")[0] == 0
     half = Trace.open(tmp_path / "half")
     np.testing.assert_allclose(half.layer(2).q, trace.layer(2).q, rtol=1e-3, atol=1e-6)
@@ -187,13 +208,13 @@ def test_an_interrupted_recording_goes_on(corm, model, text, tmp_path, monkeypat
     code, _, err = corm(*common, tmp_path / "cut")
     assert (code, "interrupted" in err, (tmp_path / "cut").exists()) == (130, True, False)
     code, _, err = corm(*common, tmp_path / "cut")
-    assert (code, "2 of 3 layers are there already" in err, len(calls)) == (0, True, 4)
+    assert (code, "2 of 3 layers were recorded before" in err, len(calls)) == (0, True, 4)
     whole, cut = ({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("whole", "cut"))
     assert cut == whole
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cut", "text.txt", "whole"]
     calls.clear()
     assert corm(*common, tmp_path / "other")[0] == 130
-    assert "layers are there" not in corm(*common, tmp_path / "other", "--store", "bfloat16")[2]
+    assert "were recorded before" not in corm(*common, tmp_path / "other", "--store", "bfloat16")[2]
     assert Trace.open(tmp_path / "other").meta.dtype == "bfloat16"
 
 

@@ -232,7 +232,7 @@ def test_errors_name_the_option_and_the_policy(run, places, tmp_path):
         ("--policy", "corm:windw=3"): "'--policy': unknown option 'windw=3' in 'corm:windw=3'",
         ("--budget", "1.5"): "'--budget': a budget must be",
         ("--budget", ""): "'--budget': ",
-        ("--budget", 41, "--policy", "corm"): "--budget 41 is more than --tokens 40: corm keeps at most all",
+        ("--budget", 41, "--policy", "corm"): "--budget 41 is more than --tokens 40, and corm cannot keep more: lower",
         (
             "--budget",
             5,

@@ -67,7 +67,7 @@ def test_perplexity(evaluate, text, tmp_path):
     before = (out / RESULTS).read_bytes()
     code, again, err = evaluate("perplexity", *arguments)
     assert (code, again) == (0, printed)
-    assert "6 results are there already" in err
+    assert "6 results of an earlier run are kept" in err
     assert (out / RESULTS).read_bytes() == before
     code, _, err = evaluate("perplexity", *arguments[:-2], "--policy", "tova:budget=8")
     assert code == 2

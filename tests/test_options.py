@@ -461,6 +461,64 @@ def test_commands_say_that_nothing_is_evicted(spec, capsys):
         cj.parse(re.search(r"as in (\S+)", said)[1])
 
 
+@pytest.mark.parametrize(
+    ("spec", "prompt", "said"),
+    [
+        ("h2o:budget=0.1,recent=20", None, "10 keys of a head after 100 tokens, but 20 are never evicted (recent=20)"),
+        ("tova:budget=0.1,sinks=8,recent=20", None, "but 28 are never evicted (recent=20, sinks=8), so that 28 keys"),
+        ("scissorhands:budget=0.1,recent=20", None, "but 20 are never evicted (recent=20)"),
+        (
+            "snapkv:budget=0.1,window=20",
+            100,
+            "10 keys of a head after 100 tokens, but 20 are never evicted (window=20)",
+        ),
+        (
+            "h2o:budget=0.1",
+            None,
+            "but 256 are never evicted (recent=256), so that no key is evicted: lower recent, raise",
+        ),
+        ("h2o:budget=0.1,recent=10", None, ""),
+        ("h2o:budget=30,recent=10", None, ""),
+        ("snapkv:budget=0.1,window=10", 100, ""),
+        ("corm", None, ""),
+    ],
+)
+def test_commands_say_that_a_share_is_less_than_what_is_protected(spec, prompt, said, capsys):
+    from corm_jax.terminal.console import note_small_budgets
+
+    note_small_budgets([spec, spec], 100, prompt)
+    note = capsys.readouterr().err
+    assert (note.count("\n"), said in note) == (bool(said), True), note
+    kept = int(replay(noise(layers=1, steps=100), cj.parse(spec), prompt=prompt).live[0, 0, -1])
+    protected = re.search(r"but (\d+) are never", note)
+    if protected:
+        assert note.startswith(f"corm: note: {spec}: the budget is 10 keys")
+        assert kept == min(int(protected[1]), 100) > 10
+    elif "budget" in spec:
+        assert kept <= 30
+
+
+def test_the_commands_do_say_that_it_is_less(run_main, model, tmp_path):
+    from corm_jax.command import cli
+    from simulator import cli as simulator
+
+    noise(layers=1, steps=20).save(tmp_path / "trace")
+    (tmp_path / "text").write_text("It was the best of times, it was the worst of times. " * 3)
+    spec, common = "h2o:budget=0.25", ("--model", model, "--chunk", 4)
+    text = (*common, "--text", tmp_path / "text", "--tokens", 12, "--policy", spec)
+    for main, *arguments in (
+        (simulator.main, "simulator", "replay", tmp_path / "trace", "--policy", spec, "--no-errors"),
+        (cli.main, "corm", "compare", *text),
+        (cli.main, "corm", "generate", *common, "--prompt", "It was", "--max-new-tokens", 2, "--policy", spec),
+        (cli.main, "corm", "eval", "perplexity", *text, "--limit", 1, "--out", tmp_path / "out"),
+    ):
+        code, _, err = run_main(main, *arguments)
+        assert (code, err.count("but 256 are never evicted (recent=256), so that no key is evicted")) == (0, 1), err
+    code, _, err = run_main(cli.main, "corm", "eval", "perplexity", *text[:-1], "h2o:recent=9", "--budget", "0.25",
+                            "--limit", 1, "--out", tmp_path / "other")  # fmt: skip
+    assert (code, "the shortest prompt 12: a budget of 3 keys is below the 9" in err) == (2, True), err
+
+
 def test_the_commands_do_say_it(run_main, model, tmp_path):
     from corm_jax.command import cli
     from simulator import cli as simulator

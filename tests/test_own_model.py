@@ -80,7 +80,7 @@ POLICIES = ("--policy", "full", "--policy", "corm:window=8,recent=4")
 def test_every_command_takes_it(corm, tmp_path, run_main):
     code, out, err = corm("generate", *MINE, "--prompt", "The cat", "--max-new-tokens", 5)
     assert (code, err) == (0, "")
-    assert "keys live a head" in out
+    assert "keys live in a head" in out
     assert corm("compare", *MINE, *POLICIES, "--tokens", 64, "--json", "compare.json")[0] == 0
     full, evicted = json.loads((tmp_path / "compare.json").read_text())["rows"]
     assert full["kept_final"] == 1 > evicted["kept_final"]
@@ -108,9 +108,9 @@ def test_it_is_calibrated(corm, tmp_path):
         ("nowhere:load", "there is no module 'nowhere' in "),
         ("mine:laod", "mine.py has no 'laod': name a function that returns (decoder, tokenizer)"),
         ("mine:four", "four in "),
-        ("mine:half", "half() returned a Functions, and must return (decoder, tokenizer)"),
+        ("mine:half", "half() returned an object of type Functions, but it must return (decoder, tokenizer)"),
         ("mine:headless", "the decoder is a Model, which has no logits (a method): see corm_jax.Decoder"),
-        ("mine:wordless", "the tokenizer, a object, has no method encode"),
+        ("mine:wordless", "the tokenizer (a object) has no method encode"),
         ("mine:short", "the decoder has 1 layers, and its config says 2"),
         ("mine:broken", "line 49, 'return 1 / 0': ZeroDivisionError: division by zero"),
         ("nonsense:load", "nonsense.py, line 1: '(' was never closed"),
@@ -127,7 +127,7 @@ def test_mistakes_are_named(corm, model, message):
 def test_the_dtype_is_the_modules_own(corm):
     code, _, err = corm("generate", *MINE, "--dtype", "bfloat16", "--prompt", "The")
     assert code == 2
-    assert "--dtype bfloat16 is for checkpoints: mine:load decides" in " ".join(err.split())
+    assert "--dtype bfloat16 is for checkpoints: mine:load chooses" in " ".join(err.split())
 
 
 def test_help_says_that_it_is_imported(corm):

@@ -6,7 +6,7 @@ from hypothesis import find, given, settings
 from hypothesis import strategies as st
 
 from corm_jax import H2O, Corm, Full, Scissorhands, budget, protect
-from simulator import invariants
+from simulator import invariants, testing
 from simulator.replay import replay
 from simulator.strategies import cases, hyperparameters, traces
 from simulator.subject import Implementation, Subject
@@ -35,6 +35,15 @@ def test_other_choices(check):
 @parametrize_checks(Full(), budget(protect(H2O(recent=np.array([2, 1])), sinks=np.array([0, 2])), 6), examples=5)
 def test_further_policies(check):
     check()
+
+
+def test_progress_is_printed_if_checks_take_long(monkeypatch, capsys):
+    check_policy(Full(), examples=1, only="slot_order")
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(testing, "EVERY", 0)
+    check_policy(Full(), examples=1, only="slot_order")
+    line = "check_policy: 0 of 1 checks done in 0 s, the next is slot_order\n"
+    assert capsys.readouterr() == ("", line)
 
 
 def test_hyperparameters_for_each_head():

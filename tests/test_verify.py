@@ -11,7 +11,7 @@ from corm_jax.traces.trace import Trace
 from simulator import synthetic
 from simulator.replay import replay
 from simulator.synthetic import noise
-from simulator.verify import verify
+from simulator.verify import STAGES, verify
 from tests.heads import corm_last
 
 TRACE = synthetic.topics(layers=2, steps=70, kv_heads=2, group=2, length=10)
@@ -28,6 +28,12 @@ def test_corm_holds(how):
     findings = held(verify(TRACE, Corm(window=12, recent=4), **how))
     assert {"specification", "cache", "none_returns", "newest_live"} < findings.keys()
     assert all(findings.values())
+
+
+def test_progress_goes_up_to_the_stages_of_every_layer():
+    calls = []
+    verify(TRACE, Corm(window=12, recent=4), progress=calls.append)
+    assert calls == list(range(1, STAGES * 2 + 1))
 
 
 def test_others_hold():

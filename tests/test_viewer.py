@@ -147,6 +147,17 @@ def test_hostile_text_stays_text(corm, trace, tmp_path):
     assert view(corm, trace, tmp_path / "again.html")[0] == page
 
 
+def test_without_options(corm, trace, tmp_path, monkeypatch):
+    """The page is view.html, and the policy has windows that fit the text."""
+    monkeypatch.chdir(tmp_path)
+    code, printed, _ = corm("view", trace)
+    assert (code, printed.startswith("view.html: ")) == (0, True)
+    about, _ = data_of((tmp_path / "view.html").read_text(encoding="utf-8"))
+    assert about["policies"] == ["corm:window=12,recent=12"]
+    code, _, err = corm("view", trace)
+    assert (code, "--out view.html exists already: choose another name" in err) == (2, True)
+
+
 def test_a_trace_without_text(corm, tmp_path):
     rows = np.tril(np.random.default_rng(0).random((1, 2, 40, 40)) ** 6)
     Trace.from_attention(rows / rows.sum(-1, keepdims=True), kv_heads=1).save(tmp_path / "rows")

@@ -27,9 +27,8 @@ from corm_jax.showing.drawing import saving
 from corm_jax.terminal import console
 from corm_jax.terminal.console import COUNT, Budget, Spec, Whole, naming
 from corm_jax.terminal.limits import check_matplotlib
-from corm_jax.terminal.tables import Column, print_table
+from corm_jax.terminal.tables import Column, mib, print_table
 
-MIB = 2**20
 DEFAULT_POLICIES = ("full", DEFAULT_POLICY, "corm:window=64,recent=64")
 
 
@@ -124,6 +123,7 @@ def compare(
     }
     if keys is None and capacity is None:
         console.note_budgets(specs)
+    console.note_small_budgets(specs, tokens, prompt)
     options = {"stores": sizes.stores, "chunk": chunk, "prompt": prompt, "overflow": overflow}
     for spec in specs:
         held = "none"
@@ -202,7 +202,7 @@ def _print_table(result: dict[str, Any]) -> None:
             f"{row['delta_nll']:+.4f}",
             f"{row['kept_final']:.3f}",
             f"{row['kept_mean']:.3f}",
-            *(f"{row[f'kv_bytes_{kind}'] / MIB:.1f}" for kind in ("live", "allocated", "full")),
+            *(mib(row[f"kv_bytes_{kind}"]) for kind in ("live", "allocated", "full")),
             str(row["overflow"]),
             f"{row['seconds']:.1f}",
         )

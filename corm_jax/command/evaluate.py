@@ -29,7 +29,7 @@ from corm_jax.evaluation.texts import read_texts, stretches
 from corm_jax.model.decoder import Decoder, hidden
 from corm_jax.model.prompts import scored_from
 from corm_jax.model.tokenizer import Tokenizer
-from corm_jax.policies import parse
+from corm_jax.policies import keys_of, lacks_window, on_budget, parse
 from corm_jax.runs.perplexity import read_text
 from corm_jax.terminal import console
 from corm_jax.terminal.console import COUNT, SEED, Budget, Real, Spec, Whole
@@ -81,6 +81,12 @@ class Job:
         inputs.note_context(model, longest)
         if self.budget is None:
             console.note_budgets(self.specs)
+        shortest = min(len(example.prompt) for example in examples)
+        console.note_small_budgets(self.specs, shortest, settings.get("prompt"))
+        for spec in self.specs:
+            if self.budget and not lacks_window(spec):
+                with console.naming({"--policy": spec, "--budget": self.budget, "the shortest prompt": shortest}):
+                    parse(on_budget(spec, keys_of(self.budget, shortest)))
         run = Run(
             format=FORMAT,
             kind=self.kind,
@@ -200,7 +206,10 @@ def perplexity(job: Job, paths, datasets, tokens, prompt, bucket):
 @click.option("--tokens", type=Whole(2), default=2048, show_default=True, help="of each part into which a text is cut")
 @click.option("--prompt", type=COUNT, help="how many of them are the prompt, which is not scored  [default: half]")
 def agreement(job: Job, paths, datasets, tokens, prompt):
-    """How close predictions are to those of the full cache: the KL divergence, and how often the best guess is equal."""
+    """How close predictions are to those of the full cache.
+
+    `kl` is the KL divergence, in nats a token; `same` is how often the likeliest token is the same.
+    """
     prompt = tokens // 2 if prompt is None else prompt
     for spec in job.specs:
         console.check_prompt(spec, parse(spec), prompt, tokens - 1)

@@ -16,8 +16,8 @@ from corm_jax.model.prompts import Text
 from corm_jax.policies import parse
 from corm_jax.terminal import console
 from corm_jax.terminal.console import COUNT, SEED, Real, Spec, naming
+from corm_jax.terminal.tables import mib
 
-MIB = 2**20
 COLDEST = 0.001
 """The lowest temperature above 0: logits that are divided by a smaller number may be too large for float32."""
 
@@ -87,6 +87,7 @@ def generate(
     inputs.note_context(network, len(ids) + max_new_tokens)
     if capacity is None:
         console.note_budgets([spec])
+    console.note_small_budgets([spec], len(ids) + max_new_tokens, len(ids))
     pieces, final = tokenizer.stream(), None
     with naming(about):
         for new in stream(
@@ -108,7 +109,7 @@ def generate(
             final = usage(new.caches)  # before the next tokens, to which the caches are donated
     if final:
         print(
-            f"\n[cache: {float(final.live.mean()):.1f} of {int(final.seen[0])} keys live in a head (mean over layers and heads); "
-            f"{final.bytes_live / MIB:.2f} MiB live, {final.bytes_allocated / MIB:.2f} MiB allocated, "
-            f"{final.bytes_full / MIB:.2f} MiB full, overflow {int(final.overflow.sum())}]"
+            f"\n[cache: {float(final.live.mean()):.1f} of {int(final.seen[0])} keys live in a head (mean over layers "
+            f"and heads), {mib(final.bytes_live)} MiB live, {mib(final.bytes_allocated)} MiB allocated, "
+            f"{mib(final.bytes_full)} MiB full, overflow {int(final.overflow.sum())}]"
         )

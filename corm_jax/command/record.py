@@ -9,14 +9,16 @@ from pathlib import Path
 import click
 
 from corm_jax.command import inputs
-from corm_jax.command.options import DEFAULT_POLICY, DTYPES, model_options, text_option
+from corm_jax.command.options import DTYPES, model_options, text_option
 from corm_jax.errors import CormError
 from corm_jax.evaluation.lock import only_writer
 from corm_jax.files import check_writable
 from corm_jax.model.decoder import Decoder, hidden
+from corm_jax.policies import default_spec
 from corm_jax.runs import recording
 from corm_jax.terminal import console
 from corm_jax.terminal.console import COUNT, naming
+from corm_jax.terminal.tables import mib
 from corm_jax.traces.meta import Meta
 from corm_jax.traces.storage import Writer
 
@@ -78,8 +80,11 @@ def record(model, dtype, text, tokens, out, store):
             for one in layers:
                 writer.write(q=one.q, k=one.k, v=one.v)
     size = sum(file.stat().st_size for file in out.iterdir())
-    print(f"{out}: {config.layers} layers of {tokens:,} tokens, {size / MIB:.1f} MiB. To replay a policy on it:")
-    print(f"python -m simulator replay {shlex.quote(str(out))} --policy {DEFAULT_POLICY}")
+    print(
+        f"{out}: {config.layers} layers of {tokens:,} tokens, {mib(size)} MiB. To replay a policy on it, or to see it:"
+    )
+    for command in ("python -m simulator replay", "corm view"):
+        print(f"{command} {shlex.quote(str(out))} --policy {default_spec(tokens)}")
 
 
 def _check_room(out: Path, network: Decoder, tokens: int, store: str) -> None:
@@ -94,5 +99,5 @@ def _check_room(out: Path, network: Decoder, tokens: int, store: str) -> None:
     free = shutil.disk_usage(out.parent).free + there
     if need > free:
         raise CormError(
-            f"--out {out} takes {need / MIB:,.0f} MiB, but only {free / MIB:,.0f} are free: make room, or lower --tokens"
+            f"--out {out} takes {need / MIB:,.0f} MiB, but {free / MIB:,.0f} MiB are free: make room, or lower --tokens"
         )

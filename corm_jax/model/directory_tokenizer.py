@@ -139,7 +139,7 @@ def _settings(path: Path) -> Settings:
 
 
 def _end(path: Path, config: Config) -> tuple[int, ...]:
-    """The tokens that end a text. As in transformers, ``config.json`` counts only without ``generation_config.json``."""
+    """The tokens that end a text. As in transformers, ``generation_config.json`` has priority over ``config.json``."""
     found = _read(path / "generation_config.json", Config) or config
     if config.vocab_size is not None and found.end and max(found.end) >= config.vocab_size:
         raise ValueError(f"eos_token_id = {max(found.end)} is beyond the vocabulary of {config.vocab_size:,}")

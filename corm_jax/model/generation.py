@@ -269,7 +269,7 @@ def generate(model: Decoder, policy: Policies, prompts: Prompts, **options) -> G
 
 
 def watch(caches: Caches, overflow: Overflow) -> Callable[[Caches], None]:
-    """Makes a check for later caches, which raises if a key overflowed since ``caches`` and ``overflow`` is ``"error"``."""
+    """Makes a check for later caches. With ``"error"`` it raises if keys have overflowed since ``caches``."""
     one_of("overflow", overflow, OVERFLOW)
     if overflow == "evict":
         return lambda caches: None

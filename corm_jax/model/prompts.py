@@ -74,12 +74,12 @@ class Text:
 
 
 def scored_from(tokenizer: Tokenizer, prompt: int | None) -> int:
-    """The index of the first token that is scored: after the prompt, and after the ids that the tokenizer puts first."""
+    """The index of the first token that is scored: after the prompt, and after what the tokenizer puts first."""
     return max(prompt or 1, len(tokenizer.begin))
 
 
 def inside(tokenizer: Tokenizer, words: str) -> list[int]:
-    """The token ids of words inside a text: without `Text.begin`, and without the space that Llama 2 puts before a text.
+    """The token ids of words inside a text, without `Text.begin` and without the space that Llama 2 puts first.
 
     Raises:
       CormError: for a tokenizer that encodes the words differently after each text that is tried.

@@ -70,7 +70,7 @@ class Tokenizer:
         if self.size is not None and ids and max(ids) >= self.size:
             token = self.inner.id_to_token(max(ids))
             raise CormError(
-                f"the text has the token {token!r}, whose id {max(ids)} is not below the model's vocabulary of {self.size:,}"
+                f"the text has the token {token!r}, whose id {max(ids)} is beyond the vocabulary of {self.size:,}"
             )
         return ids
 

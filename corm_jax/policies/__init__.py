@@ -3,7 +3,7 @@
 from corm_jax.core.options import choice, number, policy, size, static, weights
 from corm_jax.policies.adakv import AdaKV
 from corm_jax.policies.adaptive_corm import AdaptiveCorm
-from corm_jax.policies.budget import Budget, budget
+from corm_jax.policies.budget import Budget, budget, too_small
 from corm_jax.policies.corm import Corm
 from corm_jax.policies.full import Full
 from corm_jax.policies.h2o import H2O
@@ -11,6 +11,7 @@ from corm_jax.policies.l2norm import L2Norm
 from corm_jax.policies.notation import (
     COMBINATORS,
     Notation,
+    default_spec,
     held_by,
     keeps_everything,
     keys_of,
@@ -52,6 +53,7 @@ __all__ = [
     "StreamingLLM",
     "budget",
     "choice",
+    "default_spec",
     "held_by",
     "keeps_everything",
     "keys_of",
@@ -66,5 +68,6 @@ __all__ = [
     "recorded",
     "size",
     "static",
+    "too_small",
     "weights",
 ]

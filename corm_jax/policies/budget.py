@@ -7,7 +7,7 @@ needs slots for both. Under a policy that keeps the whole prompt until it has be
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,8 +19,10 @@ from corm_jax.core.options import (
     combined,
     concrete,
     first_below,
+    held,
     is_share,
     number,
+    numbers_in,
     policy,
     settled_size,
     thousandths,
@@ -85,9 +87,13 @@ class Budget(Wrapper):
 
     def limit(self, seen: Int[Array, ""]) -> Int[Array, "..."]:
         """How many keys of a head may stay after ``seen`` tokens."""
-        tokens, share = jnp.asarray(self.tokens, jnp.int32), thousandths(self.per_mille, seen)
         least = jnp.maximum(jnp.asarray(self.policy.traits.protected, jnp.int32), 1)
-        return jnp.maximum(jnp.minimum(tokens, ENDLESS - share) + share, least)  # the sum would exceed int32
+        return jnp.maximum(self.limit_of_share(seen), least)
+
+    def limit_of_share(self, seen: Int[Array, ""] | int) -> Int[Array, "..."]:
+        """The budget after ``seen`` tokens, which may be less than the policy protects."""
+        tokens, share = jnp.asarray(self.tokens, jnp.int32), thousandths(self.per_mille, seen)
+        return jnp.minimum(tokens, ENDLESS - share) + share  # the sum would exceed int32
 
 
 def budget(policy: Policy, size: PerHead) -> Policy:
@@ -122,6 +128,56 @@ def budget(policy: Policy, size: PerHead) -> Policy:
         jnp.round(1000 * size).astype(jnp.int32) if not concrete(size) else np.rint(1000 * np.asarray(size)).astype(int)
     )
     return Budget(policy=policy, tokens=0, per_mille=per_mille)
+
+
+class TooSmall(NamedTuple):
+    """A budget that is less than a policy protects.
+
+    Attributes:
+      keys: keys of a head that the budget comes to.
+      tokens: the tokens of which the budget is a share.
+      protected: keys of a head that are never evicted.
+      options: the options that protect them, as in ``{"recent": 256}``.
+    """
+
+    keys: int
+    tokens: int
+    protected: int
+    options: dict[str, int]
+
+
+def too_small(policy: Any, tokens: int, prompt: int | None = None) -> TooSmall | None:
+    """What a budget that is a share comes to, if it is less than the policy protects; otherwise None.
+
+    Such a budget is not refused when the policy is made, since it becomes larger with the text. Until then the policy
+    keeps what it protects.
+
+    Args:
+      policy: the policy.
+      tokens: the tokens that are read in all.
+      prompt: how many of them are the prompt, for policies whose budget is a share of it.
+
+    >>> from corm_jax.policies import H2O
+    >>> too_small(budget(H2O(recent=64), 0.25), tokens=200)
+    TooSmall(keys=50, tokens=200, protected=64, options={'recent': 64})
+    >>> too_small(budget(H2O(recent=64), 0.25), tokens=400)
+    """
+    while isinstance(policy, Wrapper) and not isinstance(policy, Budget):
+        policy = policy.policy
+    names = {"sinks", "recent"}
+    if isinstance(policy, Budget) and np.any(policy.per_mille):
+        sizes, protected = policy.limit_of_share(tokens), policy.policy.traits.protected
+    elif _field(policy) and is_share(policy.budget):
+        protected = policy.traits.protected
+        if policy.traits.whole_prompt:  # such as SnapKV, which keeps the last queries of the prompt
+            tokens, protected, names = prompt or tokens, getattr(policy, "window", protected), names | {"window"}
+        sizes = held(policy.budget, tokens)
+    else:
+        return None
+    if not (low := first_below(np.asarray(sizes), protected)):
+        return None
+    leaves = {path.split(".")[-1]: int(np.max(leaf)) for path, leaf in numbers_in(policy).items()}
+    return TooSmall(low[0], tokens, low[1], {name: leaves[name] for name in sorted(names) if leaves.get(name)})
 
 
 def has_own_budget(policy: Any) -> bool:

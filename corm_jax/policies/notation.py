@@ -27,9 +27,9 @@ from corm_jax.policies.registry import POLICIES, class_of, evicts_by_itself, reg
 
 COMBINATORS = {
     "budget": "keys of a head that stay at most, as in 512, or a share of those seen, as in 0.25",
-    "sinks": "first tokens that never go",
-    "recent": "newest tokens that never go",
-    "oneshot": "true: read the whole prompt before anything goes",
+    "sinks": "first tokens whose keys are never evicted",
+    "recent": "newest tokens whose keys are never evicted",
+    "oneshot": "true: no key is evicted before the whole prompt has been read",
 }
 """Options that every policy takes, unless it has one of that name itself."""
 
@@ -200,6 +200,16 @@ def held_by(spec: str) -> str:
     """
     kind = class_of(Notation.read(spec).name)
     return "none" if kind is Full else "cap" if sizes_itself(kind) else "fixed"
+
+
+def default_spec(tokens: int) -> str:
+    """The SPEC of CORM for a text of this many tokens: w = r = 256, or an eighth of a shorter text.
+
+    >>> default_spec(4096), default_spec(512)
+    ('corm:window=256,recent=256', 'corm:window=64,recent=64')
+    """
+    size = max(1, min(256, tokens // 8))
+    return f"corm:window={size},recent={size}"
 
 
 def profile_of(spec: str) -> Profile | None:

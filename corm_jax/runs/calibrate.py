@@ -194,7 +194,7 @@ def measure(
     score: Float[np.ndarray, "tokens kv_heads group head_dim"],
     worth: Float[np.ndarray, "again kv_heads group head_dim"],
 ) -> Cost:
-    """What each choice keeps and loses in one layer, on a text of ``tokens``, the first ``again`` of which come twice."""
+    """What each choice keeps and loses in a layer, on a text of ``tokens``, the first ``again`` of which come twice."""
     window, recent, multiple = (np.array(x) for x in zip(*CHOICES[:-1], strict=True))
     window, recent, multiple = window.astype(np.int32), recent.astype(np.int32), multiple.astype(np.float32)
     kv_heads, head_dim = one.k.shape[1:]
@@ -272,8 +272,8 @@ def choose(
     least = live.min(0).mean()
     if least > target:
         raise CormError(
-            f"no choice keeps as little as {target:g} of the keys: the least is {least:.3f} on these texts, since sinks and "
-            "recent keys always stay; choose a higher target, or calibrate on longer texts"
+            f"no choice keeps as little as {target:g} of the keys: the least on these texts is {least:.3f}, "
+            "since sinks and recent keys always stay; choose a higher target, or calibrate on longer texts"
         )
     low, high = 1e-9, 1e6
     for _ in range(80):

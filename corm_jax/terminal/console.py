@@ -19,7 +19,7 @@ from corm_jax.core.policy import Policy
 from corm_jax.core.prompt import prompt_of
 from corm_jax.errors import CormError
 from corm_jax.files import reason
-from corm_jax.policies import Notation, keeps_everything, keys_of, parse
+from corm_jax.policies import Notation, keeps_everything, keys_of, parse, too_small
 from corm_jax.terminal import compiled
 from corm_jax.terminal.stopping import stoppable
 
@@ -237,6 +237,28 @@ def note_budgets(specs: Sequence[str], program: str = "corm") -> None:
             f"{example.having(budget=512)} or {example.having(budget=0.25)}",
             file=sys.stderr,
         )
+
+
+def note_small_budgets(specs: Sequence[str], tokens: int, prompt: int | None = None, program: str = "corm") -> None:
+    """Prints a note on standard error for each SPEC whose budget is a share that is less than the policy protects.
+
+    Args:
+      specs: the policies.
+      tokens: the tokens that are read in all.
+      prompt: how many of them are the prompt, if that is known.
+      program: the name with which the note begins.
+    """
+    for spec in dict.fromkeys(specs):
+        if found := too_small(parse(spec), tokens, prompt):
+            given = ", ".join(f"{name}={value}" for name, value in found.options.items())
+            lower = f"lower {' or '.join(found.options)}, " if found.options else ""
+            kept = "no key is evicted" if found.protected >= found.tokens else f"{found.protected:,} keys stay"
+            print(
+                f"{program}: note: {spec}: the budget is {found.keys:,} keys of a head after {found.tokens:,} tokens, "
+                f"but {found.protected:,} are never evicted{given and f' ({given})'}, so that {kept}: "
+                f"{lower}raise the budget, or read more tokens",
+                file=sys.stderr,
+            )
 
 
 def _invoke(command: click.Group, program: str) -> int:

@@ -72,6 +72,16 @@ def show(text: str) -> None:
     print(CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text))
 
 
+def mib(size: int) -> str:
+    """Bytes in MiB, with one decimal, or, if that is less than 1, with three significant digits.
+
+    >>> mib(94371840), mib(12288), mib(0)
+    ('90.0', '0.0117', '0')
+    """
+    number = size / 2**20
+    return f"{number:.1f}" if number >= 1 else f"{number:.3g}"
+
+
 def table(columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int) -> list[str]:
     r"""The lines of a table, none of them wider than ``width`` cells unless a single number is.
 
