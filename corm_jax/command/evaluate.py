@@ -86,7 +86,7 @@ class Job:
         for spec in self.specs:
             if self.budget and not lacks_window(spec):
                 with console.naming({"--policy": spec, "--budget": self.budget, "the shortest prompt": shortest}):
-                    parse(on_budget(spec, keys_of(self.budget, shortest)))
+                    parse(on_budget(spec, min(keys_of(self.budget, shortest), shortest)))
         run = Run(
             format=FORMAT,
             kind=self.kind,

@@ -203,7 +203,7 @@ def stream(
     top_p: Any = 1.0,
     seed: SupportsIndex = 0,
 ) -> Iterator[Generation]:
-    """`generate` as an iterator: each item has the tokens since the last item, up to 16 of each row.
+    """`generate` as an iterator: each item has the few tokens of each row that are new since the last item.
 
     The caches of an item are donated when the next item is computed, so read what you need from them before.
     """

@@ -31,7 +31,7 @@ NAMED = {
 }
 """The names of special tokens in transformers, and those in GGUF."""
 
-OF_OTHERS = ("ggml.precompiled_charsmap", "ggml.normalizer.lowercase", "ggml.normalizer.strip_accents")
+UNUSED_FIELDS = ("ggml.precompiled_charsmap", "ggml.normalizer.lowercase", "ggml.normalizer.strip_accents")
 """Fields for other kinds of tokenizers, which have no effect if they are false or empty."""
 
 
@@ -146,7 +146,7 @@ def _checked(said: dict[str, Any], path: Path) -> Ggml:
 
     known = {f"ggml.{field.name}" for field in fields(Ggml)}
     for key, value in said.items():
-        if key not in known and (value or key not in OF_OTHERS):
+        if key not in known and (value or key not in UNUSED_FIELDS):
             raise CheckpointError(
                 f"{path}: the field 'tokenizer.{key}' may change token ids and is not supported: "
                 "use the model's Hugging Face directory"

@@ -64,7 +64,7 @@ SHORTEST = 256
 """The fewest tokens of a text."""
 
 SEGMENTS = 4
-"""In how many parts a text is read. A part attends to the keys up to its end, not to those that come later."""
+"""The parts in which a text is read. The queries of a part are multiplied with the keys up to its end only."""
 
 
 class Cost(NamedTuple):
