@@ -504,7 +504,7 @@ def test_the_commands_do_say_that_it_is_less(run_main, model, tmp_path):
 
     noise(layers=1, steps=20).save(tmp_path / "trace")
     (tmp_path / "text").write_text("It was the best of times, it was the worst of times. " * 3)
-    spec, common = "h2o:budget=0.25", ("--model", model, "--chunk", 4)
+    spec, common = "h2o:budget=0.25,recent=9", ("--model", model, "--chunk", 4)
     text = (*common, "--text", tmp_path / "text", "--tokens", 12, "--policy", spec)
     for main, *arguments in (
         (simulator.main, "simulator", "replay", tmp_path / "trace", "--policy", spec, "--no-errors"),
@@ -513,7 +513,7 @@ def test_the_commands_do_say_that_it_is_less(run_main, model, tmp_path):
         (cli.main, "corm", "eval", "perplexity", *text, "--limit", 1, "--out", tmp_path / "out"),
     ):
         code, _, err = run_main(main, *arguments)
-        assert (code, err.count("but 256 are never evicted (recent=256), so that no key is evicted")) == (0, 1), err
+        assert (code, err.count("but 9 are never evicted (recent=9), so that ")) == (0, 1), err
     code, _, err = run_main(cli.main, "corm", "eval", "perplexity", *text[:-1], "h2o:recent=9", "--budget", "0.25",
                             "--limit", 1, "--out", tmp_path / "other")  # fmt: skip
     assert (code, "the shortest prompt 12: a budget of 3 keys is below the 9" in err) == (2, True), err

@@ -611,7 +611,7 @@ def test_the_conversation_of_a_gguf_file():
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
-        (None, "FILE has no chat template: write the prompt out"),
+        (None, "FILE has no chat template: write the conversation into the prompt"),
         ({"tool_use": "x"}, "FILE has chat templates named tool_use, but no 'default'"),
         ({"default": 3}, "FILE must be text, not 3"),
         ("{% if %}", "FILE fails: Expected an expression"),
@@ -652,4 +652,7 @@ def test_notes_of_the_command_line(model, run_main, tmp_path):
     (folder / "chat_template.jinja").unlink()
     code, _, err = run_main(main, "corm", "generate", "--model", folder, "--prompt", "It was", "--chat")
     assert f"corm: note: {folder} does not say which token ends a text" in err
-    assert (code, f"corm: {folder} has no chat template: write the prompt out, without --chat" in err) == (2, True)
+    assert (
+        code,
+        f"corm: {folder} has no chat template: write the conversation into the prompt yourself, without" in err,
+    ) == (2, True)

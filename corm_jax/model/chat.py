@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from corm_jax.errors import CormError
 
-WAY_OUT = "leave --chat out, and write the conversation into the prompt yourself"
+WAY_OUT = "write the conversation into the prompt yourself, without --chat"
 
 PATIENCE = 120
 """Seconds after which a template is stopped, on systems that cannot limit its processor time."""
