@@ -162,21 +162,22 @@ def too_small(policy: Any, tokens: int, prompt: int | None = None) -> TooSmall |
     TooSmall(keys=50, tokens=200, protected=64, options={'recent': 64})
     >>> too_small(budget(H2O(recent=64), 0.25), tokens=400)
     """
-    while isinstance(policy, Wrapper) and not isinstance(policy, Budget):
-        policy = policy.policy
+    inside: Any = policy
+    while isinstance(inside, Wrapper) and not isinstance(inside, Budget):
+        inside = inside.policy
     names = {"sinks", "recent"}
-    if isinstance(policy, Budget) and np.any(policy.per_mille):
-        sizes, protected = policy.limit_of_share(tokens), policy.policy.traits.protected
-    elif _field(policy) and is_share(policy.budget):
-        protected = policy.traits.protected
-        if policy.traits.whole_prompt:  # such as SnapKV, which keeps the last queries of the prompt
-            tokens, protected, names = prompt or tokens, getattr(policy, "window", protected), names | {"window"}
-        sizes = held(policy.budget, tokens)
+    if isinstance(inside, Budget) and np.any(inside.per_mille):
+        sizes, protected = inside.limit_of_share(tokens), inside.policy.traits.protected
+    elif _field(inside) and is_share(inside.budget):
+        protected = inside.traits.protected
+        if inside.traits.whole_prompt:  # such as SnapKV, which keeps the last queries of the prompt
+            tokens, protected, names = prompt or tokens, getattr(inside, "window", protected), names | {"window"}
+        sizes = held(inside.budget, tokens)
     else:
         return None
     if not (low := first_below(np.asarray(sizes), protected)):
         return None
-    leaves = {path.split(".")[-1]: int(np.max(leaf)) for path, leaf in numbers_in(policy).items()}
+    leaves = {path.split(".")[-1]: int(np.max(leaf)) for path, leaf in numbers_in(inside).items()}
     return TooSmall(low[0], tokens, low[1], {name: leaves[name] for name in sorted(names) if leaves.get(name)})
 
 
