@@ -370,7 +370,7 @@ def test_sentencepiece_vocabulary_from_gguf(tmp_path, prefix):
         "scores": ([], "tokenizer.ggml.scores is missing"),
         "token_type": (
             [5 if piece.piece == "he" else piece.type for piece in model.pieces],
-            "'he' is of the type unused",
+            "'he' has the type unused",
         ),
         "remove_extra_whitespaces": (True, "remove_extra_whitespaces = true is not supported"),
     }.items():
@@ -405,8 +405,8 @@ def test_sentencepiece_vocabulary_from_gguf(tmp_path, prefix):
         ({"ggml__eot_token_id": "2"}, "tokenizer.ggml.eot_token_id is '2'"),
         ({"ggml__eos_token_id": True}, "tokenizer.ggml.eos_token_id is True"),
         ({"ggml__add_bos_token": 1}, "tokenizer.ggml.add_bos_token is 1"),
-        ({"ggml__add_bos_token": True, "ggml__bos_token_id": ...}, "bos_token_id is missing, but such a token belongs"),
-        ({"ggml__add_eos_token": True, "ggml__eos_token_id": ...}, "eos_token_id is missing, but such a token belongs"),
+        ({"ggml__add_bos_token": True, "ggml__bos_token_id": ...}, "bos_token_id is missing, but add_bos_token asks"),
+        ({"ggml__add_eos_token": True, "ggml__eos_token_id": ...}, "eos_token_id is missing, but add_eos_token asks"),
         ({"ggml__add_space_prefix": True}, "add_space_prefix = true is not supported with model = 'gpt2'"),
         ({"ggml__precompiled_charsmap": [1, 2]}, "'tokenizer.ggml.precompiled_charsmap' may change token ids"),
         ({"ggml__normalizer__lowercase": True}, "'tokenizer.ggml.normalizer.lowercase' may change token ids"),

@@ -195,7 +195,6 @@ def test_what_is_left_out_of_a_large_trace(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{trace}"], "Missing option '--out'"),
         (["{trace}", "--out", "{old}"], "exists already: choose another name, delete it, or add --overwrite"),
         (["{trace}", "--out", "{none}/view.html"], "there is no directory"),
         (["{none}", "--out", "{new}"], "is no trace"),
