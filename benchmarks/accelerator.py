@@ -1,22 +1,23 @@
-"""Whether decisions hold on this device, and how fast it is: one command for a GPU or a TPU, in five minutes.
+"""Checks on a GPU or a TPU, in five minutes, that the same keys are evicted as specified, and measures the speed.
 
     python benchmarks/accelerator.py [--seconds 300] [--out FILE] [--tiny]
 
-Needs the core packages and hypothesis, no weights and no network. It prints as it goes, and keeps what it has found in
-a file named after the device, rewritten after each row.
+It needs the core packages and hypothesis, but no weights and no network. Results are printed at once, and written into
+a file that is named after the device; the file is written anew after each row.
 
-1. *Decisions*: random policies on random histories, the cache and the replay on this device against the specification
-   in NumPy, each policy at least once (`simulator.soak`); the same again for what is left of the time.
-2. *Decode*: SmolLM2's shape with random weights, bfloat16, batches 1, 8 and 32 after 8,192 and 32,768 tokens, and eight
-   layers in the shape of Llama 2 7B at batch 8: the full cache, and CORM (w = r = 256, group=mean) in pools of 0.27.
-   `nominal` and `measured` are shares of a roofline: the time that weights and cache, read once, take at the bandwidth
-   that the maker states, and at the one with which the device reads 2 GiB here, over the time measured.
-3. *Prefill*: 8,192 tokens of SmolLM2's shape: full cache, CORM in chunks of 256, CORM exactly.
-4. *Replay*: one layer of 8,192 tokens of that shape under CORM, exactly.
-5. *torch*, if it is installed and sees the card: its attention alone, in the shapes of 2 and 3, for comparison.
+1. *Decisions*: random policies on random histories. The cache and the replay on this device are compared with the
+   specification in NumPy (`simulator.soak`), for each policy at least once, and then again as long as there is time.
+2. *Decode*: SmolLM2's shape with random weights, bfloat16, batches of 1, 8 and 32 after 8,192 and 32,768 tokens, and
+   eight layers in the shape of Llama 2 7B with a batch of 8. The full cache is compared with CORM (w = r = 256,
+   group=mean) in pools that have 0.27 of its slots. `nominal` and `measured` are shares of a roofline: the time that it
+   takes to read the weights and the cache once, divided by the measured time. The bandwidth for `nominal` is the one
+   that the maker states; for `measured` it is the one with which the device reads 2 GiB in this run.
+3. *Prefill*: 8,192 tokens in SmolLM2's shape, with the full cache, CORM in chunks of 256, and CORM exactly.
+4. *Replay*: CORM exactly, on one layer of 8,192 tokens in the same shape.
+5. *torch*, if it is installed and can use the device: only its attention, in the shapes of 2 and 3, for comparison.
 
-A part that no time is left for is named as left out. Times are without compilation, the median of several runs. With
-`--tiny` shapes are small enough for a CPU: a rehearsal, of whose times nothing follows.
+If too little time is left for a part, the part is listed as left out. Times are medians of several runs, without
+compilation. With `--tiny` all shapes are small enough for a CPU, to try the script; such times mean nothing.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs some of the memory, too
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves memory for torch
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +56,7 @@ SMOLLM2 = cj.Config(
 NOMINAL = {"H100 PCIe": 2000, "H100 NVL": 3900, "H100": 3350, "H200": 4800, "GH200": 4000, "B200": 8000, "A100": 2039}
 NOMINAL |= {"L40": 864, "L4": 300, "T4": 320, "V100": 900, "A10": 600, "RTX 4090": 1008, "TPU v4": 1228}
 NOMINAL |= {"TPU v5 lite": 819, "TPU v5p": 2765, "TPU v5": 2765, "TPU v6 lite": 1640}
-"""GB/s that makers state, by a part of the device's name; the first that fits, of the longest."""
+"""The bandwidth in GB/s that makers state, by a part of the device's name. The longest part that fits counts."""
 
 POOL = 0.27
 TURNS = 5
@@ -63,30 +64,30 @@ TURNS = 5
 
 @dataclasses.dataclass
 class Report:
-    """What was found, in a file that is written anew after each row."""
+    """The results, and the file that they are written into, anew after each row."""
 
     path: Path
     ends: float
     found: dict[str, Any]
 
     def left(self) -> float:
-        """Seconds."""
+        """The seconds that are left."""
         return self.ends - time.monotonic()
 
     def part(self, title: str, *columns: str) -> None:
-        """Begins a table."""
+        """Prints the heading of a table."""
         self.found[title] = []
         print(f"\n## {title} ({self.left():.0f} s left)\n")
         print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
 
     def row(self, title: str, **cells: Any) -> None:
-        """Prints a row, and keeps it."""
+        """Prints a row, and writes it into the file."""
         self.found[title].append(cells)
         print(f"| {' | '.join(map(shown, cells.values()))} |", flush=True)
         write_json(self.path, self.found)
 
     def enough(self, seconds: float, what: str) -> bool:
-        """Whether so much time is left; if not, what is left out is said."""
+        """Whether this much time is left. If not, prints and stores that a part is left out."""
         if self.left() >= seconds:
             return True
         print(f"\nleft out, with {max(self.left(), 0):.0f} s left: {what}", flush=True)
@@ -96,14 +97,14 @@ class Report:
 
 
 def shown(value: Any) -> str:
-    """A cell of a table."""
+    """The text of a cell."""
     if value is None:
         return "-"
     return value if isinstance(value, str) else f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
 
 
 def facts() -> dict[str, Any]:
-    """Of the device and of what runs on it."""
+    """The device, the versions, and the bandwidths."""
     device = jax.devices()[0]
     fitting = sorted((name for name in NOMINAL if name.lower() in device.device_kind.lower()), key=len)
     return {
@@ -118,7 +119,7 @@ def facts() -> dict[str, Any]:
 
 
 def decisions(report: Report, until: float) -> bool:
-    """Every policy at least once, and more as long as there is time. Whether all were those of the specification."""
+    """Compares each policy at least once, and more often if there is time. Whether all decisions are the same."""
     title = "decisions"
     report.part(title, "policy", "cases", "decisions", "evicted", "lost", "left out", "differences", "seconds")
     first, sound, started = len(cj.POLICIES) * BATCH, True, time.monotonic()
@@ -135,17 +136,17 @@ def decisions(report: Report, until: float) -> bool:
     if missing := sorted(cj.POLICIES.keys() - names):
         report.enough(np.inf, f"decisions of {', '.join(missing)}")
     same, verdict = sum(row["decisions"] for row in report.found[title]), "as" if sound else "NOT AS"
-    print(f"\n{same:,} decisions of {len(names)} policies: {verdict} specified", flush=True)
+    print(f"\n{same:,} decisions of {len(names)} policies are {verdict} specified", flush=True)
     return sound
 
 
 def random_model(config: cj.Config) -> cj.Llama:
-    """Weights of this shape, made on the device."""
+    """A model of this shape with random weights, made on the device."""
     return jax.jit(lambda: cj.Llama(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))()
 
 
 def decode(report: Report, name: str, model: cj.Llama, batches, contexts) -> None:
-    """A token at a time, the full cache and CORM in pools, taking turns."""
+    """Decodes token by token, with the full cache and with CORM in pools in turn."""
     title = f"decode, {name}"
     report.part(title, "batch", "context", "cache", "ms a token", "times as fast", "nominal", "measured", "cache MiB")
     room, layers = STRETCH * (TURNS + 1), model.config.layers
@@ -178,12 +179,12 @@ def decode(report: Report, name: str, model: cj.Llama, batches, contexts) -> Non
 
 
 def rates(report: Report) -> dict[str, float | None]:
-    """Bandwidths, GB/s."""
+    """The nominal and the measured bandwidth, in GB/s."""
     return {key: report.found["facts"][f"{key} GB/s"] for key in ("nominal", "measured")}
 
 
 def timed(run: Callable[[], Any], times: int = TURNS) -> float:
-    """Seconds, the median of several, after one that compiles."""
+    """The median time of several runs in seconds, after a run that compiles."""
     jax.block_until_ready(run())
     seconds = []
     for _ in range(times):
@@ -194,7 +195,7 @@ def timed(run: Callable[[], Any], times: int = TURNS) -> float:
 
 
 def prefill(report: Report, model: cj.Llama, tokens: int) -> None:
-    """A prompt, without the way back to the host after each block."""
+    """Reads a prompt block by block. Results stay on the device in between."""
     title = f"prefill of {tokens:,} tokens"
     report.part(title, "cache", "chunk", "seconds", "tokens a second", "times as fast")
     ids = np.random.default_rng(0).integers(model.config.vocab, size=tokens).tolist()
@@ -207,7 +208,7 @@ def prefill(report: Report, model: cj.Llama, tokens: int) -> None:
         cut = blocks[chunk]
 
         def run(policy=policy, chunk=chunk, cut=cut, start=start):
-            caches = jax.tree.map(jnp.copy, start)  # given up by the first block
+            caches = jax.tree.map(jnp.copy, start)  # the first block donates them
             logits = jnp.zeros((1, model.config.vocab), jnp.float32)
             for index, count in enumerate(cut.count):
                 logits, caches = _prefill_block(model, policy, caches, logits, cut.tokens[:, index], count, chunk=chunk)
@@ -219,7 +220,7 @@ def prefill(report: Report, model: cj.Llama, tokens: int) -> None:
 
 
 def replays(report: Report, config: cj.Config, tokens: int) -> None:
-    """One layer at random."""
+    """Replays one layer of random queries, keys and values."""
     title = f"replay of {tokens:,} tokens, one layer"
     if not report.enough(40, title):
         return
@@ -257,7 +258,7 @@ for batch in (1, 8, 32):
 
 
 def torch(report: Report, config: cj.Config, tokens: int) -> None:
-    """Its attention, a layer, in a process of its own: no projections, no cache to write to."""
+    """Measures torch's attention of one layer in a process of its own, without projections and without a cache."""
     title = f"torch's attention, a layer, {tokens:,} tokens"
     if not report.enough(25, title):
         return
@@ -279,9 +280,9 @@ def torch(report: Report, config: cj.Config, tokens: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=300, help="when to end")
-    parser.add_argument("--out", type=Path, help="the file of results; default: accelerator_DEVICE.json here")
-    parser.add_argument("--tiny", action="store_true", help="small shapes, for a rehearsal on a CPU")
+    parser.add_argument("--seconds", type=float, default=300, help="seconds after which the script ends")
+    parser.add_argument("--out", type=Path, help="file for the results; default: accelerator_DEVICE.json")
+    parser.add_argument("--tiny", action="store_true", help="small shapes, to try the script on a CPU")
     arguments = parser.parse_args()
     ends = time.monotonic() + arguments.seconds
     found = facts()
@@ -290,7 +291,7 @@ def main() -> None:
     for key, value in found.items():
         print(f"{key:14s} {value:,.0f}" if isinstance(value, float) else f"{key:14s} {value}", flush=True)
     if found["platform"] == "cpu" and not arguments.tiny:
-        sys.exit("there is no accelerator here: --tiny rehearses on a CPU")
+        sys.exit("this machine has no accelerator: with --tiny the script can be tried on a CPU")
     config, tokens = SMOLLM2, 8192
     llama, batches, contexts = dataclasses.replace(LLAMA, layers=8), (1, 8, 32), (8192, 32768)
     if arguments.tiny:
@@ -306,8 +307,8 @@ def main() -> None:
     replays(report, config, tokens)
     if contexts[1:]:
         decode(report, "SmolLM2's shape, longer", model, batches, contexts[1:])
-    print(f"\nkept in {report.path}", flush=True)
-    sys.exit(None if sound else "decisions on this device are not those of the specification")
+    print(f"\nresults are in {report.path}", flush=True)
+    sys.exit(None if sound else "on this device other keys are evicted than specified")
 
 
 if __name__ == "__main__":

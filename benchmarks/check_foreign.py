@@ -1,12 +1,14 @@
-"""Holds caches of other packages to the rules of papers with `simulator.kept.check_kept`, and prints what differs.
+"""Compares caches of other packages with the rules of the papers, by `simulator.kept.check_kept`.
 
     python benchmarks/check_foreign.py [PACKAGE ...] [--examples 100] [--cases]
 
-Packages are kvpress (``pip install kvpress==0.5.5``, which needs transformers below 5.3: give it an environment of its
-own), transformers, and keys_values (a clone of awslabs/keys_values on ``PYTHONPATH``, with litgpt). Those that are not
-installed are left out, and named. ``--cases`` prints the smallest history of each difference.
+The packages are kvpress (``pip install kvpress==0.5.5``; it needs transformers below 5.3, so install it into an
+environment of its own), transformers, and keys_values (a clone of awslabs/keys_values on ``PYTHONPATH``, with litgpt).
+A package that is not installed is left out, with a message. ``--cases`` prints the smallest history for each
+difference.
 
-Exits with 1 if anything comes out otherwise than the last column, which docs/foreign.md explains, says.
+The column `finding` says why an implementation keeps other keys; docs/foreign.md explains each finding. The exit code
+is 1 if an implementation without a finding differs from the rule, or if one with a finding does not.
 """
 
 import sys
@@ -25,13 +27,13 @@ DECODING = {"ties": "any", "generated": (0, 10)}
 
 
 class Check(NamedTuple):
-    """One implementation, held to one rule.
+    """One implementation, and the rule that it is compared with.
 
     Attributes:
       function: the implementation.
       rule: see `check_kept`.
-      options: likewise.
-      finding: why it differs, in a few words; empty if it keeps the same keys.
+      options: see `check_kept`.
+      finding: in a few words, why it keeps other keys; empty if it keeps the same.
     """
 
     function: Any
@@ -49,7 +51,7 @@ def newest(tokens: int, sinks: int = 0) -> rules.Rule:
 
 
 class BlindToPrompt(rules.H2O):
-    """H2O as keys_values has it: the attention of the prompt does not count, and the mean is over one query more."""
+    """H2O as in keys_values: the attention of the prompt does not count, and the mean is over one more query."""
 
     def attended(self, t, head, rows):
         if t > self.prompt:
@@ -91,7 +93,7 @@ def kvpress() -> Iterator[Check]:
 
 
 def _short(function: Any) -> str:
-    """Without what is the default."""
+    """The implementation in text, without options that have their default values."""
     text = repr(function).replace("compression_ratio=0.0, ", "").replace("compression_ratio=0.0", "")
     return text.replace(", budget=None", "").replace(", layer=0, layers=1", "").replace(", layer=0", "")
 
@@ -113,7 +115,7 @@ def keys_values() -> Iterator[Check]:
     plain = KeysValues("h2o-default", 5)
     blind = budget(BlindToPrompt(recent=0, attention="sum"), 4)
     yield Check(
-        plain, budget(rules.H2O(recent=0, attention="sum"), 4), options, "the prompt's attention is not counted"
+        plain, budget(rules.H2O(recent=0, attention="sum"), 4), options, "the prompt's attention does not count"
     )
     yield Check(plain, blind, options)
     yield Check(KeysValues("h2o-orig-default", 5), blind, options)
@@ -121,7 +123,7 @@ def keys_values() -> Iterator[Check]:
     yield Check(mean, budget(BlindToPrompt(recent=0, attention="mean"), 4), options)
     grace = KeysValues("h2o-default", 5, {"grace_period": 2})
     rule = budget(BlindToPrompt(recent=2, attention="sum"), 4)
-    yield Check(grace, rule, options, "in the grace period a key inherits another's score")
+    yield Check(grace, rule, options, "in the grace period a key gets the score of another")
 
 
 PACKAGES: dict[str, Callable[[], Iterator[Check]]] = {
@@ -133,14 +135,15 @@ PACKAGES: dict[str, Callable[[], Iterator[Check]]] = {
 
 @click.command()
 @click.argument("packages", nargs=-1, type=click.Choice([*PACKAGES]))
-@click.option("--examples", default=100, type=click.IntRange(1))
-@click.option("--cases", is_flag=True)
+@click.option("--examples", default=100, show_default=True, type=click.IntRange(1), help="histories that are tried")
+@click.option("--cases", is_flag=True, help="print the smallest history for each difference")
 def main(packages, examples, cases):
+    """Compare caches of other packages with the rules of the papers, as a table."""
     print("| implementation | rule | compared | evicted | close | tied | finding | |\n|" + "---|" * 8)
     surprises, shown = 0, []
     for package in packages or PACKAGES:
         if not find_spec(package):
-            print(f"{package} is not installed: left out", file=sys.stderr)
+            print(f"{package} is not installed, and is left out", file=sys.stderr)
             continue
         for check in PACKAGES[package]():
             numbers, differs = ["", "", "", ""], False

@@ -1,11 +1,12 @@
-"""What devices tell each other when a layer of several of them reads: the collectives of the compiled programs.
+"""Counts what devices send to each other when a layer is split over them: the collectives of the compiled programs.
 
     python benchmarks/collectives.py [--policy SPEC ...]
 
-Four virtual devices on the CPU. Eight rows read a prompt in chunks, a block by the exact recurrence, and single tokens.
-A program is compiled for one device and for several: over heads by `jax.shard_map`, or by `jax.jit` where a policy has
-heads that are not independent; over the batch by `jax.jit`, and by `jax.sharding.auto_axes` in a mesh of explicit axes.
-`same` says whether they decide as on one device, and how far outputs differ at most.
+There are four virtual devices on the CPU. A batch of eight rows reads a prompt in chunks, then a block by the exact
+recurrence, then single tokens. The program is compiled for one device and for several. Heads are split by
+`jax.shard_map`, or by `jax.jit` if the heads of the policy are not independent. The batch is split by `jax.jit`, and,
+in a mesh of explicit axes, by `jax.sharding.auto_axes`. The column `same` says whether the same keys are evicted as on
+one device, and the largest difference between outputs.
 """
 
 import argparse
@@ -45,7 +46,7 @@ MOVED = "all-reduce|all-gather|all-to-all|collective-permute|collective-broadcas
 
 
 class Row(NamedTuple):
-    """What a program says, beside that for one device."""
+    """A program for several devices, compared with the program for one."""
 
     layout: str
     devices: str
@@ -96,7 +97,7 @@ def over_heads(arguments: tuple[Any, ...], devices: int) -> tuple[Callable, Any,
 
 
 def over_rows(arguments: tuple[Any, ...], explicit: bool = False) -> tuple[Callable, Any, tuple[Any, ...]]:
-    """Likewise: each device has some rows."""
+    """The same for the batch: each device has some rows."""
     policy, cache, *_ = arguments
     mesh = jax.make_mesh((DEVICES,), ("rows",), axis_types=(AxisType.Explicit if explicit else AxisType.Auto,))
     of_cache, rows = cj.partition_specs(cache, mesh, batch="rows"), P("rows")
@@ -111,13 +112,13 @@ def _placed(specs: Any, mesh: Any) -> Callable:
 
 
 def collectives(program: str) -> dict[str, int]:
-    """How often each is in a program, with the shapes of what it moves."""
+    """The collectives of a program, with the shapes of the arrays that they move, and how often each occurs."""
     found = re.findall(rf"= (\(.*?\)|\S+) ({MOVED})(?:-start)?\(", program)
     return dict(Counter(f"{what} {re.sub(r'{[^}]*}', '', shape)}" for shape, what in found))
 
 
 def compare(policy: cj.Policy, explicit: bool = True, **options: Any) -> Iterator[Row]:
-    """The rows of a policy; ``explicit``: also that of explicit axes. Options are those of the compiler."""
+    """The rows of a policy. ``explicit``: also the one with explicit axes. The options are those of the compiler."""
     for layout, stores in (("rectangle", None), ("2 pools", 2)):
         arguments = inputs(policy, stores)
         output, cache = jax.jit(batch).lower(*arguments).compile(options)(*arguments)
@@ -143,11 +144,11 @@ def _decided(cache: cj.LayerCache) -> tuple[Any, ...]:
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
-    parser.add_argument("--policy", nargs="*", default=[*POLICIES.values()], metavar="SPEC")
-    parser.add_argument("--full", action="store_true", help="list every shape, however many there are")
+    parser.add_argument("--policy", nargs="*", default=[*POLICIES.values()], metavar="SPEC", help="default: all")
+    parser.add_argument("--full", action="store_true", help="list the shape of every collective")
     given = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", DEVICES)
-    print("| policy | layout | over, by, devices | same | collectives |")
+    print("| policy | layout | split, by, devices | same | collectives |")
     print("|---|---|---|---|---|")
     for spec in given.policy:
         for row in compare(cj.parse(spec)):

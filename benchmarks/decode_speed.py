@@ -1,19 +1,20 @@
-"""How fast a token is decoded: full cache, rectangles and pools, with the policy at work and without.
+"""How long it takes to decode a token: with the full cache, in rectangles and in pools, with and without a policy.
 
     python benchmarks/decode_speed.py [--batch 1 8] [--context 2048 8192] [--pool 0.27 | --plan FILE] [--dtype float32]
         [--json FILE]
 
-SmolLM2's weights, or random ones for so many `--layers` in the shape of Llama 2 7B (`--model llama-2-7b`); keys and
-values at random, since only shapes matter for time. `--pool` is the share of the full cache that a plan allocates
-(`python -m simulator plan` prints it), `--rectangle` what one size for all heads takes, that of the worst head. "off"
-is plain masked attention over as many slots; "on" is CORM with w = r = 256 and group=mean. With a `--plan` the pools
-are its pools, layer by layer, and "on" is its policy; `--context` should be the tokens that it was made for.
+The model is SmolLM2, or, with `--model llama-2-7b`, random weights for `--layers` layers in the shape of Llama 2 7B.
+Keys and values are random, since the time depends on shapes only. `--pool` is the share of the full cache that a plan
+allocates (`python -m simulator plan` prints it). `--rectangle` is the share if all heads have as many slots as the
+head that keeps most. In the column `policy`, "off" is plain masked attention over the same slots, and "on" is CORM with
+w = r = 256 and group=mean. With `--plan` the pools are those of the plan, layer by layer, and "on" is its policy;
+`--context` should then be the number of tokens that the plan was made for.
 
-All programs are compiled first. Configurations then take turns, 16 tokens at a time, in one process; the time is the
-median over the rounds, and ratios are those of times in the same rounds. With `--apart` one ends before the next
-begins, for caches that do not fit into memory together; one that does not fit by itself has no time. `roofline` is the
-time that the weights and the cache, read once, take at the bandwidth with which this machine reads 2 GiB (a matrix
-times a vector), over the time measured.
+All programs are compiled first. Then the configurations take turns in one process, 16 tokens at a time. The time is the
+median over the rounds; ratios are those of times in the same round. With `--apart` one configuration ends before the
+next begins, for caches that do not fit into memory together; a configuration that does not fit by itself gets no time.
+`roofline` is the time that it takes to read the weights and the cache once, divided by the measured time. The
+bandwidth is the one with which this machine reads 2 GiB (a matrix times a vector).
 """
 
 import argparse
@@ -44,7 +45,7 @@ MIB, DIGITS = 2**20, {"allocated": 1, "ms": 2, "faster": 2, "roofline": 2}
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Contender:
-    """A configuration; ``slots`` a head, of each layer."""
+    """A configuration. ``slots`` are the slots a head in each layer."""
 
     batch: int
     context: int
@@ -54,7 +55,7 @@ class Contender:
 
     @property
     def stores(self) -> int | None:
-        """Sets of slots a layer."""
+        """How many sets of slots a layer has; None for one set a head."""
         return 1 if self.layout == "pooled" else None
 
     def make_caches(self, model):
@@ -71,7 +72,7 @@ class Contender:
         return cj.decode.lower(*self.arguments(model, caches), steps=STRETCH)
 
     def filled(self, model, room: int):
-        """Caches that hold all the keys they can, but for room to decode, in no particular order."""
+        """Caches that are full except for the slots of new tokens. The keys are in a random order."""
         rng, kv_heads = np.random.default_rng(0), model.config.kv_heads
         caches = []
         for layer, (slots, cache) in enumerate(zip(self.slots, self.make_caches(model), strict=True)):
@@ -85,7 +86,9 @@ class Contender:
                 k=k,
                 v=v,
                 position=jnp.tile(position, (self.batch, *(1,) * position.ndim)),
-                state=jax.tree.map(lambda leaf: jnp.full_like(leaf, self.context), cache.state),  # all just asked for
+                state=jax.tree.map(
+                    lambda leaf: jnp.full_like(leaf, self.context), cache.state
+                ),  # every key was just found important
                 clock=dataclasses.replace(cache.clock, seen=jnp.full(self.batch, self.context, jnp.int32)),
                 layout=cache.layout if self.stores is None else Shared(whose, kv_heads),
             )
@@ -94,7 +97,7 @@ class Contender:
 
 
 def race(model, programs: dict[Contender, Any], rounds: int) -> dict[Contender, tuple[np.ndarray, int]]:
-    """Seconds of each turn, and the bytes allocated."""
+    """The seconds of each turn, and the allocated bytes."""
     caches = {one: one.filled(model, STRETCH * (rounds + 1)) for one in programs}
     seconds = {one: [] for one in programs}
     for index in range(rounds + 1):
@@ -108,7 +111,7 @@ def race(model, programs: dict[Contender, Any], rounds: int) -> dict[Contender, 
 
 
 def measure(model, programs: dict[Contender, Any], rounds: int, apart: bool, bandwidth: float):
-    """Rows of the table, for one batch and context."""
+    """The rows of the table for one batch and context."""
     times = {}
     for group in [{one: program} for one, program in programs.items()] if apart else [programs]:
         try:
@@ -132,7 +135,7 @@ def measure(model, programs: dict[Contender, Any], rounds: int, apart: bool, ban
 
 
 def read_bandwidth() -> float:
-    """Bytes a second of a matrix that no cache holds, times a vector."""
+    """Bytes a second, from a product of a vector with a matrix that is too large for any processor cache."""
     matrix, vector = jnp.ones((2**19, 1024)), jnp.ones(1024)
     times, seconds = jax.jit(lambda x, y: x @ y), []
     for _ in range(6):
@@ -145,17 +148,19 @@ def read_bandwidth() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=["smollm2-135m", "llama-2-7b"], default="smollm2-135m")
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--context", nargs="+", type=int, default=[2048, 8192])
+    parser.add_argument("--layers", type=int, default=32, help="layers of llama-2-7b, with random weights")
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8], help="sequences at a time")
+    parser.add_argument("--context", nargs="+", type=int, default=[2048, 8192], help="tokens before the first step")
     parser.add_argument("--layouts", nargs="+", default=["full", "rectangular", "pooled"])
-    parser.add_argument("--pool", type=float, default=0.27)
-    parser.add_argument("--plan", type=Path)
-    parser.add_argument("--rectangle", type=float, default=0.9)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--apart", action="store_true")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--pool", type=float, default=0.27, help="slots of a pool, as a share of the full cache")
+    parser.add_argument("--plan", type=Path, help="a plan whose pools and policy are measured")
+    parser.add_argument(
+        "--rectangle", type=float, default=0.9, help="slots of a rectangle, as a share of the full cache"
+    )
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each configuration")
+    parser.add_argument("--apart", action="store_true", help="one configuration after the other, not in turns")
+    parser.add_argument("--dtype", default="float32", help="of weights and caches")
+    parser.add_argument("--json", type=Path, help="write the rows into this file")
     arguments = parser.parse_args()
     dtype, name = jnp.dtype(arguments.dtype), arguments.model
     if name == "llama-2-7b":
@@ -177,7 +182,7 @@ def main() -> None:
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         programs = dict(zip(contenders, threads.map(lambda one: one.compile(), lowered), strict=True))
     device, bandwidth = jax.devices()[0].device_kind, read_bandwidth()
-    print(f"{name} on {device}, {dtype}; it reads {bandwidth / 1e9:,.1f} GB/s\n")
+    print(f"{name} on {device}, {dtype}; memory is read at {bandwidth / 1e9:,.1f} GB/s\n")
     print("| batch | context | layout | policy | slots a head | allocated MiB | ms a token | faster | roofline |")
     print("|---|---|---|---|---|---|---|---|---|")
     rows = []

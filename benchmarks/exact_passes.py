@@ -1,12 +1,13 @@
-"""How often a block of the exact recurrence attends until its evictions are settled.
+"""How many passes over a block the exact recurrence needs until its evictions are final.
 
     python benchmarks/exact_passes.py --text FILE [FILE ...] [--tokens 2048] [--layers 0 10 20 29] [--json FILE]
 
-Records SmolLM2 on each text, reads the recorded layers through CORM's cache in blocks of several sizes
-(`corm_jax.core.exact`), and prints, over all layers and blocks in which anything was evicted before their end, how many
-passes it took on average and at most. The last pass of each only confirms; blocks without such an eviction take one.
-Which keys are kept does not hang on the size of the block: the last column counts heads that keep others at the end
-than with the smallest block, which only rounding could bring about.
+SmolLM2 reads each text, and its layers are recorded. CORM's cache then reads the recorded layers in blocks of several
+sizes (`corm_jax.core.exact`). The table has the mean and the largest number of passes, over all layers and all blocks
+in which a key was evicted before the end of the block. The last pass of a block changes nothing: it confirms the
+result. A block without such an eviction takes one pass. Which keys are kept does not depend on the size of the block.
+The last column counts the heads that keep other keys at the end than with the smallest block; only rounding could cause
+that.
 """
 
 import argparse
@@ -30,7 +31,7 @@ BLOCKS = [16, 32, 64, 128, 256]
 
 @partial(jax.jit, static_argnames="block")
 def passes(policy, q, k, v, *, block):
-    """Passes of each block, and the positions that are kept at the end, head by head."""
+    """The passes of each block, the positions that each head keeps at the end, and the numbers of live keys."""
     cache = cj.make_cache(policy, cj.CacheSpec(k.shape[1], len(k), k.shape[2]))
     cache = cache._replace(made=replace(cache.made, block=block, moments=True, roomy=True))
     _, cache, live, found = read(policy, cache, q, k, v, len(k), chunk=1)
@@ -38,16 +39,16 @@ def passes(policy, q, k, v, *, block):
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--text", type=Path, nargs="+", required=True)
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--layers", type=int, nargs="+", help="default: all")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--text", type=Path, nargs="+", required=True, help="UTF-8 files")
+    parser.add_argument("--tokens", type=int, default=2048, help="how many tokens to read")
+    parser.add_argument("--layers", type=int, nargs="+", help="layers to read, from 0; default: all")
+    parser.add_argument("--json", type=Path, help="write the rows into this file")
     given = parser.parse_args()
     model, tokenizer = cj.load()
     rows = []
-    print("| text | w | r | block | passes, mean | at most | blocks of one pass | kept | heads that differ |")
+    print("| text | w | r | block | passes, mean | passes, most | blocks of one pass | kept | heads that differ |")
     print("|---|---|---|---|---|---|---|---|---|")
     for path in given.text:
         words, name = text_from(path)

@@ -1,6 +1,6 @@
 """Caches of other packages as functions that `simulator.kept.check_kept` takes: kvpress, transformers and keys_values.
 
-Each class drives the real package: a call feeds it the arrays and reads off its cache which keys are still there.
+Each class uses the real package: a call gives it the arrays, and reads from its cache which keys are still held.
 """
 
 import copy
@@ -12,23 +12,23 @@ import numpy as np
 
 
 def steps(tokens: int, prompt: int) -> Iterator[slice]:
-    """The prompt, and then each token."""
+    """The slice of the prompt, and then that of each token."""
     return (slice(*ends) for ends in zip([0, *range(prompt, tokens)], range(prompt, tokens + 1), strict=True))
 
 
 @dataclass
 class Press:
-    """A press of kvpress, with its own hook, in a layer of transformers' Llama.
+    """A press of kvpress, by its own hook, in an attention layer of transformers' Llama.
 
-    The projections of the layer only pick query, key and value out of each hidden state, and nothing is rotated: it
-    attends with the numbers that are given. Values do not matter to these presses, so that each value can say which key
-    it belongs to.
+    The projections of the layer only select query, key and value from each hidden state, and nothing is rotated, so the
+    layer attends with exactly the numbers that are given. These presses do not use values. So each value can hold the
+    position of its key.
 
     Attributes:
       press: the press.
-      budget: keys a head; the compression ratio asks for half a key more, which is rounded down. None for a press that
-        takes no ratio.
-      layer, layers: where the layer stands in its model.
+      budget: keys a head. The compression ratio is set for half a key more, which kvpress rounds down. None for a press
+        without a ratio.
+      layer, layers: the index of the layer, and how many layers the model has.
       eager: for presses that need attention weights.
     """
 
@@ -79,7 +79,7 @@ class Press:
 
 @dataclass
 class SlidingWindow:
-    """A layer of transformers' caches, ``DynamicSlidingWindowLayer`` or the static one: what it holds after updates."""
+    """A layer of transformers' caches: ``DynamicSlidingWindowLayer`` or ``StaticSlidingWindowLayer``."""
 
     window: int
     static: bool = False
@@ -90,12 +90,14 @@ class SlidingWindow:
         from transformers.cache_utils import DynamicSlidingWindowLayer, StaticSlidingWindowLayer
 
         tokens, kv_heads, _ = keys.shape
-        numbers = torch.arange(1.0, tokens + 1)  # which key it is; 0 is an empty slot of the static layer
+        numbers = torch.arange(
+            1.0, tokens + 1
+        )  # the position of each key, from 1; 0 is an empty slot of the static layer
         states = numbers[None, None, :, None].expand(1, kv_heads, -1, -1)
         layer = StaticSlidingWindowLayer(tokens, self.window) if self.static else DynamicSlidingWindowLayer(self.window)
         kept = []
         for part in steps(tokens, prompt):
-            place = {"cache_position": torch.arange(part.start, part.stop)}  # which transformers below 5.3 asks for
+            place = {"cache_position": torch.arange(part.start, part.stop)}  # transformers below 5.3 needs it
             layer.update(states[:, :, part], states[:, :, part], place)
             kept.append((layer.keys[0] == numbers).any(1).numpy())
         return np.stack(kept)
@@ -103,10 +105,10 @@ class SlidingWindow:
 
 @dataclass
 class KeysValues:
-    """A cache of awslabs' keys_values that evicts when the next token comes.
+    """A cache of awslabs' keys_values, which evicts a key only when the next token is read.
 
-    Of a full cache, the key in the slot that is chosen for that token counts as evicted here: with ``length`` slots
-    ``length - 1`` keys are kept.
+    The cache has chosen the slot of the next token already. In a full cache, the key in that slot counts as evicted
+    here, so that with ``length`` slots ``length - 1`` keys are kept.
     """
 
     name: str

@@ -1,11 +1,11 @@
-"""How the live set of CORM and the cost of a token grow with the text, from 1k tokens on.
+"""How many keys CORM keeps, and how long a token takes, as a text grows from 1,024 tokens on.
 
     python benchmarks/growth.py --text FILE --plan PLAN [--tokens 32768] [--grow 1.6] [--json FILE]
 
-SmolLM2 reads the text in one go, in the chunks of the plan, in pools so many times as large as the plan's. `live` is
-the share of all keys, `new` that of the keys since the row before. Then a token is decoded from pools with room for
-just the live keys, and from full caches as long, all taking turns; keys and values are random there, since only shapes
-matter for time.
+SmolLM2 reads the text once, in the chunks of the plan, in pools that are `--grow` times as large as those of the plan.
+`live` is the live share of all keys; `new` is the live share of the keys that were read since the row above. Then
+tokens are decoded from pools with slots for just the live keys, and from full caches of the same text, in turns. Keys
+and values are random in this part, since the time depends on shapes only.
 """
 
 import argparse
@@ -25,12 +25,12 @@ from corm_jax.terminal.console import progress_bar
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--plan", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, default=32768)
-    parser.add_argument("--grow", type=float, default=1.6)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--text", type=Path, required=True, help="a UTF-8 file")
+    parser.add_argument("--plan", type=Path, required=True, help="as python -m simulator plan makes it")
+    parser.add_argument("--tokens", type=int, default=32768, help="how many tokens to read")
+    parser.add_argument("--grow", type=float, default=1.6, help="size of the pools, as a multiple of the plan's")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each cache")
+    parser.add_argument("--json", type=Path, help="write the rows into this file")
     arguments = parser.parse_args()
     model, tokenizer = cj.load()
     ids = encode(model, tokenizer, *text_from(arguments.text), arguments.tokens)
@@ -58,7 +58,7 @@ def main() -> None:
     times = race(model, contenders, arguments.rounds)
     seconds = [float(np.median(found) / STRETCH) for found, _ in times.values()]
     overflow = int(reading.usage.overflow.sum())
-    print(f"{plan.policy}, chunks of {plan.chunk}; {overflow:,} of {heads * len(ids):,} keys lacked a slot\n")
+    print(f"{plan.policy}, chunks of {plan.chunk}; {overflow:,} of {heads * len(ids):,} keys had no free slot\n")
     print("| tokens | NLL | live | new | live keys a head | full: ms a token | pooled: ms a token | faster |")
     print("|---|---|---|---|---|---|---|---|")
     rows, before = [], (0, 0)

@@ -1,11 +1,12 @@
-"""How many instructions launch something when a token is decoded: what a layer costs where launches are dear.
+"""How many kernels each layer launches when a token is decoded, which is what decoding costs on a GPU.
 
     python benchmarks/launches.py [--policy SPEC ...] [--capacity SLOTS]
 
-Compiles `corm_jax.decode` for two layers and for one, in the shape of SmolLM2, and counts what the second adds to the
-loop over tokens: instructions of the compiled program that run by themselves, as a fusion, a product or a copy does,
-and not those that only name what is there. `loops`, `sorts`, `branches` and `gathers` are among them; a straight line
-has none of the first three. Seconds are those of lowering and compiling two layers.
+The script compiles `corm_jax.decode` for one layer and for two, in the shape of SmolLM2, and counts how many
+instructions the second layer adds to the loop over tokens. It counts instructions of the compiled program that run by
+themselves, such as a fusion, a product or a copy, but not those that only refer to an array. `loops`, `sorts`,
+`branches` and `gathers` are among them; a straight-line step has none of the first three. The seconds are those of
+lowering and compiling two layers.
 """
 
 import argparse
@@ -53,7 +54,7 @@ def compiled(spec: str, stores: int | None, layers: int, capacity: int, **option
 
 
 def launches(program: str) -> Counter:
-    """What the loop over tokens launches, by the name of the instruction, loops and branches inside it included."""
+    """What the loop over tokens launches, by the name of the instruction, also in loops and branches inside it."""
     parts: dict[str, list[tuple[str, str]]] = {}
     name = ""
     for line in program.splitlines():
@@ -78,20 +79,22 @@ def launches(program: str) -> Counter:
 
     loops = [found[1] for part in parts.values() for kind, rest in part
              if kind == "while" and (found := re.search(r"body=%?([\w.\-]+)", rest))]  # fmt: skip
-    return max((inside(body) for body in loops), key=Counter.total)  # that over tokens; another draws random numbers
+    return max(
+        (inside(body) for body in loops), key=Counter.total
+    )  # the loop over tokens; another loop draws random numbers
 
 
 def of_a_layer(spec: str, stores: int | None, capacity: int = 1024) -> Counter:
-    """What one layer adds."""
+    """The instructions that one layer adds."""
     one, two = (launches(compiled(spec, stores, layers, capacity)) for layers in (1, 2))
     return two - one
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--policy", nargs="*", default=POLICIES, metavar="SPEC")
-    parser.add_argument("--capacity", type=int, default=1024)
+    parser.add_argument("--policy", nargs="*", default=POLICIES, metavar="SPEC", help="default: seven of them")
+    parser.add_argument("--capacity", type=int, default=1024, help="slots of each head")
     given = parser.parse_args()
     print("| policy | layout | launches a layer | loops | sorts | branches | gathers | s to compile two layers |")
     print("|---|---|---|---|---|---|---|---|")

@@ -1,8 +1,8 @@
-"""Mutants: the small changes that `benchmarks/mutation.py` makes, one at a time, to see whether a test notices.
+"""Mutants: the small changes that `benchmarks/mutation.py` makes, one at a time, to see whether a test fails.
 
-Comparisons and their bounds, arithmetic, logic, numbers by one, exchanged names (``min`` and ``max``, ``any`` and
-``all``), exchanged branches of `jnp.where`, and whatever can be dropped: a ``~``, a bound, an operand, a keyword
-argument, a statement, an early return.
+A mutant changes a comparison or its bound, an arithmetic or logical operator, or a number by one; it exchanges names
+(``min`` and ``max``, ``any`` and ``all``) or the branches of `jnp.where`; or it removes a ``~``, a bound, an operand, a
+keyword argument, a statement, or an early return.
 """
 
 import ast
@@ -37,21 +37,21 @@ DECLARATIONS = ("field", "number", "choice", "static", "dataclass")
 
 @dataclass(frozen=True)
 class Mutant:
-    """One change: of ``module``, inside the function ``where``, lines that were ``line`` and become ``becomes``."""
+    """One change in ``module``, inside the function ``where``: the lines ``line`` become ``becomes``."""
 
     module: str
     where: str
     operator: str
     line: str
     becomes: str
-    nth: int  # of those that are alike so far
+    nth: int  # the index among equal changes in this function
     start: int
     end: int
     text: str
 
     @property
     def key(self) -> tuple[str, str, str, str]:
-        """What identifies the change, wherever in the module the function stands."""
+        """Identifies the change, independent of where in the module the function is."""
         return self.module, self.where, self.line, self.becomes
 
     @property
@@ -71,7 +71,7 @@ class Mutant:
 
 
 class Source:
-    """The text of a module, and where its nodes stand in it: in bytes from its beginning."""
+    """The text of a module, and the places of its nodes in it, in bytes from the beginning."""
 
     def __init__(self, text: str):
         self.data = text.encode()
@@ -82,33 +82,34 @@ class Source:
                 row, column = token.start
                 begin, size = self.starts[row - 1] + len(lines[row - 1][:column].encode()), len(token.string.encode())
                 code[begin : begin + size] = b" " * size
-        self.code = bytes(code)  # without comments: where operators are looked for
+        self.code = bytes(code)  # without comments: operators are searched in it
 
     def span(self, node: ast.AST) -> tuple[int, int]:
-        """Where a node begins and ends."""
+        """The beginning and the end of a node."""
         return self.starts[node.lineno - 1] + node.col_offset, self.starts[node.end_lineno - 1] + node.end_col_offset
 
     def of(self, node: ast.AST) -> str:
-        """A node's text, in parentheses where it may need them."""
+        """The text of a node, in parentheses if it may need them."""
         begin, end = self.span(node)
         return self.data[begin:end].decode() if isinstance(node, SIMPLE) else f"({self.data[begin:end].decode()})"
 
     def find(self, symbol: str, begin: int, end: int, last: bool = False) -> tuple[int, int]:
-        """Where an operator, or a word, stands between two places."""
+        """The place of an operator, or of a word, between two places."""
         pattern = re.escape(symbol).replace(r"\ ", r"\s+")
         pattern = rf"\b{pattern}\b" if symbol[0].isalpha() else pattern
         match = [*re.finditer(pattern.encode(), self.code[begin:end])][-1 if last else 0]
         return begin + match.start(), begin + match.end()
 
     def between(self, left: ast.AST, symbol: str, right: ast.AST) -> tuple[int, int]:
-        """Where the operator between two nodes stands."""
+        """The place of the operator between two nodes."""
         return self.find(symbol, self.span(left)[1], self.span(right)[0])
 
 
 def mutants(module: str, source: str) -> list[Mutant]:
     """All mutants of a module, in the order of its text.
 
-    Left out is what is not executed, or only described: docstrings, annotations, strings, what `raise` raises.
+    Left out is what is not executed, or only describes something: docstrings, annotations, strings, and errors that
+    are raised.
     """
     read = Source(source)
     found: list[Mutant] = []
@@ -131,7 +132,7 @@ def mutants(module: str, source: str) -> list[Mutant]:
 
 
 def _executed(tree: ast.Module) -> Iterator[tuple[ast.AST, str, bool]]:
-    """Every node that may matter, with the name of what it stands in, and whether it is the last of a function."""
+    """Every node that is executed, the function or class that it is in, and whether it is the last statement there."""
 
     def visit(node: ast.AST, where: str, last: bool):
         yield node, where, last
@@ -149,9 +150,9 @@ def _executed(tree: ast.Module) -> Iterator[tuple[ast.AST, str, bool]]:
 
 
 def _inert(node: ast.AST) -> bool:
-    """Whether nothing in it is to be changed."""
+    """Whether a node is left as it is, with everything in it."""
     if isinstance(node, ast.keyword):
-        return node.arg in ("strict", "help")  # what only guards against mistakes, and what is only read
+        return node.arg in ("strict", "help")  # a check against mistakes, and a text
     if isinstance(node, ast.Assign):
         return _name(node.targets[0]) in ("__all__", "Policies")
     if isinstance(node, ast.AnnAssign):
@@ -168,7 +169,7 @@ def _name(node: ast.AST) -> str:
 
 
 def _changes(node: ast.AST, last: bool, read: Source) -> Iterator[tuple[str, tuple[int, int], str]]:
-    """The changes of one node: the kind, what is replaced, by what."""
+    """The changes of one node: the kind, the place of what is replaced, and the new text."""
     match node:
         case ast.Compare():
             sides = [node.left, *node.comparators]
@@ -244,9 +245,10 @@ def _changes_of_call(node: ast.Call, read: Source) -> Iterator[tuple[str, tuple[
 
 
 def drawn(every: list[Mutant], seed: int) -> list[Mutant]:
-    """All mutants in the order in which they are drawn: spread over modules and operators, else by chance.
+    """All mutants in the order in which they are drawn: at random, but spread over modules and operators.
 
-    A group (module, operator) of n mutants comes in turn about as often as the root of n says.
+    From a group (a module and an operator) of n mutants, the number that is drawn is about proportional to the square
+    root of n.
     """
     groups = collections.defaultdict(list)
     for one in every:
@@ -264,5 +266,5 @@ def drawn(every: list[Mutant], seed: int) -> list[Mutant]:
 
 
 def shortened(value: object) -> str:
-    """A name of eight letters for any value."""
+    """A name of eight characters for any value."""
     return hashlib.sha256(repr(value).encode()).hexdigest()[:8]

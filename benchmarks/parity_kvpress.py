@@ -1,29 +1,33 @@
-"""The keys that our policies keep and those that NVIDIA's kvpress keeps: SmolLM2's real weights, the same prompt.
+"""Compares the keys that our policies keep with those that NVIDIA's kvpress keeps, on SmolLM2 and the same prompt.
 
     pip install -e ".[test]" "kvpress==0.5.5"; python benchmarks/parity_kvpress.py [--text FILE] [--tokens 256]
 
-kvpress 0.5.5 needs transformers below 5.3: give it an environment of its own. Both sides attend to the whole prompt and
-evict once at its end, so that all layers compare. What kvpress kept is read off the cache that it returns: each key is
-looked up, bit for bit, in a prefill without eviction. AdaKVPress only masks, and says which positions.
+kvpress 0.5.5 needs transformers below 5.3, so install it into an environment of its own. Both sides attend to the whole
+prompt and evict once, at its end, so all layers can be compared. The keys that kvpress kept are read from the cache
+that it returns: each key is searched, bit for bit, in a prefill without eviction. AdaKVPress evicts nothing: it masks
+keys, and returns their positions.
 
-Exits with 1 if a head keeps other keys where the definitions agree, unless kvpress's own scores of the swapped keys lie
-within a relative 1e-4. With n tokens, a budget of B keys, a window of w and L layers:
+The exit code is 1 if the definitions agree but a head keeps other keys, unless the scores that kvpress gives to the
+exchanged keys differ by less than a relative 1e-4. With n tokens, a budget of B keys, a window of w, and L layers:
 
-- Budgets. kvpress keeps ``int(n (1 - compression_ratio))`` keys a head. The ratio here is 1 - (B + 1/2) / n: B keys
-  however it rounds. PyramidKVPress rounds to the nearest; there it is 1 - B / n.
-- StreamingLLM. The same: the first 4 and the newest B - 4.
-- L2Norm, KnormPress. The same. In layer 0 the keys of equal tokens have one norm but for rounding, which may decide.
-- TOVA. The same scores: the last query's attention, averaged over all query heads of the layer. But TOVAPress gives
-  the last token the maximum + 1, so that it stays (our ``recent=1``); here it may go like any other.
-- SnapKV. The same with ``pool=mean``, the only pooling of SnapKVPress. Its defaults are w = 64 and kernel 5.
-- AdaKV. Of the heads (B - w) best early keys of a layer, c_h are head h's. Ours keeps w + b_h keys of it, where
-  b_h = round((1 - floor) c_h + floor (B - w)), as in the paper. AdaKVPress keeps the ``int(alpha B)`` best keys of each
-  head, its window counted among them, and fills up with the best of the layer. Up to alpha B = w that guards nothing:
-  b_h = c_h. So floor = alpha = 0 is the same, and otherwise heads that get equally many keys.
-- PyramidKV. Ours keeps w + b_l keys in layer l, b_l falling from 2 b - b // 20 to b // 20, b = B - w. PyramidKVPress
-  keeps ``round(high - l (high - low) / (L - 1))``, the window counted among them: low = B / 20, high = 2 B - low. (It
-  moves both towards B if high > n - w; all layers get B if low < w.) The same where a layer gets as many keys.
-"""
+- Budgets. kvpress keeps ``int(n (1 - compression_ratio))`` keys a head. The ratio is set to 1 - (B + 1/2) / n here,
+  which is B keys whatever the rounding. PyramidKVPress rounds to the nearest number; for it the ratio is 1 - B / n.
+- StreamingLLM. Both keep the same keys: the first 4 and the newest B - 4.
+- L2Norm and KnormPress. Both keep the same keys. In layer 0 the keys of equal tokens have equal norms, so that rounding
+  may decide between them.
+- TOVA. Both have the same scores: the attention of the last query, averaged over all query heads of the layer. But
+  TOVAPress gives the last token the maximum + 1, so that it is kept (our ``recent=1``); in ours it may be evicted.
+- SnapKV. Both keep the same keys with ``pool=mean``, the only pooling of SnapKVPress. Its defaults are w = 64, kernel
+  5.
+- AdaKV. Take the heads x (B - w) best keys of a layer that are older than the window; c_h of them are in head h. Ours
+  keeps w + b_h keys of head h, where b_h = round((1 - floor) c_h + floor (B - w)), as in the paper. AdaKVPress keeps
+  the ``int(alpha B)`` best keys of each head, among which it counts the window, and then the best keys of the layer. As
+  long as alpha B <= w, this protects no other key: b_h = c_h. So both are the same with floor = alpha = 0; otherwise
+  the heads with equally many keys are the same.
+- PyramidKV. Ours keeps w + b_l keys in layer l, where b_l falls from 2 b - b // 20 to b // 20, with b = B - w.
+  PyramidKVPress keeps ``round(high - l (high - low) / (L - 1))`` keys, among which it counts the window: low = B / 20,
+  high = 2 B - low. (It moves both towards B if high > n - w; all layers get B if low < w.) Layers with equally many
+  keys are the same."""
 
 import dataclasses
 import sys
@@ -45,7 +49,7 @@ PYRAMID_WINDOW = 3  # PyramidKVPress has a pyramid only if this is at most a 20t
 
 
 def prefill(model, ids) -> list[torch.Tensor]:
-    """The keys that transformers has after a prompt, a layer: ``[kv_heads, tokens, head_dim]``."""
+    """The keys in the cache of transformers after a prompt, for each layer: ``[kv_heads, tokens, head_dim]``."""
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model(torch.tensor([ids]), past_key_values=cache, logits_to_keep=1)
@@ -71,7 +75,7 @@ def run_press(model, press, ids, full) -> tuple[np.ndarray, np.ndarray]:
             kept[layer, head, position] = False
         else:
             same = (some[:, :, None] == every[:, None]).all(-1)
-            assert (same.sum(-1) == 1).all(), "a key that kvpress returned is not one of the prompt's, or not only one"
+            assert (same.sum(-1) == 1).all(), "a key that kvpress returned is not exactly one of the keys of the prompt"
             kept[layer] = same.any(1)
     return kept, scores
 
@@ -85,7 +89,7 @@ def run_ours(model, policy, ids) -> np.ndarray:
 
 
 def widest_gap(ours, theirs, scores) -> float:
-    """By how much, relatively, scores tell swapped keys of a row apart; infinite if the rows keep unequal numbers."""
+    """The largest relative difference between the scores of exchanged keys; infinite if rows keep different numbers."""
     gaps = [0.0 if (ours.sum(-1) == theirs.sum(-1)).all() else np.inf]
     for row, swapped in zip(scores, ours != theirs, strict=True):
         if swapped.any():
@@ -94,9 +98,10 @@ def widest_gap(ours, theirs, scores) -> float:
 
 
 @click.command()
-@click.option("--text", type=click.Path(path_type=Path))
-@click.option("--tokens", default=256, type=click.IntRange(min=128))
+@click.option("--text", type=click.Path(path_type=Path), help="a UTF-8 file  [default: Python's language reference]")
+@click.option("--tokens", default=256, show_default=True, type=click.IntRange(min=128), help="tokens of the prompt")
 def main(text, tokens):
+    """Compare the keys that our policies keep with those that NVIDIA's kvpress keeps, as a table."""
     model, tokenizer = checkpoint.load()
     ids = encode(model, tokenizer, *text_from(text), tokens)
     path = smollm2.model_file()
@@ -131,7 +136,7 @@ def main(text, tokens):
         mine = run_ours(model, policy, ids)
         alike = (mine == kept).all(-1)
         must = np.ones_like(alike)
-        if not agree:  # still the heads that get as many keys, and treat the last token alike
+        if not agree:  # only heads that keep as many keys, and keep or evict the last token alike
             must = (mine.sum(-1) == kept.sum(-1)) & (mine[..., -1] == kept[..., -1])
         rows = [x[must] for x in (mine, kept, scores)]
         if agree is True and isinstance(press, AdaKVPress):  # the heads of a layer compete

@@ -1,9 +1,10 @@
-"""Whether LongBench's answers with the full cache are those of transformers' greedy decoding, answer for answer.
+"""Compares answers to LongBench with the full cache with those of transformers' greedy decoding, one by one.
 
     python benchmarks/parity_longbench.py DIRECTORY [--examples 20] [--length 1024]
 
-DIRECTORY holds LongBench's rows, as for `corm eval longbench --data`. SmolLM2, float32, on the CPU; the prompts are the
-first rows of each task in turn. Prints each answer that differs, and both scores; ends with exit code 1 if any differs.
+DIRECTORY holds LongBench's rows, as for `corm eval longbench --data`. The model is SmolLM2 in float32, on the CPU; the
+prompts are the first rows of each task in turn. The script prints each answer that differs, and both mean scores. The
+exit code is 1 if an answer differs.
 """
 
 import argparse
@@ -23,9 +24,9 @@ from corm_jax.model import smollm2
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("directory", type=Path)
-    parser.add_argument("--examples", type=int, default=20)
-    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("directory", type=Path, help="LongBench's rows, as for corm eval longbench --data")
+    parser.add_argument("--examples", type=int, default=20, help="prompts to answer")
+    parser.add_argument("--length", type=int, default=1024, help="tokens of a prompt, at most")
     arguments = parser.parse_args()
     model, tokenizer = cj.load()
     path = smollm2.model_file()

@@ -1,11 +1,11 @@
-"""SmolLM2's real weights here and in Hugging Face transformers (torch, CPU): the same text, the same NLL.
+"""Compares SmolLM2 here with SmolLM2 in Hugging Face transformers (torch, CPU): the NLL of the same text.
 
     pip install -e ".[test]"; python benchmarks/parity_transformers.py [--text FILE] [--tokens 256]
 
-transformers reads the same GGUF file with its own code, tokenizer and chat template included. Exits with 1 if the mean
-NLL differs by more than 1e-4, the tokens or the chat prompts differ, or a greedy continuation differs. Tokens are
-compared on the text without its digits: transformers overlooks the file's field ``tokenizer.ggml.pre``, by which
-SmolLM2 splits off every digit before anything else.
+transformers reads the same GGUF file, with its tokenizer and its chat template, by its own code. The exit code is 1 if
+the mean NLL differs by more than 1e-4, or if the tokens, the chat prompts or a greedy continuation differ. Tokens are
+compared on the text without its digits: transformers ignores the field ``tokenizer.ggml.pre`` of the file, which says
+that every digit is a token by itself.
 """
 
 import re
@@ -24,9 +24,10 @@ from corm_jax.runs.perplexity import read_text
 
 
 @click.command()
-@click.option("--text", type=click.Path(path_type=Path))
-@click.option("--tokens", default=256)
+@click.option("--text", type=click.Path(path_type=Path), help="a UTF-8 file  [default: Python's language reference]")
+@click.option("--tokens", default=256, show_default=True, help="how many tokens to read")
 def main(text, tokens):
+    """Compare SmolLM2 here with SmolLM2 in Hugging Face transformers, on the same text."""
     words, name = text_from(text)
     model, tokenizer = checkpoint.load()
     ids = encode(model, tokenizer, words, name, tokens)
@@ -53,7 +54,9 @@ def main(text, tokens):
     difference = abs(float(reading.nll.mean(dtype=np.float64)) - nll.mean())
     print(f"tokens of the whole text, {len(tokenizer.encode(wordy)):,}:      {'equal' if same_tokens else 'DIFFER'}")
     print(f"mean NLL over {tokens - 1} predictions: ours {reading.nll.mean():.6f}, transformers {nll.mean():.6f}")
-    print(f"  difference of means {difference:.2e}, largest of a token {np.abs(reading.nll - nll).max():.2e}")
+    print(
+        f"  difference of means {difference:.2e}, largest difference of a token {np.abs(reading.nll - nll).max():.2e}"
+    )
     print(f"32 greedy tokens:                       {'equal' if same_answer else 'DIFFER'}")
     print(f"chat prompt:                            {'equal' if same_chat else 'DIFFERS'}")
     sys.exit(not (difference <= 1e-4 and same_tokens and same_answer and same_chat))

@@ -2,13 +2,15 @@
 
     python benchmarks/policy_table.py --text FILE... [--tokens 2048] [--budget 0.1 0.25 0.5] [--policy SPEC...]
 
-The first half of a text is the prompt; what follows is scored, by teacher forcing. A budget is a share of the prompt:
-so many keys a head stay. CORM decides by itself how many: once its w = r is searched so that it ends the text with as
-many, twice it is capped. SnapKV, PyramidKV and Ada-KV evict at the prompt's end and never again, so their caches grow
-afterwards, which `kept` shows: the live share of all keys at the end. `random` is the control.
+The first half of a text is the prompt; the second half is predicted token by token (teacher forcing). A budget is a
+number of keys a head, given as a share of the prompt. CORM has no budget by itself. The table has it in two forms: with
+a window w = r with which it keeps as many keys at the end of the text, found by a search; and with a fixed window and
+the budget as a limit. SnapKV, PyramidKV and Ada-KV evict once, at the end of the prompt, so their caches grow
+afterwards. The column `kept` shows this: it is the live share of all keys at the end. `random` is the control.
 
-Against the full cache's prediction p of each token: KL(p || q) in nats, and how often the likeliest token is the same.
-Intervals: 95%, from 2,000 bootstrap resamples of blocks of 64 tokens, since neighbouring tokens are not independent.
+With p the full cache's prediction of a token, and q the policy's: KL(p || q) in nats, and how often both have the same
+likeliest token. Intervals are 95% intervals, from 2,000 bootstrap resamples of blocks of 64 tokens, since neighbouring
+tokens are not independent.
 """
 
 import argparse
@@ -43,12 +45,12 @@ SPECS = (
 
 
 def by_blocks(values: np.ndarray, block: int = 64) -> Interval:
-    """The mean and its 95% interval, from blocks that are drawn anew."""
+    """The mean and its 95% interval, from resampled blocks."""
     return bootstrap([part.mean() for part in np.array_split(values.astype(np.float64), max(len(values) // block, 1))])
 
 
 def shown(interval: Interval, digits: str) -> str:
-    """An interval with so many digits."""
+    """An interval as text, with numbers in this format."""
     mean, low, high = (format(value, digits) for value in interval)
     return f"{mean} [{low}, {high}]"
 
@@ -56,11 +58,11 @@ def shown(interval: Interval, digits: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", type=Path, nargs="+", required=True, help="UTF-8 files")
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--budget", nargs="+", default=["0.1", "0.25", "0.5"])
-    parser.add_argument("--policy", nargs="+", default=SPECS)
-    parser.add_argument("--chunk", type=int, default=8)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--tokens", type=int, default=2048, help="how many tokens of each text to read")
+    parser.add_argument("--budget", nargs="+", default=["0.1", "0.25", "0.5"], help="shares of the prompt")
+    parser.add_argument("--policy", nargs="+", default=SPECS, metavar="SPEC", help="default: all of the table")
+    parser.add_argument("--chunk", type=int, default=8, help="tokens between evictions")
+    parser.add_argument("--json", type=Path, help="write the rows into this file")
     arguments = parser.parse_args()
     model, tokenizer = cj.load()
     chunk, rows = arguments.chunk, []

@@ -1,14 +1,16 @@
-"""How fast a prompt is read, and what memory that takes: full cache, chunks of CORM in pools, transformers, kvpress.
+"""How long it takes to read a prompt, and in how much memory: the full cache, CORM in pools, transformers, kvpress.
 
     python benchmarks/prefill_speed.py --text FILE [--plan PLAN | --pool 0.35] [--tokens 2048 8192] [--ours-only]
 
-The full cache reads in chunks of 256, CORM in those of the plan, in its pools, which may be too small for a longer
-text; for a shorter one, or without a plan, in chunks of 256 and pools of a share of the full cache. Then 48 tokens are
-decoded at batch 1. transformers (torch, on the CPU) does the same with its own cache, float32, and as many threads, and
-again after NVIDIA's kvpress, if it is installed, has compressed the prompt to as many keys as CORM keeps (SnapKV).
+The full cache reads in chunks of 256 tokens. CORM reads in the chunks and the pools of the plan, which may be too small
+if the text is longer than the plan's. If the text is shorter, or without a plan, CORM reads in chunks of 256 tokens,
+and `--pool` is the size of its pools as a share of the full cache. Then 48 tokens are decoded with a batch of 1.
+transformers (torch, on the CPU) does the same with its own cache, in float32, with as many threads. If NVIDIA's kvpress
+is installed, transformers does it once more with a prompt that kvpress (SnapKV) has compressed to as many keys as CORM
+keeps.
 
-Times are without compilation. Each contender has a process to itself, one after the other, so that its peak memory is
-its own.
+Times are without compilation. Each row is measured in a process of its own, one after the other, so that the peak of
+memory is that of the row.
 """
 
 import argparse
@@ -33,7 +35,7 @@ GIB, MIB, TURNS = 2**30, 2**20, 3
 
 
 def ours(spec: str, ids, chunk: int, capacity, pooled: bool) -> dict:
-    """Reads and decodes after a run that compiles."""
+    """Reads a prompt and decodes, after a run that compiles."""
     model, _ = cj.load()
     policy = cj.parse(spec)
     for prompt in (ids[:512], ids):
@@ -55,7 +57,7 @@ def ours(spec: str, ids, chunk: int, capacity, pooled: bool) -> dict:
 
 
 def theirs(ids, kept: float | None) -> dict:
-    """The same of transformers, with the share ``kept`` of the prompt."""
+    """The same in transformers. With kvpress, the share ``kept`` of the keys of the prompt is kept."""
     import torch
     from transformers import AutoModelForCausalLM, DynamicCache
 
@@ -89,24 +91,24 @@ def theirs(ids, kept: float | None) -> dict:
 
 
 def peak() -> int:
-    """Bytes that this process held at most."""
+    """The peak of this process's memory, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def alone(run, *arguments) -> dict:
-    """In a process of its own."""
+    """Runs a function in a process of its own."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         return process.submit(run, *arguments).result()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--plan", type=Path)
-    parser.add_argument("--pool", type=float, default=0.35)
-    parser.add_argument("--tokens", nargs="+", type=int, default=[2048, 8192])
-    parser.add_argument("--ours-only", action="store_true")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--text", type=Path, required=True, help="a UTF-8 file")
+    parser.add_argument("--plan", type=Path, help="a plan whose chunks, pools and policy are measured")
+    parser.add_argument("--pool", type=float, default=0.35, help="without a plan: slots, as a share of the full cache")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[2048, 8192], help="lengths of the prompt")
+    parser.add_argument("--ours-only", action="store_true", help="leave out transformers and kvpress")
+    parser.add_argument("--json", type=Path, help="write the rows into this file")
     arguments = parser.parse_args()
     model, tokenizer = cj.load()
     words, name = text_from(arguments.text)

@@ -91,11 +91,11 @@ def test_the_command(run):
     assert (run.tree / "tiny.py").read_text() == MODULE
 
     run.out.write_text(run.out.read_text() + '{"id": "half a li')
-    assert f"{len(outcomes)} drawn beside 0 equivalent ones, 0 to try" in run()[0]
+    assert f"{len(outcomes)} are drawn, besides 0 equivalent ones; 0 are to be tried" in run()[0]
     (run.tree / "test_tiny.py").write_text(TEST + "    assert SLACK == 5\n")
     printed, results = run(equivalent=EQUIVALENT)
     survived = sum(outcome == "survived" for outcome in outcomes.values())
-    assert f"{len(outcomes) - 1} drawn beside 1 equivalent ones, {survived - 1} to try" in printed
+    assert f"{len(outcomes) - 1} are drawn, besides 1 equivalent ones; {survived - 1} are to be tried" in printed
     assert results["SLACK = 6"]["outcome"] == "killed"
     assert "no mutant any more: tiny.py | clipped | if x > 1: | if x >= 1:" in printed
     assert "+SLACK = 6" in run("--show", results["SLACK = 6"]["id"])[0]
@@ -105,7 +105,7 @@ def test_a_test_that_fails_unmutated_is_said(run):
     (run.tree / "test_tiny.py").write_text("def test_nothing():\n    assert False\n")
     with pytest.raises(subprocess.CalledProcessError) as failed:
         run()
-    assert "unmutated, test_tiny.py fails" in failed.value.stderr
+    assert "test_tiny.py fails without any mutant" in failed.value.stderr
 
 
 def changed(source, every=1):

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import stat
+import tempfile
 import threading
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from corm_jax import CormError, files
 from corm_jax.files import check_new, check_writable, deliver, finish, whole_file, write_json
+from simulator.synthetic import noise
 
 
 def save(words, path):
@@ -223,6 +225,39 @@ def test_file_systems_without_links(tmp_path, monkeypatch):
         temporary.write_text("second")
     assert (tmp_path / "a").read_text() == "first"
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.fixture
+def umask():
+    """Another umask than is usual, under which new files have the mode 0640."""
+    before = os.umask(0o027)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_the_umask_decides_who_can_read_a_file(umask, tmp_path, replaced):
+    """Also where the one who writes it asks for a mode of 0600, as safetensors does."""
+
+    def secretive(path):
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(b"words")
+        Path(file.name).replace(path)
+
+    for write in (partial(save, "words"), secretive):
+        if replaced:
+            (tmp_path / "a").touch(0o600)
+        deliver(tmp_path / "a", write, overwrite=True)
+        assert (tmp_path / "a").read_text() == "words"
+        assert oct((tmp_path / "a").stat().st_mode & 0o777) == "0o640"
+        (tmp_path / "a").unlink()
+
+
+def test_all_files_of_a_trace_have_one_mode(umask, tmp_path):
+    noise(layers=2, steps=4).save(tmp_path / "trace")
+    modes = {file.name: oct(file.stat().st_mode & 0o777) for file in (tmp_path / "trace").iterdir()}
+    assert modes == dict.fromkeys(["layer-000.safetensors", "layer-001.safetensors", "meta.json"], "0o640")
+    assert oct((tmp_path / "trace").stat().st_mode & 0o777) == "0o750"
 
 
 def test_what_an_interrupted_block_wrote_is_removed(tmp_path):
