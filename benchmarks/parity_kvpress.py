@@ -27,7 +27,8 @@ exchanged keys differ by less than a relative 1e-4. With n tokens, a budget of B
 - PyramidKV. Ours keeps w + b_l keys in layer l, where b_l falls from 2 b - b // 20 to b // 20, with b = B - w.
   PyramidKVPress keeps ``round(high - l (high - low) / (L - 1))`` keys, among which it counts the window: low = B / 20,
   high = 2 B - low. (It moves both towards B if high > n - w; all layers get B if low < w.) Layers with equally many
-  keys are the same."""
+  keys are the same.
+"""
 
 import dataclasses
 import sys

@@ -1,15 +1,21 @@
-"""How stable calibration is over texts, drawn tokens, lengths and probes, on SmolLM2.
+"""How much calibration depends on the text, the drawn tokens, the length and the probe, on SmolLM2.
 
     python benchmarks/profile_stability.py --text FILE... [--tokens 1536] [--target-live 0.2] [--seeds 1 2]
         [--lengths 512 1024] [--probes 64 128 384] --work DIR --out DIR
 
-The base is the first text, `--tokens` of it, seed 0, 256 of them read again. Every other calibration differs from it in
-one thing: the text; the seed of the tokens that the model draws, which what a second reading needs does not depend on;
-how many tokens are read (of less than 1,024 a quarter again); how many of them are read again. Prints what each says
-as the base does: the correlation over heads of what a second reading needs, and how many of its first nine heads are
-the same; the correlation of what heads keep; the share of heads with the same (w, r, m); and how much more the base
-would lose, by its own costs, with the other's choices. All are of one size, `--target-live` of the base's keys.
-Profiles are written into `--out`, to be read by `benchmarks/profile_table.py`.
+The base is a calibration on the first text: `--tokens` tokens, seed 0, and a probe of 256 tokens, which are read a
+second time. Every other calibration differs from the base in one thing:
+
+- the text;
+- the seed of the tokens that the model draws (the second reading does not depend on it);
+- how many tokens are read (if fewer than 1,024, a quarter of them is read a second time);
+- how many of them are read a second time.
+
+Each row of the table compares a calibration with the base: the correlation over heads of what the second reading needs;
+how many of the nine heads that it needs most are the same; the correlation of how much each head keeps; the share of
+heads with the same (w, r, m); and how much more would be lost, by the costs of the base, with the other choices. All
+choices keep the same share of the base's keys, `--target-live`. Profiles are written into `--out`;
+`benchmarks/profile_table.py` reads them.
 """
 
 import argparse
@@ -28,13 +34,13 @@ from corm_jax.runs.calibrate import AGAIN, Cost, choose, chosen
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--text", type=Path, nargs="+", required=True, help="UTF-8 files")
-    parser.add_argument("--tokens", type=int, default=1536)
-    parser.add_argument("--target-live", type=float, default=0.2)
-    parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2])
-    parser.add_argument("--lengths", type=int, nargs="*", default=[512, 1024])
-    parser.add_argument("--probes", type=int, nargs="*", default=[64, 128, 384])
+    parser.add_argument("--tokens", type=int, default=1536, help="how many tokens of a text to read")
+    parser.add_argument("--target-live", type=float, default=0.2, help="share of the keys that a profile keeps")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2], help="other seeds of the drawn tokens")
+    parser.add_argument("--lengths", type=int, nargs="*", default=[512, 1024], help="other numbers of tokens")
+    parser.add_argument("--probes", type=int, nargs="*", default=[64, 128, 384], help="other sizes of the probe")
     parser.add_argument("--work", type=Path, required=True, help="as for corm calibrate")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="directory for the profiles")
     arguments = parser.parse_args()
     make_directory(arguments.work)
     make_directory(arguments.out)
@@ -62,8 +68,8 @@ def main() -> None:
     ):
         varied += [(f"{name}-{value}", {option: value}) for value in values]
     print(
-        f"| {first.name}, {arguments.tokens:,} tokens, against | second reading: correlation | the same of the first 9 "
-        "| live: correlation | the same (w, r, m) | loses more, % |"
+        f"| {first.name}, {arguments.tokens:,} tokens, against | second reading: correlation | 9 heads: the same "
+        "| live: correlation | the same (w, r, m) | more is lost, % |"
     )
     print("|---|---|---|---|---|---|")
     for name, option in varied:
@@ -74,7 +80,7 @@ def main() -> None:
 
 
 def sized(cost: Cost, base: Cost, target: float) -> np.ndarray:
-    """The choices by one cost that keep a share of the base's keys, as nearly below it as they come."""
+    """The choices by one cost that keep as much as possible of the base's keys, but at most the target."""
     low, high = float(cost.live.min(0).mean()), 1.0
     for _ in range(30):
         middle = (low + high) / 2
@@ -84,7 +90,7 @@ def sized(cost: Cost, base: Cost, target: float) -> np.ndarray:
 
 
 def alikeness(base: Cost, other: Cost, own: np.ndarray, choice: np.ndarray) -> str:
-    """How much two costs, and the choices by them, say alike."""
+    """The cells of the table: how much two costs, and the choices by them, agree."""
     gains = [np.maximum(cost.again[0], 0).reshape(-1) for cost in (base, other)]
     nine = [set(np.argsort(-gain)[:9]) for gain in gains]
     lives = [chosen(base.live, one).reshape(-1) for one in (own, choice)]

@@ -1,19 +1,23 @@
-"""What policies lose on a text, and of a passage that comes again, on SmolLM2.
+"""How much policies lose on a text, and on a passage that is repeated at its end, on SmolLM2.
 
     python benchmarks/profile_table.py --text FILE [--tokens 4096] [--passages 5] [--chunk 32] --policy SPEC...
         [--budget SHARE...] [--json FILE] [--plot PNG]
 
-Each reading is a stretch of the file, of so many tokens, and then, once more, the 512 that began 1,536 before its end;
-the stretches are spread over the file. On the stretch: the NLL above that of the full cache, in percent; KL(full ||
-policy) of the predictions, nats a token; how often both find the same token likeliest. Repeat: the NLL of the second
-reading, nats a token, and the share of the gap between a window and the full cache that is closed, where
-`streaming_llm` is among the policies, the first of it. Live: the share of the stretch's keys that are live at its end.
-`full` comes first.
+A reading is a passage of the file with `--tokens` tokens, followed by a repeat: 512 tokens that began 1,536 tokens
+before the end of the passage. The passages are spread over the file. The columns of the table:
 
-Policies that can be held to a budget get each `--budget`, a share of the stretch, in turn; CORM and profiles decide by
-themselves. With several profiles, each other policy is compared with the largest of them that is no larger. Intervals:
-95%, by the bootstrap over stretches. With `--json` every reading is kept, and none is read twice: the same command goes
-on after a kill. A profile must have been calibrated on other texts than FILE.
+- live: the share of the passage's keys that are live at its end;
+- NLL above full: how much the NLL of the passage is above that of the full cache, in percent;
+- KL: KL(full || policy) of the predictions in the passage, nats a token;
+- same token: how often the policy and the full cache have the same likeliest token in the passage;
+- repeat NLL: the NLL of the repeat, nats a token. If `streaming_llm` is among the policies, a list below the table says
+  which share of the gap between its first entry and the full cache each policy closes.
+
+The first row is `full`. Policies that take a budget are measured with each `--budget`, a share of the passage; CORM and
+profiles have none. With several profiles, a second table compares each other policy with the largest profile that keeps
+no more keys. Intervals are 95% intervals, by the bootstrap over passages. With `--json` every reading is stored, and
+none is read twice: after an interruption, the same command continues. A profile must have been calibrated on other
+texts than FILE.
 """
 
 import argparse
@@ -43,17 +47,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
 
 AGAIN, BEFORE = 512, 1536
-"""Tokens that are read once more, and where they began."""
+"""How many tokens are repeated, and how many tokens before the end of the passage they begin."""
 
 
 class Reading(NamedTuple):
-    """One number for each stretch.
+    """The measurements of a policy, each with one number for each passage.
 
     Attributes:
-      nll, full_nll: of the stretch, through the policy's cache and the full one.
-      live: share of the keys that is live where it ends.
-      again, full_again: NLL of the second reading.
-      kl, same: of the stretch.
+      nll, full_nll: the NLL of the passage, with the policy's cache and with the full one.
+      live: the share of the keys that is live at the end of the passage.
+      again, full_again: the NLL of the repeat.
+      kl, same: KL(full || policy) in the passage, and how often both have the same likeliest token.
     """
 
     nll: np.ndarray
@@ -66,20 +70,20 @@ class Reading(NamedTuple):
 
     @property
     def above(self) -> np.ndarray:
-        """NLL above the full cache's, percent."""
+        """How much the NLL is above that of the full cache, in percent."""
         return 100 * (self.nll / self.full_nll - 1)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--text", type=Path, required=True, help="a UTF-8 file")
-    parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--passages", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens of a passage")
+    parser.add_argument("--passages", type=int, default=5, help="how many passages to read")
     parser.add_argument("--chunk", type=int, default=32, help="tokens between evictions")
-    parser.add_argument("--policy", nargs="+", required=True, metavar="SPEC")
-    parser.add_argument("--budget", nargs="+", default=[], metavar="SHARE")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--policy", nargs="+", required=True, metavar="SPEC", help="policies to compare")
+    parser.add_argument("--budget", nargs="+", default=[], metavar="SHARE", help="budgets, as shares of the passage")
+    parser.add_argument("--json", type=Path, help="store the readings in this file")
+    parser.add_argument("--plot", type=Path, help="draw the result into this PNG file")
     arguments = parser.parse_args()
     if arguments.tokens % arguments.chunk or arguments.tokens < BEFORE:
         parser.error(f"--tokens {arguments.tokens}: must be a multiple of --chunk, and at least {BEFORE}")
@@ -93,14 +97,14 @@ def main() -> None:
         kept = json.loads(arguments.json.read_text())
 
     def stored(spec: str, start: int) -> str:
-        """Under which name a reading is kept: by what policy and profile are, which a SPEC may name otherwise."""
+        """The name of a reading in the file: from the policy and its profile, which several SPECs may name."""
         policy = [repr(cj.parse(spec)), repr(profile_of(spec))]
         said = [arguments.text.name, start, arguments.tokens, arguments.chunk]
         return f"{' '.join(map(str, said))} {hashlib.sha256(json.dumps(policy).encode()).hexdigest()[:16]}"
 
     for start in starts:
         missing = [spec for spec in specs if stored(spec, start) not in kept.setdefault(spec, {})]
-        if missing:  # one stretch after the other, for the full cache's predictions of one take 0.2 MB a token
+        if missing:  # passage by passage, since the predictions of the full cache take 0.2 MB a token
             text = again(book.part(arguments.tokens, start))
             predicted = agreement.blocks(model, cj.Full(), text, None, arguments.chunk)
             full = [np.asarray(x.log_probability) for x in predicted]
@@ -121,7 +125,7 @@ def main() -> None:
         print(f"| `{spec}` | {' | '.join(map(str, cells))} |", flush=True)
     for spec in [spec for spec in specs if spec.startswith("streaming_llm")][:1]:
         window = rows[spec].again
-        print(f"\nOf the gap to `{spec}` in the repeat, closed by\n")
+        print(f"\nThe share of the gap between `{spec}` and the full cache in the repeat that each policy closes:\n")
         for other, row in rows.items():
             print(f"- `{other}`: {bootstrap((window - row.again) / (window - row.full_again))}")
     if len([spec for spec in specs if "profile=" in spec]) > 1:
@@ -131,26 +135,29 @@ def main() -> None:
 
 
 def again(stretch: Sequence[int]) -> list[int]:
-    """A stretch, and what comes again."""
+    """A passage, followed by its repeat."""
     return [*stretch, *stretch[-BEFORE:][:AGAIN]]
 
 
 def measure(
     model: cj.Llama, policy: Policy, text: Sequence[int], tokens: int, chunk: int, full: Sequence[np.ndarray]
 ) -> dict[str, float]:
-    """What `Reading` holds, of a stretch of so many tokens and what comes again, given the full cache's predictions."""
+    """The numbers of a `Reading` for one passage and its repeat, given the predictions of the full cache."""
     found = agreement.measure(model, policy, text, None, chunk, full=full)
-    first, second = slice(tokens - 1), slice(tokens, None)  # not the first of what comes again: it follows a break
+    first, second = (
+        slice(tokens - 1),
+        slice(tokens, None),
+    )  # without the first token of the repeat, which follows a break
     live = found.live[:, tokens // chunk - 1].mean() / tokens
     read = found.nll[first], found.full_nll[first], live, found.nll[second], found.full_nll[second]
     numbers = [float(np.mean(values, dtype=np.float64)) for values in (*read, found.kl[first], found.same[first])]
     if not np.isfinite(numbers).all():
-        raise CormError(f"{policy} predicts what is not a number")
+        raise CormError(f"{policy} predicts NaN or an infinite number: report this with the text and the policy")
     return dict(zip(Reading._fields, numbers, strict=True))
 
 
 def frontier(rows: dict[str, Reading]) -> str:
-    """Every other policy beside the largest profile that is no larger than it, but for a hundredth."""
+    """A table of the other policies, each beside the largest profile that keeps no more keys (up to 0.01)."""
     table = [
         "| policy | live | profile's | NLL above the profile's, % | KL above | repeat NLL above |",
         "|---|---|---|---|---|---|",
@@ -167,7 +174,7 @@ def frontier(rows: dict[str, Reading]) -> str:
 
 
 def held(policies: list[str], budgets: list[str], tokens: int) -> list[str]:
-    """The SPECs to be read, `full` first: each at each budget, unless it decides by itself."""
+    """The SPECs to measure, `full` first: each with each budget, if it takes one."""
     found = ["full"]
     for spec in policies:
         free = held_by(spec) == "cap" or not budgets or "budget=" in spec
@@ -176,7 +183,7 @@ def held(policies: list[str], budgets: list[str], tokens: int) -> list[str]:
 
 
 def draw(rows: dict[str, Reading], tokens: int, figure: "Figure | SubFigure | None" = None) -> "Figure | SubFigure":
-    """What is lost against the live share, a line for each policy."""
+    """Draws what is lost against the live share, a line for each policy."""
     families: dict[str, list[Reading]] = {}
     for spec, row in rows.items():
         name, _, options = spec.partition(":")
@@ -191,7 +198,7 @@ def draw(rows: dict[str, Reading], tokens: int, figure: "Figure | SubFigure | No
         for axes, field in zip(panels, ("above", "kl", "again"), strict=True):
             lost = [getattr(row, field).mean() for row in points]
             style |= {"markersize": 5, "linewidth": 2.5 if "profile" in name else 1.2}
-            style |= {"linestyle": ""} if name == "adaptive_corm" else {}  # its readings differ in more than one thing
+            style |= {"linestyle": ""} if name == "adaptive_corm" else {}  # its settings differ in more than one option
             axes.plot(live, lost, label=name, **style)
     panels[2].axhline(full.again.mean(), color=GREY, lw=1.2, ls="--", label="full")
     panels[0].set(yscale="log", ylabel="NLL above the full cache (%)", title="Prediction: likelihood of the text")

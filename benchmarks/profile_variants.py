@@ -1,12 +1,18 @@
-"""Variants of a calibrated profile, to tell what its choices are worth, on SmolLM2.
+"""Makes variants of a calibrated profile, which show what its choices are worth, on SmolLM2.
 
     python benchmarks/profile_variants.py --text FILE... --tokens 4096 --target-live 0.2 --work DIR --out DIR
         [--plot PNG]
 
-writes profiles into a directory, to be read by `benchmarks/profile_table.py`, all of about the same size: calibrated;
-with the same choices dealt to heads at random; without the second reading; by that alone; with the paper's threshold
-for all heads; and the heads that a second reading needs most kept whole, the rest alike: one (w, r, m), one (w, r) with
-the paper's threshold, or a window. Prints which heads those are.
+The script writes profiles of about the same size into a directory; `benchmarks/profile_table.py` reads them:
+
+- the calibrated profile;
+- the same choices, given to heads at random;
+- calibrated without the second reading, and by the second reading alone;
+- calibrated with the paper's threshold for all heads;
+- the heads that the second reading needs most keep everything, and all others have the same (w, r, m), the same (w, r)
+  with the paper's threshold, or the same window.
+
+It prints the heads that the second reading needs most.
 """
 
 import argparse
@@ -27,17 +33,17 @@ from corm_jax.runs.calibrate import CHOICES, choose, chosen
 from corm_jax.showing.drawing import saving
 
 MOST = 12
-"""Heads that are printed."""
+"""How many heads are printed."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--text", type=Path, nargs="+", required=True, help="UTF-8 files")
-    parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--target-live", type=float, default=0.2)
+    parser.add_argument("--tokens", type=int, default=4096, help="how many tokens of each text to read")
+    parser.add_argument("--target-live", type=float, default=0.2, help="share of the keys that a profile keeps")
     parser.add_argument("--work", type=Path, required=True, help="as for corm calibrate")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--out", type=Path, required=True, help="directory for the profiles")
+    parser.add_argument("--plot", type=Path, help="draw the heads into this PNG file")
     arguments = parser.parse_args()
     make_directory(arguments.work)
     make_directory(arguments.out)
@@ -81,7 +87,10 @@ def main() -> None:
         window, recent, multiple = CHOICES[calibrated[at]]
         what = "all" if window is None else f"{window}, {recent}, {multiple}"
         print(f"| {at[0]} | {at[1]} | {gain[0][at]:.3f} | {what} | {cost.live[calibrated[at]][at]:.2f} |")
-    print(f"\nAll heads: {gain[0].sum():.2f} nats; these {MOST}: {gain[0].reshape(-1)[order[:MOST]].sum():.2f}.")
+    print(
+        f"\nSecond reading, sum over all heads: {gain[0].sum():.2f} nats; over these {MOST}: "
+        f"{gain[0].reshape(-1)[order[:MOST]].sum():.2f} nats."
+    )
     if arguments.plot:
         panels = {"live keys at the end of a text, share": chosen(cost.live, calibrated)}
         panels |= {"what a second reading loses without the head, nats a token": gain[0]}
@@ -89,7 +98,7 @@ def main() -> None:
 
 
 def alike(live: np.ndarray, whole: np.ndarray, target: float, choices: Sequence[int]) -> np.ndarray:
-    """These heads keep everything, the others have one of the choices in common, which comes next to the target."""
+    """Choices under which these heads keep everything, and all others have the one choice nearest to the target."""
     every = np.zeros((len(choices), *live.shape[1:]), int) + np.array(choices)[:, None, None]
     every.reshape(len(choices), -1)[:, whole] = len(CHOICES) - 1
     size = np.take_along_axis(live, every, axis=0).mean((1, 2))

@@ -1,15 +1,17 @@
-"""All policies at equal memory, on SmolLM2: whether they still know what was said in a prompt.
+"""All policies at equal memory, on SmolLM2: how well they recall what was said in a prompt.
 
     python benchmarks/recall_table.py DIRECTORY [--examples 5] [--budget 0.1 0.25 0.5] [--json FILE]
 
-DIRECTORY holds three files of other projects: `kv_retrieval_75_keys.jsonl` (lost-in-the-middle), which value belongs to
-this key; `niah_multikey_3_4096.jsonl` (RULER), which uuid belongs to this uuid; `passkey_examples_5k.jsonl` (LongLM).
-As they are, they are too hard for this model, with the full cache too. So prompts are shortened, to 8 pairs, sentences,
-or 24 lines of filler, with what is asked for among them; the score is the mean NLL of the answer's tokens.
+DIRECTORY holds three files of other projects: `kv_retrieval_75_keys.jsonl` (lost-in-the-middle) asks for the value of a
+key; `niah_multikey_3_4096.jsonl` (RULER) asks for the uuid that belongs to another uuid; `passkey_examples_5k.jsonl`
+(LongLM) asks for a number. The original prompts are too hard for this model, even with the full cache. So they are
+shortened to 8 pairs, 8 sentences, or 24 lines of filler, and the answer is among these. The score is the mean NLL of
+the tokens of the answer.
 
-A budget is a share of the prompt: so many keys a head stay. CORM's w = r is searched so that it ends a file's first
-prompt with as many; `kept` is the mean over the examples, at the end. Intervals: 95%, from 2,000 bootstrap resamples of
-the examples. `nothing` is the model without the text: the question alone.
+A budget is a number of keys a head, given as a share of the prompt. CORM gets the window w = r with which it keeps as
+many keys at the end of the first prompt of a file, found by a search. `kept` is the live share of the keys at the end,
+the mean over the examples. Intervals are 95% intervals, from 2,000 bootstrap resamples of the examples. `nothing` is
+the model with the question alone, without the text.
 """
 
 import argparse
@@ -32,7 +34,7 @@ PAIRS, FILLER, CHUNK = 8, 24, 16
 
 
 def some(items: list, wanted: int, rng) -> list:
-    """So many of the items, in their order, the wanted one among them."""
+    """Up to `PAIRS` of the items in their order, the wanted one among them."""
     others = np.delete(np.arange(len(items)), wanted)
     chosen = rng.choice(others, min(PAIRS - 1, len(others)), replace=False)
     return [items[i] for i in sorted([wanted, *chosen])]
@@ -67,7 +69,7 @@ FILES = {"kv_retrieval_75_keys": pairs, "niah_multikey_3_4096": uuids, "passkey_
 
 
 class Asker:
-    """The prompts of one file, and what a policy makes of them."""
+    """The prompts of one file, and the answers of a policy to them."""
 
     def __init__(self, model, tokenizer, name, examples):
         self.model, self.name = model, name
@@ -90,14 +92,14 @@ class Asker:
         return np.array(found).T
 
     def row(self, budget, spec, nll, kept):
-        """A row of the table, printed."""
+        """Prints a row of the table, and returns it."""
         delta = bootstrap(nll - self.full)
         print(f"| {budget} | `{spec}` | {kept.mean():.3f} | {nll.mean():.3f} | {shown(delta, '+.3f')} |", flush=True)
         row = {"file": self.name, "budget": budget, "policy": spec, "kept": float(kept.mean())}
         return row | {"nll": float(nll.mean()), "delta_nll": delta}
 
     def at(self, budget, spec):
-        """The SPEC and its policies, one for each prompt, on a budget."""
+        """A SPEC with a budget, and its policies, one for each prompt."""
         if spec == "corm":
             first = self.texts[0][: self.prompts[0]]
             spec, _ = fitted(spec, self.model, first, keys_of(budget, len(first)), chunk=CHUNK)
@@ -107,10 +109,10 @@ class Asker:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("directory", type=Path)
-    parser.add_argument("--examples", type=int, default=5)
-    parser.add_argument("--budget", nargs="+", default=["0.1", "0.25", "0.5"])
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("directory", type=Path, help="a directory with the three files")
+    parser.add_argument("--examples", type=int, default=5, help="how many prompts of each file to read")
+    parser.add_argument("--budget", nargs="+", default=["0.1", "0.25", "0.5"], help="shares of the prompt")
+    parser.add_argument("--json", type=Path, help="write the rows into this file")
     arguments = parser.parse_args()
     model, tokenizer = cj.load()
     rows = []

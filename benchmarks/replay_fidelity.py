@@ -1,17 +1,19 @@
-"""How far replay stands from the model itself: `recorded` and `renormalized` against `live`, on SmolLM2.
+"""How much a replay differs from the model itself: `recorded` and `renormalized` against `live`, on SmolLM2.
 
     python benchmarks/replay_fidelity.py [--text FILE] [--tokens 2048] [--json FILE]
 
-The model reads the text with a policy in its cache, token by token: that is ``live``. The same text is recorded with
-the full cache and the policy replayed on it. For each fidelity the table says, over all layers and key-value heads:
+``live`` means that the model reads the text with a policy in its cache, token by token. The same text is also recorded
+with the full cache, and the policy is replayed on the trace. For each fidelity the table has these columns, over all
+layers and key-value heads:
 
-- kept: live keys / tokens at the end, the mean over heads;
-- count gap: mean over heads and steps of |live keys - those of the model| / those of the model;
-- by head: the correlation of the heads' live keys at the end with the model's;
-- same keys: Jaccard similarity of the sets of keys kept at the end, mean over heads (and the smallest);
-- other fate: share of all keys that are kept here and not there, or the other way round.
+- kept: live keys / tokens at the end, the mean over heads; kept there: the same in the model;
+- count gap: |live keys in the replay - live keys in the model| / live keys in the model, the mean over heads and steps;
+- by head: the correlation over heads between live keys at the end in the replay and in the model;
+- same keys: the Jaccard similarity of the sets of keys that are live at the end, the mean over heads (and the
+  smallest);
+- other fate: the share of all keys that are live at the end in one of the two only.
 
-The last rows replay a trace that was stored in 16 bits, against the one in float32.
+The last rows compare replays of the trace stored in 16 bits with a replay of the trace in float32.
 """
 
 import argparse
@@ -33,7 +35,7 @@ POLICIES = ("corm:window=256,recent=256", "corm:window=256,recent=256,group=mean
 
 
 def live(model, policy, ids) -> tuple[np.ndarray, np.ndarray]:
-    """The model's own: live keys ``[layers, kv_heads, steps]``, and which are left ``[layers, kv_heads, keys]``."""
+    """In the model: live keys ``[layers, kv_heads, steps]``, and which they are at the end, bool ``[..., keys]``."""
     counts = read_text(model, policy, ids).live.transpose(0, 2, 1)
     caches = cj.make_caches(model, policy, batch=1, capacity=len(ids))
     _, caches = cj.prefill(model, policy, caches, [ids], chunk=1)
@@ -45,7 +47,7 @@ def live(model, policy, ids) -> tuple[np.ndarray, np.ndarray]:
 
 
 def gap(counts, kept, true_counts, true_kept) -> dict[str, float]:
-    """How one history differs from the true one."""
+    """How much a replay differs from the model."""
     same = (kept & true_kept).sum(-1) / (kept | true_kept).sum(-1)
     ends = counts[..., -1].ravel(), true_counts[..., -1].ravel()
     return {
@@ -62,8 +64,8 @@ def gap(counts, kept, true_counts, true_kept) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", type=Path, help="a UTF-8 file; default: Python's language reference")
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--tokens", type=int, default=2048, help="how many tokens to read")
+    parser.add_argument("--json", type=Path, help="write the rows into this file")
     arguments = parser.parse_args()
     words, name = text_from(arguments.text)
     model, tokenizer = cj.load()

@@ -1,14 +1,16 @@
-"""How fast replay is, measured against the model that made the trace.
+"""How long a replay takes, compared with the model that made the trace.
 
     python benchmarks/replay_speed.py [--text FILE] [--json FILE]
 
-Records SmolLM2 on a text (2,048 tokens, all layers), then times in one process, best of three without compilation:
+SmolLM2 is recorded on a text (2,048 tokens, all layers). Then these are timed in one process, each as the best of three
+runs without compilation:
 
-- the model's own full-cache prefill of those tokens, at the fastest of several chunk sizes;
-- the exact recurrence of one CORM setting on the recorded trace, with and without output errors;
+- the prefill of these tokens in the model with the full cache, with the fastest of several chunk sizes;
+- the exact recurrence of CORM with one setting on the recorded trace, with and without the errors of the outputs;
 - the grid w in {64, 128, 256, 512} x r in {16, 32, 64}, as one vmap.
 
-Ratios count; seconds depend on the machine. ``--long`` then replays 8,192 tokens and reports the peak of memory.
+Only the ratios can be compared between machines. With ``--long`` the script instead replays 8,192 tokens, and prints
+the peak of memory.
 """
 
 import argparse
@@ -60,9 +62,9 @@ def prefill(model, ids, chunk: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", type=Path, help="a UTF-8 file; default: Python's language reference")
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--long", action="store_true", help="replay 8,192 tokens instead, and report memory")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--tokens", type=int, default=2048, help="how many tokens to record")
+    parser.add_argument("--long", action="store_true", help="only replay 8,192 tokens, and print the peak of memory")
+    parser.add_argument("--json", type=Path, help="write the result into this file")
     arguments = parser.parse_args()
     words, name = text_from(arguments.text)
     model, tokenizer = cj.load()

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# The report of docs/results.md, from the real model on real texts:
+# Makes the report of docs/results.md, with the real model on real texts:
 #
 #     bash benchmarks/smollm2_report.sh DATA OUT
 #
-# DATA holds pg19/*.txt (books), and longbench/ and longbench_config/ as LongBench has them. Results go to OUT, a
-# directory a run; interrupted, the same command goes on. One CPU core took 2 h 5 min.
+# DATA holds pg19/*.txt (books), and longbench/ and longbench_config/ in LongBench's form. Results are written into OUT, a
+# directory for each run. After an interruption, the same command continues. On one CPU core it took 2 h 5 min.
 set -euo pipefail
 data=$1 out=$2
 mkdir -p "$out"
 
-paper=() # the full cache, and those that the paper compares
+paper=() # the full cache, and the policies that the paper compares
 for spec in full corm streaming_llm scissorhands h2o; do
     paper+=(--policy "$spec")
 done

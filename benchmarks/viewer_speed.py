@@ -5,8 +5,8 @@
     corm view trace --policy corm:window=256,recent=256 --policy h2o:budget=0.25 --out view.html
     python benchmarks/viewer_speed.py view.html [--picture docs/viewer.png --time 2100 --token 386]
 
-Times are of this machine, without a graphics card: from a move of the slider until its frame has been painted, the
-median and the largest of 60 moves.
+Times are measured on this machine, without a graphics card, from a move of the slider until its frame has been painted.
+The script prints the median and the largest of 60 moves.
 """
 
 import argparse
@@ -24,7 +24,7 @@ MOVE = """async times => {
     const begin = performance.now();
     slider.value = time;
     slider.dispatchEvent(new Event('input'));
-    await new Promise(done => requestAnimationFrame(() => {      // the page has changed; what follows is after painting
+    await new Promise(done => requestAnimationFrame(() => {      // the message arrives after painting
       const channel = new MessageChannel();
       channel.port1.onmessage = () => { taken.push(performance.now() - begin); done(); };
       channel.port2.postMessage(0);
@@ -46,7 +46,7 @@ def opened(browser, file: Path) -> tuple[Page, float]:
 
 
 def draw(page: Page, path: Path, time: int, token: int) -> None:
-    """A picture of the page at a time, with a token chosen; in 256 colours, so that the file is small."""
+    """Draws the page at one time, with a token chosen; in 256 colours, so that the file is small."""
     from PIL import Image
 
     page.evaluate(MOVE, [time])
@@ -60,10 +60,10 @@ def draw(page: Page, path: Path, time: int, token: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("page", type=Path)
+    parser.add_argument("page", type=Path, help="as corm view made it")
     parser.add_argument("--picture", type=Path, help="draw the page into this PNG file")
-    parser.add_argument("--time", type=int, default=2100, help="of the picture's slider")
-    parser.add_argument("--token", type=int, default=386, help="that is chosen in the picture")
+    parser.add_argument("--time", type=int, default=2100, help="position of the slider in the picture")
+    parser.add_argument("--token", type=int, default=386, help="token that is chosen in the picture")
     options = parser.parse_args()
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
