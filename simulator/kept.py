@@ -21,6 +21,7 @@ from hypothesis.extra.numpy import arrays
 
 from simulator import rules
 from simulator.invariants import InvariantError
+from simulator.reading import read_layer
 
 Keeps = Callable[[np.ndarray, np.ndarray, np.ndarray, int], Any]
 """What says which keys are kept, see `check_kept`."""
@@ -224,7 +225,7 @@ def _read(each: list[rules.Rule], case: Case) -> np.ndarray:
     tokens = len(case.k)
     chunks = [case.prompt] + [1] * (tokens - case.prompt)
     q, k, v = (x.astype(np.float64) for x in case[:3])
-    readings = rules.read_layer(each, q, k, v, chunks=chunks, prompt=case.prompt)
+    readings = read_layer(each, q, k, v, chunks=chunks, prompt=case.prompt)
     kept = np.zeros((len(chunks), len(each), tokens), bool)
     for head, reading in enumerate(readings):
         for step, keys in enumerate(reading.kept):

@@ -13,6 +13,7 @@ from corm_jax.core.policy import Policy
 from corm_jax.core.prompt import whole_prompt
 from corm_jax.errors import CormError
 from simulator import rules
+from simulator.reading import read_layer
 from simulator.reference import Reading, corm_messages
 
 Reference = Callable[..., Reading]
@@ -129,7 +130,7 @@ def readings(
     if not shared and (reference := reference or REFERENCES.get(type(policy))):
         how |= {"prompt": prompt} if whole_prompt(policy) else {}
         return [reference(q[:, h], k[:, h], v[:, h], **how, **fields_of(policy, h, layer)) for h in heads]
-    return rules.read_layer(
+    return read_layer(
         [rule_of(policy, head, layer, layers) for head in heads], q, k, v, stores=stores, prompt=prompt, **how
     )
 

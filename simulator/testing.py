@@ -29,13 +29,14 @@ from hypothesis.errors import HypothesisException, NoSuchExample, Unsatisfiable
 from corm_jax.core.arrays import broadcasts
 from corm_jax.core.policy import Policy
 from corm_jax.policies import Corm
-from simulator.checks import CHECKS, CORM, ENOUGH, evicts_something, specification, untried
+from simulator.checks import CHECKS, CORM, ENOUGH, evicts_something, specification
 from simulator.construction import check_construction
 from simulator.invariants import InvariantError
 from simulator.kept import Tried, check_kept
 from simulator.reference import corm_messages
 from simulator.specification import Reference, specified
 from simulator.subject import Implementation, Subject
+from simulator.untried import untried
 
 CORM_JAX = Implementation()
 """The cache of `corm_jax`."""

@@ -8,7 +8,7 @@ from corm_jax import Full, generate, parse, prefill
 from corm_jax.core.capacity import per_layer
 from corm_jax.core.step import read
 from corm_jax.model.decoder import check_decoder, forward, make_caches
-from simulator.rules import Form
+from simulator.reading import Form
 from tests.drive import in_numpy
 from tests.heads import live_sets
 

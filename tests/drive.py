@@ -12,8 +12,8 @@ from corm_jax.core.arrays import ENDLESS
 from corm_jax.core.prompt import begin_prompt
 from corm_jax.core.step import step
 from corm_jax.core.types import CacheSpec
-from simulator import rules
 from simulator.held import by_head
+from simulator.reading import read_layer
 from simulator.specification import rule_of
 
 TOKENS, CHUNK, KV_HEADS, GROUP, HEAD_DIM = 20, 3, 2, 2, 4
@@ -77,4 +77,4 @@ def in_numpy(policy, q, k, v, counts, *, capacity=None, stores=None, prompts=Non
     """The readings of the specification, head by head."""
     heads = [rule_of(policy, head) for head in range(q.shape[1])]
     how |= {"capacity": capacity, "stores": stores}
-    return rules.read_layer(heads, q, k, v, chunks=counts, prompt=prompts or {}, **how)
+    return read_layer(heads, q, k, v, chunks=counts, prompt=prompts or {}, **how)

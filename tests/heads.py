@@ -8,6 +8,7 @@ from corm_jax.core.arrays import ENDLESS
 from corm_jax.core.layout import Apart, Shared
 from corm_jax.core.slots import Slots
 from simulator import rules
+from simulator.reading import read_head
 
 TOKENS = 20  # every head is padded to this, so that one compile serves all examples of a shape
 HEAD_DIM = 4
@@ -52,7 +53,7 @@ def chunks_of(tokens, size):
 
 def corm_last(q, k, v, *, chunks=None, capacity=None, **options):
     """The specification of CORM with one number a key, for one head."""
-    return rules.read_head(rules.Corm(**options), q, k, v, chunks=chunks, capacity=capacity)
+    return read_head(rules.Corm(**options), q, k, v, chunks=chunks, capacity=capacity)
 
 
 def padded(x, multiple):

@@ -9,7 +9,8 @@ import pytest
 
 from corm_jax import CacheSpec, OfHead, Policy, Traits, make_cache, policy, step
 from corm_jax.policies import number
-from simulator.rules import Rule, read_head
+from simulator.reading import read_head
+from simulator.rules import Rule
 from simulator.subject import Implementation
 from simulator.testing import parametrize_checks
 from tests.checks import quick

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from corm_jax.policies import Corm, Full
 from simulator import reference, rules
+from simulator.reading import read_head
 from simulator.verify import drive
 from tests.heads import TOKENS, chunks_of, corm_last, heads, live_sets, options, padded
 
@@ -34,7 +35,7 @@ def test_same_keys_survive_as_in_the_specification(head, options, chunk, capacit
 @given(head=heads(), chunk=st.sampled_from([1, 2, 5]), capacity=st.sampled_from([TOKENS, 6]))
 def test_full_keeps_all_and_then_the_newest(head, chunk, capacity):
     tokens = head[0].shape[0]
-    expected = rules.read_head(rules.Rule(), *head, chunks=chunks_of(tokens, chunk), capacity=capacity)
+    expected = read_head(rules.Rule(), *head, chunks=chunks_of(tokens, chunk), capacity=capacity)
     q, k, v = (padded(x, chunk) for x in head)
     outputs, position, last = drive(Full(), q[:, None], k[:, None], v[:, None], tokens, capacity=capacity, chunk=chunk)
     agree(expected, outputs[:, 0], np.asarray(position)[:, 0], last.overflow[0], tokens)

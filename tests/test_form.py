@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from corm_jax import ALiBi, CacheSpec, Rope, Rotary, make_cache, parse, step
 from corm_jax.core.step import read
 from simulator.held import by_head
-from simulator.rules import Form
+from simulator.reading import Form
 from tests.drive import GROUP, HEAD_DIM, KV_HEADS, TOKENS, in_cache, in_numpy, normal
 from tests.heads import chunks_of
 

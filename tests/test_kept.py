@@ -10,6 +10,7 @@ import corm_jax as cj
 from benchmarks.foreign import SlidingWindow
 from simulator import rules
 from simulator.kept import InvariantError, check_kept, kept_by
+from simulator.reading import read_layer
 from simulator.specification import specifies
 
 H2O = rules.Budget(rules.H2O(recent=1, attention="sum"), tokens=3, per_mille=0, least=0)
@@ -125,11 +126,11 @@ def test_ties_are_told_from_scores():
     zeros = np.zeros((3, 1, 2))
     for tokens, tied in ((2, True), (3, False)):
         rule = rules.Budget(rules.L2Norm(), tokens=tokens, per_mille=0, least=0)
-        rules.read_layer([rule], zeros[:, :, None], zeros, zeros, chunks=[3])
+        read_layer([rule], zeros[:, :, None], zeros, zeros, chunks=[3])
         assert rule.tied == tied
     keys = np.array([0.0, 1, 1])[:, None, None] * np.ones(2)
     rule = rules.Budget(rules.L2Norm(), tokens=1, per_mille=0, least=0)
-    rules.read_layer([rule], zeros[:, :, None], keys, zeros, chunks=[3])
+    read_layer([rule], zeros[:, :, None], keys, zeros, chunks=[3])
     assert not rule.tied
 
 

@@ -110,5 +110,7 @@ def test_what_leaves_is_merged(chunk, stores, capacity, wrapped):
 
 
 def test_a_replay_cannot_merge():
-    with pytest.raises(CormError, match="Pairs merges keys, and a trace holds them as they were: read it in a cache"):
+    with pytest.raises(
+        CormError, match="Pairs merges keys, and a trace holds the keys unmerged: use the policy in a cache"
+    ):
         replay(noise(steps=20), Pairs())

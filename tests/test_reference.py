@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from simulator import reference, rules
+from simulator.reading import read_head
 from tests.heads import corm_last, heads, options, partitions
 
 
@@ -15,7 +16,7 @@ def test_one_number_a_key_says_what_the_message_matrix_says(head, options, data)
     chunks = data.draw(partitions(tokens))
     capacity = data.draw(st.none() | st.integers(max(*chunks, options["recent"]), tokens + options["recent"]))
     messages = reference.corm_messages(*head, **options, chunks=chunks, capacity=capacity)
-    last = rules.read_head(rules.Corm(**options), *head, chunks=chunks, capacity=capacity)
+    last = read_head(rules.Corm(**options), *head, chunks=chunks, capacity=capacity)
     assert messages.kept == last.kept
     assert messages.overflow == last.overflow
     np.testing.assert_allclose(messages.outputs, last.outputs, atol=1e-12)
@@ -50,4 +51,4 @@ def test_a_mean_that_ties_in_exact_arithmetic_alone_is_close(rule):
     """Two queries of a group give p and 1 - p to each of two keys: the mean is 1/2, but hardly in float32."""
     q = np.array([[[1.0, 1.0], [1.0, 1.0]], [[1.0, 0.0], [-1.0, 0.0]]])
     k = np.array([[-0.5, 0.0], [1.5, 0.0]])
-    assert rules.read_head(rule, q, k, k).margin == 0
+    assert read_head(rule, q, k, k).margin == 0

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from corm_jax import TOVA, Corm, CormError, Full, L2Norm, budget
 from corm_jax.traces.trace import Trace
 from simulator import rules
+from simulator.reading import read_head
 from simulator.replay import FOREVER, replay, sweep
 from simulator.verify import drive
 from tests.heads import chunks_of, corm_last, heads, live_sets, options, padded
@@ -42,7 +43,7 @@ def test_same_keys_survive_as_in_the_specification(head, options, how):
     ends = np.cumsum(chunks) - 1
     assert kept_sets(result.kept[0, 0][ends]) == expected.kept
     assert result.overflow[0, 0] == expected.overflow
-    full = rules.read_head(rules.Rule(), *head).outputs
+    full = read_head(rules.Rule(), *head).outputs
     norm = np.linalg.norm(full, axis=-1)
     error = np.linalg.norm(expected.outputs - full, axis=-1) / np.where(norm == 0, 1, norm)
     np.testing.assert_allclose(result.error[0], error.T, atol=1e-4 * max(1.0, error.max()))

@@ -117,7 +117,7 @@ def test_a_broken_policy_is_found_and_each_case_alone_shows_it(sabotage, simulat
     code, out, _ = simulator("soak", "--start", index, "--cases", 1)
     assert code == 1
     assert f"case {index}, Corm(window=" in out
-    assert f"; again: --seed 0 --start {index} --cases 1\n" in out
+    assert f"; to repeat it: --seed 0 --start {index} --cases 1\n" in out
 
 
 def test_a_broken_replay_is_found(sabotage):
@@ -169,7 +169,7 @@ def test_command(simulator, monkeypatch, tmp_path):
     corm = {"policy": "corm", "cases": 31, "decisions": 70_000, "evicted": 1_800, "lost": 40, "left_out": 1}
     assert (code, result["rows"][0], result["rows"][-1]["decisions"]) == (1, corm | {"differences": 16}, 90_000)
     assert len(result["differences"]) == 32
-    assert out.count("; again: --seed 7 --start ") == cli.DIFFERENCES
+    assert out.count("; to repeat it: --seed 7 --start ") == cli.DIFFERENCES
     assert "and 12 more" in out
     code, out, err = simulator(*common, "inf")
     assert (code, "70,000" in out, "to go on: --seed 7 --start 48\n" in out) == (130, True, True)

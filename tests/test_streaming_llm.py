@@ -13,7 +13,7 @@ from corm_jax.core.positions import Rope
 from corm_jax.core.step import read
 from corm_jax.core.wrapper import Wrapper
 from corm_jax.model.decoder import make_caches
-from simulator import rules
+from simulator.reading import Form, read_layer
 from simulator.replay import replay
 from simulator.specification import rule_of
 from simulator.synthetic import noise
@@ -43,8 +43,8 @@ def test_positions_in_the_cache_are_those_of_the_specification(spec, chunk, stor
     cache = make_cache(policy, CacheSpec(kv_heads=2, capacity=capacity, head_dim=8, stores=stores))
     output, cache, *_ = jax.jit(partial(read, policy, chunk=chunk))(cache, q, k, v, 24, Rotary(FREQUENCIES))
     rules_ = [rule_of(parse(spec), head) for head in range(2)]
-    form = rules.Form(frequencies=FREQUENCIES, in_cache=True)
-    expected = rules.read_layer(rules_, q, k, v, chunks=[chunk] * (24 // chunk), form=form)
+    form = Form(frequencies=FREQUENCIES, in_cache=True)
+    expected = read_layer(rules_, q, k, v, chunks=[chunk] * (24 // chunk), form=form)
     assert not cache.overflow.any()
     head_of, position = np.asarray(cache.layout.heads(*cache.position.shape)), np.asarray(cache.position)
     for head, reading in enumerate(expected):
