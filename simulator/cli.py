@@ -195,7 +195,9 @@ _shared = (
     console.overwrite_option,
     replay_options,
     click.option("--tokens", type=COUNT, help=f"how many tokens to read  [default: all; check: {CHECKED}]"),
-    click.option("--layers", metavar="N,N,...", help="layers to read, from 0  [default: all; check: 3 of them]"),
+    click.option(
+        "--layers", metavar="N,N,...", help="layers to read, from 0  [default: all; check: first, middle and last]"
+    ),
     click.argument("path", metavar="TRACE", type=_file),
 )
 fidelity_option = click.option(
