@@ -84,7 +84,7 @@ def test_what_cannot_be_recorded():
     few = make_cache(RECORDER, spec(None, TOKENS - 1))
     for t in range(TOKENS):
         few = STEP(RECORDER, few, q[t : t + 1], k[t : t + 1], v[t : t + 1], 1)[1]
-    with pytest.raises(CormError, match="the cache lost 2 keys for want of a slot: give it one for each token"):
+    with pytest.raises(CormError, match="the cache lost 2 keys for lack of a slot: give it one for each token"):
         recorded(few)
     with pytest.raises(CormError, match="the cache was made for Full: read the text under a Recorder"):
         recorded(make_cache(Full(), spec(None)))

@@ -87,7 +87,7 @@ class Settled(NamedTuple):
 
     Attributes:
       until: int32 ``[*slots]``, the clock of the last query that could attend to the key; `FOREVER` if it stays.
-      lost: bool ``[*slots]``, whether it was evicted for want of a slot.
+      lost: bool ``[*slots]``, whether it was evicted for lack of a slot.
       state: the policy's state after the block.
       weights, total: of the block's attention, as its ``softmax`` returns them; None if the policy does not need
         attention, and weights are None without ``outputs`` of the block.

@@ -222,7 +222,7 @@ class Usage(NamedTuple):
     Attributes:
       live: int32, slots that hold a key.
       seen: int32 ``[batch]``, tokens read.
-      overflow: int32, keys that went for want of a slot.
+      overflow: int32, keys that went for lack of a slot.
       bytes_live: bytes of the keys and values that are live.
       bytes_full: bytes of the keys and values that an uncompressed cache of the same sequences holds.
       bytes_allocated: bytes of every array of the caches, policy state included, whether in use or not.

@@ -76,7 +76,7 @@ class Row:
       ran: the SPEC with the budget for the example.
       kept: live share of the keys at the end.
       live_bytes, allocated_bytes, full_bytes: live, allocated and full memory of the cache.
-      overflow: keys that were evicted for want of a slot.
+      overflow: keys that were evicted for lack of a slot.
     """
 
     __pydantic_config__: ClassVar = STRICT

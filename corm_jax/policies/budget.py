@@ -168,11 +168,11 @@ def too_small(policy: Any, tokens: int, prompt: int | None = None) -> TooSmall |
     names = {"sinks", "recent"}
     if isinstance(inside, Budget) and np.any(inside.per_mille):
         sizes, protected = inside.limit_of_share(tokens), inside.policy.traits.protected
-    elif _field(inside) and is_share(inside.budget):
+    elif _field(inside) and is_share(own := getattr(inside, "budget")):  # noqa: B009
         protected = inside.traits.protected
         if inside.traits.whole_prompt:  # such as SnapKV, which keeps the last queries of the prompt
             tokens, protected, names = prompt or tokens, getattr(inside, "window", protected), names | {"window"}
-        sizes = held(inside.budget, tokens)
+        sizes = held(own, tokens)
     else:
         return None
     if not (low := first_below(np.asarray(sizes), protected)):

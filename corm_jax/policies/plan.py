@@ -33,7 +33,7 @@ class Plan:
       kv_heads, head_dim: the shape of its keys.
       chunk: tokens between evictions.
       tokens: how many each trace has; a longer text may need more.
-      overflow: the share of keys that may go for want of a slot.
+      overflow: the share of keys that may go for lack of a slot.
       capacity: slots a key-value head, on average, of each layer.
 
     Raises:

@@ -75,7 +75,7 @@ def recorded(cache: LayerCache) -> Recorded:
     """What the cache of a layer has recorded, of one sequence or of a batch of one row.
 
     Raises:
-      CormError: for a cache of another policy or of several rows, or one that has lost keys for want of a slot.
+      CormError: for a cache of another policy or of several rows, or one that has lost keys for lack of a slot.
 
     >>> from corm_jax.core.cache import make_cache
     >>> from corm_jax.core.step import step
@@ -93,7 +93,7 @@ def recorded(cache: LayerCache) -> Recorded:
             )
         cache = jax.tree.map(lambda x: x[0], cache)
     if lost := int(cache.overflow.sum()):
-        raise CormError(f"the cache lost {lost} keys for want of a slot: give it one for each token")
+        raise CormError(f"the cache lost {lost} keys for lack of a slot: give it one for each token")
     position, state = np.asarray(cache.position), np.asarray(cache.state)
     head = np.asarray(cache.layout.heads(*position.shape)).reshape(-1)
     order = np.lexsort((position.reshape(-1), head))
