@@ -12,7 +12,7 @@ ROOMS = {
     "showing": "errors",
     "core": "showing errors",
     "policies": "core showing files errors",
-    "model": "core showing files errors",
+    "model": "policies core showing files errors",
     "adapters": "model core errors",
     "traces": "showing files errors",
     "terminal": "policies core files errors",

@@ -8,6 +8,7 @@ from corm_jax.command import inputs
 from corm_jax.command.options import model_options
 from corm_jax.evaluation.texts import read_texts
 from corm_jax.files import check_new, check_writable, deliver, make_directory
+from corm_jax.model.decoder import windows_of
 from corm_jax.runs import calibrate as calibration
 from corm_jax.terminal import console
 from corm_jax.terminal.console import COUNT, SEED, Real, naming
@@ -62,6 +63,7 @@ def calibrate(model, dtype, paths, tokens, target, out, overwrite, seed, work):
             progress=lambda name: progress.advance(bars[name]),
         )
     deliver(out, found.save, overwrite)
-    whole = sum(window is None for layer in found.window for window in layer)
+    of_global = [row for row, window in zip(found.window, windows_of(network.config), strict=True) if window is None]
+    whole = sum(window is None for row in of_global for window in row)
     kept = f"{found.made['live']:.3f} of the keys stay, {whole} heads keep all of theirs"
     show(f"{out}: {kept}. To use it: --policy corm:profile={out}")

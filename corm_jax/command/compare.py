@@ -13,12 +13,11 @@ import numpy as np
 from corm_jax.command import inputs
 from corm_jax.command.options import DEFAULT_POLICY, model_options, text_option
 from corm_jax.command.sizes import Sizes, cache_options
-from corm_jax.core.capacity import slots_for
-from corm_jax.core.prompt import check_prompt, prompt_of
+from corm_jax.core.types import Usage
 from corm_jax.errors import CormError
 from corm_jax.evaluation import plots
 from corm_jax.files import check_new, deliver, finish, write_json
-from corm_jax.model.decoder import hidden
+from corm_jax.model.decoder import hidden, windows_of
 from corm_jax.model.prompts import scored_from
 from corm_jax.policies import keys_of, lacks_window, on_budget, parse
 from corm_jax.runs.fitting import PASSES, fitted
@@ -29,6 +28,7 @@ from corm_jax.terminal.console import COUNT, Budget, Spec, Whole, naming
 from corm_jax.terminal.limits import check_matplotlib
 from corm_jax.terminal.tables import Column, mib, print_table
 
+KINDS = ("live", "allocated", "full")
 DEFAULT_POLICIES = ("full", DEFAULT_POLICY, "corm:window=64,recent=64")
 
 
@@ -94,9 +94,7 @@ def compare(
         with naming({"--policy": spec, "--budget": budget}):
             policies[spec] = parse(on_budget(spec, keys) if keys and spec not in searched else spec)
         console.check_prompt(spec, policies[spec], prompt, tokens - 1)
-        with naming({"--policy": spec, "--capacity": capacity}):
-            slots = slots_for(policies[spec], sizes.of_spec(spec), tokens, chunk)
-            check_prompt(policies[spec], slots, prompt_of(policies[spec], prompt, tokens - 1))
+        sizes.check_slots(spec, policies[spec], tokens, chunk, prompt)
     check_new({"--json": json_file, "--plot": plot_file}, overwrite)
     if plot_file:
         check_matplotlib()
@@ -105,7 +103,7 @@ def compare(
     sizes.check(model, network.config)
     inputs.check_profiles(specs, model, network)
     for spec, policy in policies.items():
-        sizes.check_memory(network, spec, policy, tokens, chunk, "--tokens")
+        sizes.check_memory(network, spec, policy, tokens, chunk, "--tokens", prompt)
     ids = inputs.encode(network, tokenizer, words, name, tokens)
     first = scored_from(tokenizer, prompt)
     result = {
@@ -121,6 +119,8 @@ def compare(
         "budget": keys,
         "rows": [],
     }
+    if any(windows := windows_of(network.config)):
+        result["windows"] = windows
     if keys is None and capacity is None:
         console.note_budgets(specs)
     console.note_small_budgets(specs, tokens, prompt)
@@ -185,7 +185,14 @@ def _row(spec: str, reading: Reading, scored_from: int, rows: list[dict[str, Any
         "passes": reading.passes,
         "seconds": reading.seconds,
         "kept_per_layer": reading.kept_per_layer.tolist(),
-    }
+    } | _apart(reading.usage)
+
+
+def _apart(usage: Usage) -> dict[str, Any]:
+    """The bytes of global and local layers, if there are local ones."""
+    if usage.local is None:
+        return {}
+    return {f"kv_bytes_{kind}": part._asdict() for kind, part in (("global", usage.of_global), ("local", usage.local))}
 
 
 def _print_table(result: dict[str, Any]) -> None:
@@ -193,6 +200,11 @@ def _print_table(result: dict[str, Any]) -> None:
     columns = [Column("policy"), *([Column("budget")] if budget else [])]
     headings = "NLL", "PPL", "Δ NLL", "kept", "kept\nmean", "live\nMiB", "alloc.\nMiB", "full\nMiB", "over-\nflow", "s"
     columns += [Column(heading, number=True) for heading in headings]
+
+    def sizes(row):
+        held = row.get("kv_bytes_global") or {kind: row[f"kv_bytes_{kind}"] for kind in KINDS}
+        return [mib(held[kind]) for kind in KINDS]
+
     rows = [
         (
             row["policy"],
@@ -202,12 +214,16 @@ def _print_table(result: dict[str, Any]) -> None:
             f"{row['delta_nll']:+.4f}",
             f"{row['kept_final']:.3f}",
             f"{row['kept_mean']:.3f}",
-            *(mib(row[f"kv_bytes_{kind}"]) for kind in ("live", "allocated", "full")),
+            *sizes(row),
             str(row["overflow"]),
             f"{row['seconds']:.1f}",
         )
         for row in result["rows"]
     ]
+    local = result["rows"][0].get("kv_bytes_local")
+    if local:  # the same for every policy
+        empty = [""] * (5 + bool(budget))
+        rows.append(("local layers", *empty, *(mib(local[kind]) for kind in KINDS), "", ""))
     peaks = ", ".join(f"{peak / 2**30:.2f} GiB ({where})" for where, peak in result["peak_memory_bytes"].items())
     notes = [
         f"NLL: negative log-likelihood in nats a token, mean over {result['scored']:,} predictions; PPL: exp(NLL); "
@@ -220,6 +236,13 @@ def _print_table(result: dict[str, Any]) -> None:
         notes.append(
             f"budget: {budget:,} keys of a head. fixed: the policy keeps that many. cap: the policy decides by itself, "
             "and keeps at most that many. searched: CORM's w = r is such that it ends with that many. none: no budget."
+        )
+    if local:
+        windows = [window for window in result["windows"] if window]
+        notes.append(
+            f"{len(windows)} of {len(result['windows'])} layers are local, with windows of "
+            f"{', '.join(map(str, sorted(set(windows))))}: whatever the policy, they hold what these show. Memory and "
+            "kept of a policy are those of the other layers."
         )
     print_table(
         columns, rows, title=f"{result['model']} reads {result['tokens']:,} tokens of {result['text']}", notes=notes

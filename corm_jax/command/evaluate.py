@@ -26,7 +26,7 @@ from corm_jax.evaluation.rows import FORMAT, Kind, Run
 from corm_jax.evaluation.suite import Suite, checksum, memory, surroundings
 from corm_jax.evaluation.summary import MEASURES, lines
 from corm_jax.evaluation.texts import read_texts, stretches
-from corm_jax.model.decoder import Decoder, hidden
+from corm_jax.model.decoder import Decoder, hidden, windows_of
 from corm_jax.model.prompts import scored_from
 from corm_jax.model.tokenizer import Tokenizer
 from corm_jax.policies import keys_of, lacks_window, on_budget, parse
@@ -189,7 +189,7 @@ def perplexity(job: Job, paths, datasets, tokens, prompt, bucket):
         longest, first = max(len(one.prompt) for one in documents), scored_from(tokenizer, prompt)
 
         def of(policy, document, largest):
-            capacity = slots_for(largest, None, longest, job.chunk)
+            capacity = slots_for(largest, None, longest, job.chunk, windows_of(model.config))
             reading = read_text(model, policy, document.prompt, capacity=capacity, chunk=job.chunk, prompt=prompt)
             scored = reading.nll[first - 1 :].astype(np.float64)
             parts = [scored[start : start + bucket] for start in range(0, len(scored), bucket)]
@@ -277,7 +277,7 @@ def recall(job: Job, paths, datasets, names, lengths, depths, blind):
 
         def of(policy, task, largest):
             tokens = longest + most[task.task, task.length] + ANSWER
-            asked = ask(model, policy, task.prompt, slots_for(largest, None, tokens, job.chunk), job.chunk)
+            asked = ask(model, policy, task.prompt, tokens, job.chunk, largest=largest)
             nll = partial(answer_nll, model, policy, asked, chunk=job.chunk)
             found: dict[str, Any] = {"length": task.length, "depth": task.depth, "nll": nll(task.gold)}
             if task.others:
@@ -324,7 +324,7 @@ def longbench(job: Job, folder, names, length, chat, blind):
         tokens = max(min(length, needed) + 512, needed)  # a chat template may make a prompt longer than --length
 
         def of(policy, question, largest):
-            asked = ask(model, policy, question.prompt, slots_for(largest, None, tokens, job.chunk), job.chunk)
+            asked = ask(model, policy, question.prompt, tokens, job.chunk, largest=largest)
             wrote, used = answer(model, policy, asked, question.new_tokens, tokenizer.end)
             said = tokenizer.decode(wrote)
             return {"score": benchmark.score(question, said), "answer": said} | memory(used)

@@ -8,7 +8,7 @@ from corm_jax.command import inputs
 from corm_jax.command.options import DEFAULT_POLICY, model_options
 from corm_jax.command.sizes import Sizes, cache_options
 from corm_jax.core.cache import usage
-from corm_jax.core.capacity import slots_for
+from corm_jax.core.types import Bytes
 from corm_jax.errors import CormError
 from corm_jax.evaluation.texts import read_text
 from corm_jax.model.generation import stream
@@ -76,8 +76,7 @@ def generate(
         raise CormError("the prompt is empty: give some words")
     sizes = Sizes.of(capacity, layout, chunk, [spec], None)
     about = {"--policy": spec, "--capacity": capacity}
-    with naming(about):
-        slots_for(policy, sizes.of_spec(spec), 1, chunk)
+    sizes.check_slots(spec, policy, 1, chunk)
     network, tokenizer = inputs.load(model, dtype)
     sizes.check(model, network.config)
     inputs.check_profiles([spec], model, network)
@@ -108,8 +107,12 @@ def generate(
                 print(piece, end="", flush=True)
             final = usage(new.caches)  # before the next tokens, to which the caches are donated
     if final:
+        seen, local = int(final.seen[0]), "" if final.local is None else f"; local layers: {_sizes(final.local)}"
         print(
-            f"\n[cache: {float(final.live.mean()):.1f} of {int(final.seen[0])} keys live in a head (mean over layers "
-            f"and heads), {mib(final.bytes_live)} MiB live, {mib(final.bytes_allocated)} MiB allocated, "
-            f"{mib(final.bytes_full)} MiB full, overflow {int(final.overflow.sum())}]"
+            f"\n[cache: {final.kept * seen:.1f} of {seen} keys live in a head (mean over layers and heads), "
+            f"{_sizes(final.of_global)}, overflow {int(final.overflow.sum())}{local}]"
         )
+
+
+def _sizes(held: Bytes) -> str:
+    return ", ".join(f"{mib(getattr(held, kind))} MiB {kind}" for kind in ("live", "allocated", "full"))

@@ -11,11 +11,12 @@ import click
 import jax
 
 from corm_jax.core.arrays import ENDLESS
-from corm_jax.core.capacity import per_layer_capacity, slots_for
+from corm_jax.core.capacity import capacities, slots_for
 from corm_jax.core.policy import Policy
+from corm_jax.core.prompt import check_prompt
 from corm_jax.core.types import Capacity
 from corm_jax.errors import CormError
-from corm_jax.model.decoder import Decoder, make_caches
+from corm_jax.model.decoder import Decoder, make_caches, policies_of, windows_of
 from corm_jax.policies.plan import Plan
 from corm_jax.terminal import console
 from corm_jax.terminal.console import COUNT, Whole, naming
@@ -110,23 +111,49 @@ class Sizes(NamedTuple):
         if self.plan:
             self.plan.check(model, config)
 
-    def check_memory(self, network: Decoder, spec: str, policy: Policy, tokens: int, chunk: int, option: str) -> None:
-        """Raises unless the caches for this many tokens fit into memory; ``option`` is the one to lower otherwise."""
+    def check_slots(self, spec: str, policy: Policy, tokens: int, chunk: int, prompt: int | None = None) -> None:
+        """Raises for a capacity that is impossible, before the model is loaded.
+
+        A plan has a number for each layer, also for local ones, where it has no effect: `check_memory` looks at it.
+        """
+        if not self.plan:
+            with naming({"--policy": spec, "--capacity": self.capacity}):
+                slots = slots_for(policy, self.of_spec(spec), tokens, chunk)
+                if prompt:
+                    check_prompt(policy, slots, prompt)
+
+    def check_memory(
+        self,
+        network: Decoder,
+        spec: str,
+        policy: Policy,
+        tokens: int,
+        chunk: int,
+        option: str,
+        prompt: int | None = None,
+    ) -> None:
+        """Raises unless the caches for this many tokens are possible and fit into memory.
+
+        Args:
+          option: the one to lower if there are too many tokens.
+        """
         if tokens > ENDLESS:
             raise CormError(f"{tokens:,} tokens are more than the {ENDLESS:,} that the clock can count: lower {option}")
-        capacity = slots_for(policy, self.of_spec(spec), tokens, chunk)
         fewer = f"lower {option}" if self.of_spec(spec) is None else "lower --capacity"
         with naming({"--policy": spec, "--capacity": self.capacity}):
-            check_reading(network, policy, capacity, chunk, stores=self.stores, fewer=fewer)
+            capacity = slots_for(policy, self.of_spec(spec), tokens, chunk, windows_of(network.config))
+            if prompt:
+                check_prompt(policies_of(network, policy), capacity, prompt)
+            check_reading(network, policy, capacity, tokens, chunk, stores=self.stores, fewer=fewer)
 
 
 def check_reading(
-    model: Decoder, policy: Policy, capacity: Capacity, chunk: int, *, stores: int | None = None, fewer: str
+    model: Decoder, policy: Policy, capacity: Capacity, tokens: int, chunk: int, *, stores: int | None, fewer: str
 ) -> None:
     """Raises unless caches of this capacity, and chunks of this many tokens, fit into memory.
 
     Args:
-      capacity, stores, policy: as for `corm_jax.make_caches`, for one sequence.
+      policy, capacity, tokens, stores: as for `corm_jax.make_caches`, for one sequence.
       chunk: tokens between two evictions. Each takes memory for its logits and for its attention to all slots.
       fewer: the way out if there are too many slots, for the error.
 
@@ -134,10 +161,9 @@ def check_reading(
       CormError: with the memory that is needed and the memory that there is.
     """
     config = model.config
-    # Only bytes are counted here. With tokens=1 no capacity is refused for the keys that a policy protects.
-    make = partial(make_caches, model, policy, batch=1, capacity=capacity, stores=stores, tokens=1)
+    make = partial(make_caches, model, policy, batch=1, capacity=capacity, stores=stores, tokens=tokens, chunk=chunk)
     caches = jax.eval_shape(make)
-    slots = max(per_layer_capacity(capacity, config.layers))
+    slots = max(capacities(caches))
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in (*jax.tree.leaves(caches), *jax.tree.leaves(model)))
     check_memory(size, f"the model and caches of {slots:,} slots a head", fewer)
     need = 4 * chunk * (config.vocab + config.heads * slots)

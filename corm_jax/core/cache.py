@@ -5,6 +5,7 @@ free, and a new key is stored in any free slot of its store. Shapes stay static,
 of any length.
 """
 
+from collections.abc import Sequence
 from typing import Any, SupportsIndex
 
 import jax
@@ -18,7 +19,7 @@ from corm_jax.core.layout import of_stores
 from corm_jax.core.options import concrete, integer, numbers_in, shown
 from corm_jax.core.policy import Policy, check_policy
 from corm_jax.core.slots import Slots
-from corm_jax.core.types import Caches, CacheSpec, Clock, LayerCache, Made, State, Usage, by_slot
+from corm_jax.core.types import Bytes, Caches, CacheSpec, Clock, LayerCache, Made, State, Usage, by_slot
 from corm_jax.core.wrapper import Wrapper
 from corm_jax.errors import CormError
 
@@ -154,7 +155,7 @@ def live_keys(cache: LayerCache) -> Int[Array, " kv_heads"]:
 
 
 def usage(caches: Caches) -> Usage:
-    """How full the caches are, in slots and in bytes.
+    """How full the caches are, in slots and in bytes, of local layers also apart.
 
     Raises:
       CormError: for anything but the caches of a model, each with a ``batch`` axis.
@@ -165,15 +166,26 @@ def usage(caches: Caches) -> Usage:
             "jax.tree.map(lambda x: x[None], Caches.of([cache]))"
         )
     live = jnp.stack([jax.vmap(live_keys)(cache) for cache in caches])
-    bytes_per_key = [2 * cache.k.shape[-1] * cache.k.dtype.itemsize for cache in caches]
-    kv_heads = [cache.overflow.shape[-1] for cache in caches]
-    seen = caches.clock.seen
-    tokens = int(np.asarray(seen).sum(dtype=np.int64))
+    windows = tuple(cache.made and cache.made.window for cache in caches)
+    seen = np.asarray(caches.clock.seen).astype(np.int64)
+    each = []
+    for cache, keys, window in zip(caches.layers, live, windows, strict=True):
+        size = 2 * cache.k.shape[-1] * cache.k.dtype.itemsize
+        full = int((seen if window is None else np.minimum(seen, window)).sum()) * cache.overflow.shape[-1]
+        each.append(Bytes(int(keys.sum()) * size, full * size, sum(leaf.nbytes for leaf in jax.tree.leaves(cache))))
+    local = [size for size, window in zip(each, windows, strict=True) if window is not None]
+    total = _sum(each)
     return Usage(
         live=live,
-        seen=seen,
-        overflow=jnp.stack([cache.overflow for cache in caches]),
-        bytes_live=sum(int(n.sum()) * size for n, size in zip(live, bytes_per_key, strict=True)),
-        bytes_full=sum(tokens * heads * size for heads, size in zip(kv_heads, bytes_per_key, strict=True)),
-        bytes_allocated=sum(leaf.nbytes for leaf in jax.tree.leaves(caches)),
+        seen=caches.clock.seen,
+        overflow=jnp.stack([cache.overflow for cache in caches.layers]),
+        bytes_live=total.live,
+        bytes_full=total.full,
+        bytes_allocated=total.allocated + sum(leaf.nbytes for leaf in jax.tree.leaves(caches.clock)),
+        windows=windows,
+        local=_sum(local) if local else None,
     )
+
+
+def _sum(several: Sequence[Bytes]) -> Bytes:
+    return Bytes(*map(sum, zip(*several, strict=True)))

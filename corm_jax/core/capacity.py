@@ -13,11 +13,11 @@ from corm_jax.errors import CormError
 PROTECTED = "the keys that the policy never evicts, such as its recent ones"
 
 
-def per_layer(policy: Policy | Sequence[Policy], layers: int) -> tuple[Policy, ...]:
+def per_layer(policy: Policy | Sequence[Policy], layers: int, among: Sequence[int] | None = None) -> tuple[Policy, ...]:
     """A list with one policy for each layer, made from one policy, or a list that has one for each already.
 
     From one policy, `Policy.for_layer` makes that of each layer. Hyperparameters ``[layers, kv_heads]`` have one number
-    for each layer and head.
+    for each layer and head. If only the layers ``among`` all are wanted, `Policy.for_layer` counts these alone.
 
     >>> from corm_jax.policies import Corm
     >>> [one.window.tolist() for one in per_layer(Corm(window=np.array([[16, 64], [32, 8]])), 2)]
@@ -26,12 +26,13 @@ def per_layer(policy: Policy | Sequence[Policy], layers: int) -> tuple[Policy, .
     Raises:
       CormError: for another number of policies, or of rows of hyperparameters, than there are layers.
     """
+    wanted = range(layers) if among is None else among
     if isinstance(policy, list | tuple) and not isinstance(policy, Policy):
         if len(policy) != layers:
             raise CormError(f"{len(policy)} policies for {layers} layers: give one for all, or one for each")
         for one in policy:
             check_policy(one)
-        return tuple(policy)
+        return tuple(policy[layer] for layer in wanted)
     check_policy(policy)
     one: Any = policy
     for shape in map(np.shape, numbers_in(policy).values()):
@@ -41,10 +42,10 @@ def per_layer(policy: Policy | Sequence[Policy], layers: int) -> tuple[Policy, .
                 "give [layers, kv_heads]"
             )
 
-    def of_layer(layer: int) -> Policy:
-        return map_numbers(lambda x: x[layer] if np.ndim(x) == 2 else x, one.for_layer(layer, layers))
+    def of_layer(place: int, layer: int) -> Policy:
+        return map_numbers(lambda x: x[layer] if np.ndim(x) == 2 else x, one.for_layer(place, len(wanted)))
 
-    return tuple(map(of_layer, range(layers)))
+    return tuple(of_layer(place, layer) for place, layer in enumerate(wanted))
 
 
 def per_layer_capacity(capacity: Capacity, layers: int) -> tuple[int, ...]:
@@ -71,28 +72,55 @@ def several(policy: Policy | Sequence[Policy]) -> Sequence[Policy]:
 
 
 def slots_for(
-    policy: Policy | Sequence[Policy], capacity: Capacity | None, tokens: SupportsIndex, chunk: SupportsIndex
+    policy: Policy | Sequence[Policy],
+    capacity: Capacity | None,
+    tokens: SupportsIndex,
+    chunk: SupportsIndex,
+    windows: Sequence[int | None] = (),
 ) -> int | tuple[int, ...]:
-    """The capacity to allocate: ``capacity`` if it is possible, or for None as many slots as can be needed.
+    """The capacity of global layers: ``capacity`` if it is possible, or for None as many slots as can be needed.
 
     That is one slot for every token, or, for policies that keep at ``most`` so many keys, that number and a chunk.
+    Of layers with a window (`slots_of_window`), policies and capacities do not matter.
     """
     tokens, chunk, policies = integer("tokens", tokens), integer("chunk", chunk), several(policy)
     for one in policies:
         check_policy(one)
+    if len(policies) == len(windows):
+        policies = [one for one, window in zip(policies, windows, strict=True) if window is None]
     if capacity is None:
         most: list[Any] = [one.traits.most for one in policies]
         if not all(concrete(one) for one in most):
             return max(tokens, chunk)
-        return max(min(tokens, max(int(np.max(one)) for one in most) + chunk), chunk)
+        return max(min(tokens, max((int(np.max(one)) for one in most), default=0) + chunk), chunk)
     sizes = _sizes(capacity)
-    check_slots(sizes, chunk, "a chunk")
-    if not isinstance(sizes, int):
-        policies = per_layer(policy, len(sizes))
-    protected = [one.traits.protected for one in policies]
-    needs = [int(np.max(one)) if concrete(one) else 0 for one in protected]
-    check_slots(sizes, max(needs) if isinstance(sizes, int) else needs, PROTECTED)
+    if isinstance(sizes, int):
+        check_slots(sizes, chunk, "a chunk")
+        check_slots(sizes, max(map(_protected, policies), default=0), PROTECTED)
+        return sizes
+    windows = windows or [None] * len(sizes)
+    sizes = per_layer_capacity(sizes, len(windows))
+    each = list(zip(per_layer(policy, len(sizes)), windows, strict=True))
+    check_slots(sizes, [chunk if window is None else 0 for _, window in each], "a chunk")
+    check_slots(sizes, [_protected(one) if window is None else 0 for one, window in each], PROTECTED)
     return sizes
+
+
+def slots_of_window(window: int, chunk: int, tokens: int | None) -> int:
+    """The capacity of a local layer: the keys that the first query of a chunk still sees, and the chunk.
+
+    If it is known how many ``tokens`` will be read, no more than these.
+
+    >>> slots_of_window(512, 1, None), slots_of_window(512, 64, 8192), slots_of_window(512, 64, 100)
+    (512, 575, 100)
+    """
+    most = window - 1 + chunk
+    return most if tokens is None else max(min(most, tokens), chunk)
+
+
+def _protected(policy: Policy) -> int:
+    protected = policy.traits.protected
+    return int(np.max(protected)) if concrete(protected) else 0
 
 
 def check_slots(capacity: Capacity, need: int | Sequence[int], what: str) -> None:
@@ -108,4 +136,4 @@ def check_slots(capacity: Capacity, need: int | Sequence[int], what: str) -> Non
 
 def capacities(caches: Caches) -> list[int]:
     """Slots a key-value head of a batch, layer by layer."""
-    return [one.position[0].size // one.overflow.shape[1] for one in caches]
+    return [one.position.shape[-2] * one.position.shape[-1] // one.overflow.shape[-1] for one in caches.layers]

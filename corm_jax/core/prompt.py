@@ -18,6 +18,8 @@ from corm_jax.core.types import Caches, Capacity, Clock, LayerCache
 from corm_jax.core.wrapper import name_of
 from corm_jax.errors import CormError
 
+WHOLE = "the whole prompt, which the policy keeps until it has been read"
+
 
 def begin_prompt(cache: Any, tokens: Any) -> Any:
     """Declares that the next ``tokens`` tokens are a prompt. A policy that waits for its end evicts there.
@@ -124,9 +126,10 @@ def prompt_of(policy: Policy | Sequence[Policy], prompt: SupportsIndex | None, t
 
 
 def check_prompt(policy: Policy | Sequence[Policy], capacity: Capacity, tokens: int) -> None:
-    """Raises unless there are slots for a prompt, if the policy keeps all of it."""
-    if whole_prompt(policy):
-        check_slots(capacity, tokens, "the whole prompt, which the policy keeps until it has been read")
+    """Raises unless there are slots for a prompt, in all layers whose policy keeps all of it."""
+    needs = [tokens if one.traits.whole_prompt else 0 for one in several(policy)]
+    each = np.ndim(capacity) == 1 and len(needs) == len(capacity)  # pyright: ignore
+    check_slots(capacity, needs if each else max(needs), WHOLE)
 
 
 def check_clock(caches: Caches, tokens: Int[np.ndarray, " batch"]) -> None:

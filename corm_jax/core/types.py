@@ -102,6 +102,7 @@ class Made:
       roomy: whether there are slots for all tokens of the prompt, so that none overflows.
       block: queries that the exact recurrence reads at once; None for the policy's own number.
       moments: whether ``block`` is within the policy's ``moments``; None if that was not checked.
+      window: how many positions the queries of a local layer see; None for a global layer.
     """
 
     policy: str
@@ -110,6 +111,7 @@ class Made:
     roomy: bool = False
     block: int | None = None
     moments: bool | None = None
+    window: int | None = None
 
 
 class LayerCache(NamedTuple):
@@ -199,7 +201,9 @@ def _in_short(layers: Any, clock: Any) -> dict[str, Any] | None:
         heads = [one.overflow.shape[-1] for one in layers]
         slots = [one.position.shape[-2:] for one in layers]
         batch = {one.position.shape[:-2] for one in layers}
-        about: dict[str, Any] = {"policy": layers[0].made.policy if layers[0].made else None}
+        made = [one.made for one in layers if one.made]
+        made = [one for one in made if one.window is None] or made  # the policy is that of the global layers
+        about: dict[str, Any] = {"policy": made[0].policy if made else None}
         about |= {"batch": (batch.pop() or (None,))[0] if len(batch) == 1 else None, "kv_heads": between(heads)}
         about |= {"slots": between([stores * size // n for (stores, size), n in zip(slots, heads, strict=True)])}
         about |= {"stores": between([stores for stores, _ in slots]), "head_dim": layers[0].k.shape[-1]}
@@ -216,16 +220,40 @@ def _in_short(layers: Any, clock: Any) -> dict[str, Any] | None:
     return about
 
 
+def global_layers(windows: Sequence[int | None]) -> list[int]:
+    """The layers that see everything, by the windows of all layers; all layers if there is no such layer.
+
+    >>> global_layers((512, None, 512, None)), global_layers((512, 512))
+    ([1, 3], [0, 1])
+    """
+    return [layer for layer, window in enumerate(windows) if window is None] or list(range(len(windows)))
+
+
+class Bytes(NamedTuple):
+    """Memory in three numbers, each in bytes.
+
+    Attributes:
+      live: of the keys and values that are live.
+      full: of the keys and values that an uncompressed cache of the same sequences holds. In a layer with a sliding
+        window these are the newest, as many as the window is long.
+      allocated: of every array of the caches, policy state included, whether in use or not.
+    """
+
+    live: int
+    full: int
+    allocated: int
+
+
 class Usage(NamedTuple):
     """How full the caches of a model are. Arrays have the axes ``[layer, batch, kv_heads]`` unless said otherwise.
 
     Attributes:
       live: int32, slots that hold a key.
       seen: int32 ``[batch]``, tokens read.
-      overflow: int32, keys that went for lack of a slot.
-      bytes_live: bytes of the keys and values that are live.
-      bytes_full: bytes of the keys and values that an uncompressed cache of the same sequences holds.
-      bytes_allocated: bytes of every array of the caches, policy state included, whether in use or not.
+      overflow: int32, keys that were evicted for lack of a slot.
+      bytes_live, bytes_full, bytes_allocated: the `Bytes` of all layers.
+      windows: for each layer how many positions its queries see; None for a global layer.
+      local: the `Bytes` of the local layers; None if there are none.
     """
 
     live: jax.Array
@@ -234,6 +262,8 @@ class Usage(NamedTuple):
     bytes_live: int
     bytes_full: int
     bytes_allocated: int
+    windows: tuple[int | None, ...]
+    local: Bytes | None
 
     def __repr__(self) -> str:
         live, seen, overflow = map(numbers, self[:3])
@@ -248,8 +278,27 @@ class Usage(NamedTuple):
         return table("Usage", {"tokens read": between(self.seen)} | self.summary)
 
     @property
+    def all(self) -> Bytes:
+        """The bytes of all layers."""
+        return Bytes(self.bytes_live, self.bytes_full, self.bytes_allocated)
+
+    @property
+    def of_global(self) -> Bytes:
+        """The bytes of the global layers, which are those that the policy decides about."""
+        return self.all if self.local is None else Bytes(*(x - y for x, y in zip(self.all, self.local, strict=True)))
+
+    @property
+    def kept(self) -> float:
+        """Live share of the keys seen, mean over the heads of the global layers (of all, if none is global)."""
+        live = np.asarray(self.live)[global_layers(self.windows)]
+        return float(live.mean() / np.asarray(self.seen).mean())
+
+    @property
     def summary(self) -> dict[str, str]:
-        """In words: live keys of a head, keys that overflowed, and memory in three numbers."""
-        sizes = {"live": self.bytes_live, "allocated": self.bytes_allocated, "full": self.bytes_full}
-        keys = {"live_keys": between(self.live), "overflow": str(int(np.asarray(self.overflow).sum()))}
-        return keys | {name: f"{size / 2**20:.2f} MiB" for name, size in sizes.items()}
+        """In words: live keys of a head, keys that overflowed, and memory in three numbers; of local layers apart."""
+        live = np.asarray(self.live)[global_layers(self.windows)]
+        keys = {"live_keys": between(live), "overflow": str(int(np.asarray(self.overflow).sum()))}
+        for before, one in {"": self.of_global, "local_": self.local}.items():
+            sizes = {} if one is None else {"live": one.live, "allocated": one.allocated, "full": one.full}
+            keys |= {before + name: f"{size / 2**20:.2f} MiB" for name, size in sizes.items()}
+        return keys

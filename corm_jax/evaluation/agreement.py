@@ -14,7 +14,7 @@ from corm_jax.core.capacity import slots_for
 from corm_jax.core.policy import Policy
 from corm_jax.core.prompt import prompt_of, set_prompt
 from corm_jax.core.types import Caches, Usage
-from corm_jax.model.decoder import Decoder, forward, make_caches
+from corm_jax.model.decoder import Decoder, forward, make_caches, policies_of, windows_of
 from corm_jax.policies import Full
 from corm_jax.runs.perplexity import cut
 
@@ -91,9 +91,11 @@ def blocks(model: Decoder, policy: Policy, tokens: Sequence[int], prompt: int | 
     """Reads a text with a policy's caches. The caches of a block are valid until the next block is read."""
     prompt = prompt_of(policy, prompt, len(tokens))
     parts, _, counts = cut(tokens, prompt, model.config.vocab, chunk)
-    capacity = slots_for(policy, None, len(tokens), chunk)
-    caches = make_caches(model, policy, batch=1, capacity=capacity, tokens=len(tokens))
-    caches = set_prompt(policy, caches, np.array([len(tokens)], np.int32), np.array([prompt], np.int32), chunk)
+    capacity = slots_for(policy, None, len(tokens), chunk, windows_of(model.config))
+    caches = make_caches(model, policy, batch=1, capacity=capacity, tokens=len(tokens), chunk=chunk)
+    caches = set_prompt(
+        policies_of(model, policy), caches, np.array([len(tokens)], np.int32), np.array([prompt], np.int32), chunk
+    )
     for part, count in zip(parts, counts, strict=True):
         block = Block(*_read(model, policy, caches, part[None], count, chunk=chunk))
         yield block

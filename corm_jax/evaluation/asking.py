@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from corm_jax.core.cache import usage
-from corm_jax.core.capacity import per_layer_capacity
+from corm_jax.core.capacity import slots_for
 from corm_jax.core.policy import Policy
-from corm_jax.core.types import Caches, Capacity, Usage
-from corm_jax.model.decoder import Decoder, forward, make_caches
+from corm_jax.core.types import Caches, Usage
+from corm_jax.model.decoder import Decoder, forward, make_caches, windows_of
 from corm_jax.model.generation import STRETCH, decode, prefill
 
 ANSWER = 32
@@ -33,10 +33,25 @@ class Asked(NamedTuple):
     usage: Usage
 
 
-def ask(model: Decoder, policy: Policy, prompt: Sequence[int], capacity: Capacity, chunk: int) -> Asked:
-    """Reads a prompt into caches of ``capacity`` slots a head, which have to suffice for prompt and answer."""
-    least = min(per_layer_capacity(capacity, model.config.layers))
-    caches = make_caches(model, policy, batch=1, capacity=capacity, tokens=least)
+def ask(
+    model: Decoder,
+    policy: Policy,
+    prompt: Sequence[int],
+    tokens: int,
+    chunk: int,
+    *,
+    largest: Policy | None = None,
+) -> Asked:
+    """Reads a prompt.
+
+    Args:
+      tokens: of the prompt and the longest answer, at most.
+      chunk: tokens between evictions.
+      largest: the policy whose keys the caches have room for; by default that of the reading. So prompts with different
+        budgets share a compiled program.
+    """
+    capacity = slots_for(largest or policy, None, tokens, chunk, windows_of(model.config))
+    caches = make_caches(model, policy, batch=1, capacity=capacity, tokens=tokens, chunk=chunk)
     logits, caches = prefill(model, policy, caches, [prompt], chunk=chunk)
     return Asked(logits, caches, usage(caches))
 

@@ -6,7 +6,7 @@ generation, reading, recording, calibration and evaluation are the same for all 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol, SupportsIndex, runtime_checkable
 
@@ -19,12 +19,13 @@ from corm_jax.core import cache as cache_lib
 from corm_jax.core import step
 from corm_jax.core.arguments import check_caches, check_count
 from corm_jax.core.arrays import broadcasts, iota
-from corm_jax.core.capacity import per_layer, per_layer_capacity
-from corm_jax.core.options import integer, shown
+from corm_jax.core.capacity import capacities, per_layer_capacity, slots_of_window
+from corm_jax.core.options import concrete, integer, shown
 from corm_jax.core.policy import Policy
 from corm_jax.core.positions import Encoding
 from corm_jax.core.types import Caches, CacheSpec, Capacity, LayerCache
 from corm_jax.errors import CormError
+from corm_jax.policies.window import of_layers
 
 Policies = Policy | Sequence[Policy]
 
@@ -177,6 +178,11 @@ def check_decoder(model: Any, name: str) -> None:
             raise CormError(f"{name} must be a pytree of arrays, and has the leaf {shown(leaf)}: {way_out}")
 
 
+def policies_of(model: Decoder, policy: Policies) -> tuple[Policy, ...]:
+    """The policy of each layer: the one given, or that of the list, and `corm_jax.Window` for local layers."""
+    return of_layers(policy, model.config.layers, windows_of(model.config))
+
+
 def hidden(model: Decoder, batch: int = 1, tokens: int = 1) -> jax.ShapeDtypeStruct:
     """The shape and dtype of hidden states; caches have the same dtype."""
     ids = jax.ShapeDtypeStruct((batch, tokens), jnp.int32)
@@ -191,22 +197,53 @@ def make_caches(
     capacity: Capacity,
     stores: SupportsIndex | None = None,
     tokens: SupportsIndex | None = None,
+    chunk: SupportsIndex = 1,
 ) -> Caches:
     """Empty caches for a model, one a layer.
 
+    A local layer (`Shape`) holds the keys that its window shows, whatever the policy, in as many slots as that needs:
+    ``window - 1 + chunk``, or those for all ``tokens`` if these are fewer.
+
     Args:
-      policy: one for all layers, or a sequence with one for each.
+      policy: one for all layers, or a sequence with one for each; those of local layers have no effect.
       batch: rows.
-      capacity: slots a key-value head; for all layers, or a sequence with one for each.
+      capacity: slots a key-value head; for all layers, or a sequence with one for each, in which those of local layers
+        have no effect.
       stores: sets of slots a layer; 1 is a pool, which its heads share. None: one for each head.
       tokens: how many will be read at most, if that is known: see `corm_jax.make_cache`.
+      chunk: tokens between evictions, at most.
     """
-    config, dtype = model.config, hidden(model).dtype
-    sizes = per_layer_capacity(capacity, config.layers)
+    config, dtype, windows = model.config, hidden(model).dtype, windows_of(model.config)
+    chunk, tokens = integer("chunk", chunk), None if tokens is None else integer("tokens", tokens)
     shared = None if stores is None else integer("stores", stores)
-    specs = [CacheSpec(config.kv_heads, size, config.head_dim, dtype, shared) for size in sizes]
-    pairs = zip(per_layer(policy, config.layers), specs, strict=True)
-    return Caches.of(cache_lib.make_cache(one, spec, batch, tokens=tokens) for one, spec in pairs)
+
+    def one(policy: Policy, window: int | None, size: int) -> LayerCache:
+        size = size if window is None else slots_of_window(window, chunk, tokens)
+        spec = CacheSpec(config.kv_heads, size, config.head_dim, dtype, shared)
+        cache = cache_lib.make_cache(policy, spec, batch, tokens=tokens)
+        if window is None or cache.made is None:
+            return cache
+        enough = tokens is not None and size >= tokens
+        return cache._replace(made=replace(cache.made, window=window, enough=enough))
+
+    return Caches.of(map(one, policies_of(model, policy), windows, per_layer_capacity(capacity, config.layers)))
+
+
+def _check_windows(model: Decoder, caches: Caches, chunk: int) -> None:
+    """Raises unless the caches are for a model with these local layers, and for chunks of this size."""
+    each = zip(windows_of(model.config), capacities(caches), caches.layers, strict=True)
+    for layer, (window, slots, cache) in enumerate(each):
+        made = cache.made
+        if made and made.window != window:
+            raise CormError(
+                f"the cache of layer {layer} was made for a window of {made.window}, and that of the model is {window} "
+                "there: make caches for this model"
+            )
+        if window is not None and slots < window - 1 + chunk and not (made and made.enough):
+            raise CormError(
+                f"layer {layer} is local and its {slots} slots a head cannot hold a window of {window} beside a chunk "
+                f"of {chunk} tokens: make the caches with chunk={chunk}"
+            )
 
 
 class Course(NamedTuple):
@@ -235,7 +272,7 @@ def forward(
     """Reads a block of tokens through the caches.
 
     Args:
-      policy: one for all layers, or a sequence with one for each.
+      policy: as for `make_caches`.
       caches: what `make_caches` or an earlier call returned.
       tokens: int32 ``[batch, tokens]``; positions go on from each row's clock.
       count: how many tokens of each row are real, from 0 to all; the rest is padding, and changes nothing. Traced
@@ -258,11 +295,12 @@ def forward(
     ((1, 12, 100), (2, 1, 12, 2))
     """
     config = model.config
-    policies = per_layer(policy, config.layers)
+    policies = policies_of(model, policy)
     if np.ndim(tokens) != 2 or not jnp.issubdtype(jnp.result_type(tokens), jnp.integer):
         what = f"{jnp.result_type(tokens)} of the shape {np.shape(tokens)}"
         raise CormError(f"tokens must be whole numbers [batch, tokens], got {what}")
     check_caches(policies, caches, config.kv_heads, config.head_dim, batch=len(tokens))
+    _check_windows(model, caches, chunk)
     count = check_count(count, *tokens.shape)
     x = model.embed(tokens, _position(caches, tokens.shape[1]))
     updated, live, passes = [], [], []
@@ -283,11 +321,17 @@ def through(
 
     There is one trace for all equal layers: to trace each by itself takes longer than to load their compiled program.
     """
-    found = []
+    found, window = [], cache.made and cache.made.window
 
     def attend(q, k, v, encoding=None, **form):
         if found:
             raise CormError(f"the layer {_name(layer)} attends twice, and has one cache: make two layers of it")
+        own = form.get("window")
+        if window is not None and (own is None or (concrete(own) and np.any(own != window))):
+            raise CormError(
+                f"the layer {_name(layer)} attends with window={own}, and config.windows says {window}: its cache "
+                "would not hold what it sees"
+            )
         shape, kv_heads, group = q.shape, cache.overflow.shape[-1], q.shape[2] // cache.overflow.shape[-1]
         read = jax.vmap(partial(step.read, chunk=chunk, **form), in_axes=(None, 0, 0, 0, 0, 0, None))
         grouped = q.reshape(*shape[:2], kv_heads, group, shape[-1])

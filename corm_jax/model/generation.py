@@ -16,12 +16,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from corm_jax.core.arguments import Prompts, check_batch, check_caches, prompts_of
 from corm_jax.core.arrays import broadcasts, iota
-from corm_jax.core.capacity import capacities, per_layer, slots_for
+from corm_jax.core.capacity import capacities, slots_for
 from corm_jax.core.options import integer, one_of, real
 from corm_jax.core.prompt import check_clock, check_prompt, end_prompt, set_prompt
 from corm_jax.core.types import Caches, Capacity
 from corm_jax.errors import CacheOverflowError
-from corm_jax.model.decoder import Decoder, Policies, forward, make_caches
+from corm_jax.model.decoder import Decoder, Policies, forward, make_caches, policies_of, windows_of
 from corm_jax.showing.brief import between, leaves, line
 
 TOKENS_PER_BLOCK = 256
@@ -102,7 +102,7 @@ def prefill(
     one_of("overflow", overflow, OVERFLOW)
     blocks = Blocks.cut(prompts, model.config.vocab, chunk)
     lengths, config = blocks.count.sum(0, dtype=np.int32), model.config
-    policies = per_layer(policy, config.layers)
+    policies = policies_of(model, policy)
     check_caches(policies, caches, config.kv_heads, config.head_dim, batch=len(lengths))
     check_prompt(policies, capacities(caches), int(lengths.max()))
     check_clock(caches, lengths)
@@ -215,9 +215,10 @@ def stream(
     one_of("overflow", overflow, OVERFLOW)
     rows = prompts_of(prompts, model.config.vocab)
     length = max(map(len, rows)) + new
-    capacity = slots_for(policy, capacity, length, chunk)
-    caches = make_caches(model, policy, batch=len(rows), capacity=capacity, stores=stores, tokens=length)
-    check_prompt(policy, capacities(caches), max(map(len, rows)))
+    capacity = slots_for(policy, capacity, length, chunk, windows_of(model.config))
+    how = {"stores": stores, "tokens": length, "chunk": chunk}
+    caches = make_caches(model, policy, batch=len(rows), capacity=capacity, **how)
+    check_prompt(policies_of(model, policy), capacities(caches), max(map(len, rows)))
 
     def stretches() -> Iterator[Generation]:
         logits, held = prefill(model, policy, caches, rows, chunk=chunk, overflow=overflow)

@@ -34,7 +34,8 @@ class Plan:
       chunk: tokens between evictions.
       tokens: how many each trace has; a longer text may need more.
       overflow: the share of keys that may go for lack of a slot.
-      capacity: slots a key-value head, on average, of each layer.
+      capacity: slots a key-value head, on average, of each layer; the numbers of layers with a sliding window have no
+        effect.
 
     Raises:
       CormError: for a number that cannot be, or a SPEC that does not parse.

@@ -36,7 +36,8 @@ class Profile:
 
     Attributes:
       model: its name.
-      window: w of each key-value head of each layer, ``[layers][kv_heads]``; None keeps every key.
+      window: w of each key-value head of each layer, ``[layers][kv_heads]``; None keeps every key. Rows of layers with
+        a sliding window have no effect.
       recent: r, likewise.
       multiple: m, likewise.
       sinks: first tokens that stay, in all heads.

@@ -21,6 +21,9 @@ where p is the lowest price at which the mean of live is at most the target. (Ea
 the best one at some price. So at this size no exchange of keys between heads lowers the loss.) Few heads carry recall,
 as RazorAttention (arXiv 2407.15891) and DuoAttention (arXiv 2410.10819) found; they get all of their keys, or wide
 windows.
+
+A layer with a sliding window holds what the window shows. So only the heads of global layers are measured, and live and
+the target are theirs.
 """
 
 import hashlib
@@ -41,7 +44,7 @@ from safetensors.numpy import load_file, save_file
 from corm_jax.core.arrays import broadcasts, iota
 from corm_jax.errors import CormError
 from corm_jax.files import check_writable, whole_file
-from corm_jax.model.decoder import Decoder
+from corm_jax.model.decoder import Decoder, windows_of
 from corm_jax.policies.corm import NEVER
 from corm_jax.policies.profile import Profile
 from corm_jax.runs.recording import Recorded, record
@@ -68,7 +71,7 @@ SEGMENTS = 4
 
 
 class Cost(NamedTuple):
-    """What each choice keeps and loses in each head: the three numbers at the top of this file."""
+    """What each choice keeps and loses in each head of the global layers: the numbers at the top of this file."""
 
     live: Float[np.ndarray, "choices *layers kv_heads"]
     blurred: Float[np.ndarray, "choices *layers kv_heads"]
@@ -114,21 +117,44 @@ def calibrate(
     """
     if not 0 < target <= 1:
         raise CormError(f"the share of keys that stay must be in (0, 1], not {target}")
+    windows = windows_of(model.config)
+    if None not in windows:
+        raise CormError("the model has local layers only, which hold what their windows show: nothing to calibrate")
     cost = mean(costs(model, texts, begin=begin, seed=seed, work=work, progress=progress))
     choice = choose(cost.live, cost.loss, target)
     made = {"target_live": target, "texts": {text: len(ids) for text, ids in texts.items()}, "seed": seed}
-    return profile(name, choice, cost, made)
+    return profile(name, choice, cost, made, windows)
 
 
-def profile(name: str, choice: Int[np.ndarray, "layers kv_heads"], cost: Cost, made: dict[str, Any]) -> Profile:
-    """The profile with these choices, which also holds what they keep and lose."""
-    windows, recents, multiples = ([[CHOICES[o][i] for o in layer] for layer in choice.tolist()] for i in range(3))
+def profile(
+    name: str,
+    choice: Int[np.ndarray, "layers kv_heads"],
+    cost: Cost,
+    made: dict[str, Any],
+    windows: Sequence[int | None] = (),
+) -> Profile:
+    """The profile with these choices for the global layers, which also holds what they keep and lose.
+
+    Args:
+      windows: of the layers of the model. A local layer gets a row that keeps everything; it has no effect.
+    """
+    windows = windows or (None,) * len(choice)
     live, blurred = (chosen(x, choice) for x in (cost.live, cost.blurred))
-    rounded = [[[round(value, 4) for value in layer] for layer in x.tolist()] for x in (live, cost.again[0])]
     made |= {"live": float(live.mean()), "blurred": float(blurred.sum())}
+    everything = (choice, len(CHOICES) - 1), (live, 1), (cost.again[0], 0)
+    choice, live, again = (_beside_local(rows, windows, value) for rows, value in everything)
+    of_window, recents, multiples = ([[CHOICES[o][i] for o in layer] for layer in choice.tolist()] for i in range(3))
+    rounded = [[[round(value, 4) for value in layer] for layer in x.tolist()] for x in (live, again)]
     made |= dict(zip(("live_by_head", "again_by_head"), rounded, strict=True))
-    numbers: dict[str, Any] = {"window": windows, "recent": recents, "multiple": multiples}
+    numbers: dict[str, Any] = {"window": of_window, "recent": recents, "multiple": multiples}
     return Profile(model=name, **numbers, sinks=SINKS, group=GROUP, made=made)
+
+
+def _beside_local(rows: np.ndarray, windows: Sequence[int | None], value: int) -> np.ndarray:
+    """Rows for all layers, from those of the global layers and one value for local ones."""
+    found = np.full((len(windows), rows.shape[1]), value, rows.dtype)
+    found[[window is None for window in windows]] = rows
+    return found
 
 
 def costs(
@@ -141,7 +167,7 @@ def costs(
     work: Path | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> list[Cost]:
-    """What each choice keeps and loses on each text, as arrays ``[choices, layers, kv_heads]``: see `calibrate`.
+    """What each choice keeps and loses on each text, as arrays ``[choices, global layers, kv_heads]``: see `calibrate`.
 
     Args:
       begin: as in `calibrate`.
@@ -182,9 +208,10 @@ def _costs(model: Decoder, ids: Sequence[int], seed: int, second: Sequence[int],
     worths = worth(model, [*ids[: 3 * again], *second], 3 * again, NODES, progress=progress)
     drawn = scores(model, ids, seed)
     progress()
-    found = []
-    for one, score, worth_ in zip(record(model, [*ids, *second]), drawn, worths, strict=True):
-        found.append(measure(one, score, worth_[-again:]))
+    found, each = [], zip(windows_of(model.config), record(model, [*ids, *second]), drawn, worths, strict=True)
+    for window, one, score, worth_ in each:
+        if window is None:
+            found.append(measure(one, score, worth_[-again:]))
         progress()
     return Cost(*(np.stack(layers, axis=1) for layers in zip(*found, strict=True)))
 
@@ -288,6 +315,7 @@ def _digest(model: Decoder, ids: Sequence[int], seed: int, second: Sequence[int]
     for leaf in jax.tree.leaves(model):
         weights.update(np.asarray(leaf).tobytes())
     said = [weights.hexdigest(), list(ids), list(second), seed, CHOICES, SINKS, CHUNK, NODES]
+    said += [windows_of(model.config)] * any(windows_of(model.config))
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
 
 
@@ -308,7 +336,7 @@ def _load(file: Path | None, model: Decoder) -> Cost | None:
     """
     if file is None or not file.exists():
         return None
-    shape = len(CHOICES), model.config.layers, model.config.kv_heads
+    shape = len(CHOICES), windows_of(model.config).count(None), model.config.kv_heads
     try:
         cost = Cost(**load_file(file))
     except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:

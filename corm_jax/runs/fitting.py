@@ -16,7 +16,7 @@ from corm_jax.core.slots import Slots
 from corm_jax.core.types import CacheSpec, State
 from corm_jax.core.wrapper import Wrapper, name_of
 from corm_jax.errors import CormError
-from corm_jax.model.decoder import Decoder, make_caches
+from corm_jax.model.decoder import Decoder, make_caches, windows_of
 from corm_jax.model.generation import prefill
 from corm_jax.policies import Corm, Notation, held_by, lacks_window, on_budget, parse, policy
 from corm_jax.runs.perplexity import read_text
@@ -66,6 +66,8 @@ def fit_window(
 ) -> int:
     """The w = r with which CORM has ``keys`` live keys a head, on average, when a text ends; or the nearest found.
 
+    The mean is that of the global layers, since CORM does not decide about local ones.
+
     The text is first read with a full cache. That shows how many keys each window would keep if evictions did not
     change attention. They do, so the text is then read with the window found, up to `PASSES` times; each time the goal
     is corrected by the number of keys that were kept.
@@ -78,7 +80,8 @@ def fit_window(
       progress: called with the number of times that the text was read with a window.
 
     Raises:
-      CormError: for a goal outside 1 to the number of tokens, and as `corm_jax.runs.perplexity.read_text`.
+      CormError: for a goal outside 1 to the number of tokens, a model without global layers, and as
+        `corm_jax.runs.perplexity.read_text`.
     """
     if not isinstance(corm, Corm):
         raise CormError(f"a window can be searched for Corm, not for {name_of(corm)}")
@@ -86,10 +89,14 @@ def fit_window(
     n = len(tokens)
     if not 1 <= keys <= n:
         raise CormError(f"a text of {n} tokens cannot end with {keys} live keys a head: choose from 1 to {n}")
+    windows = windows_of(model.config)
+    if None not in windows:
+        raise CormError("the model has local layers only, in which CORM has no window to be searched: give it one")
     first = WidestGap(policy=dataclasses.replace(corm, window=1, recent=1))
-    empty = make_caches(model, first, batch=1, capacity=max(n, chunk), tokens=n)
+    empty = make_caches(model, first, batch=1, capacity=max(n, chunk), tokens=n, chunk=chunk)
     _, caches = prefill(model, first, empty, [tokens], chunk=chunk)
-    gaps = np.stack([np.asarray(cache.state[1])[np.asarray(cache.position) >= 0] for cache in caches])
+    wide = [cache for cache, window in zip(caches, windows, strict=True) if window is None]
+    gaps = np.stack([np.asarray(cache.state[1])[np.asarray(cache.position) >= 0] for cache in wide])
     heads, gaps = gaps.size // n, np.sort(gaps, axis=None)  # a key is live with every window above its gap
     found, goal = {}, float(keys)
     for done in range(PASSES):
@@ -98,7 +105,7 @@ def fit_window(
         if window in found:
             break
         trial = dataclasses.replace(corm, window=window, recent=window)
-        live = float(read_text(model, trial, tokens, chunk=chunk).usage.live.mean())
+        live = n * read_text(model, trial, tokens, chunk=chunk).usage.kept
         found[window] = abs(live / keys - 1)
         if found[window] <= TOLERANCE:
             break

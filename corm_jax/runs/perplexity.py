@@ -16,9 +16,9 @@ from corm_jax.core.arrays import broadcasts
 from corm_jax.core.capacity import slots_for
 from corm_jax.core.options import integer, one_of
 from corm_jax.core.prompt import check_prompt, prompt_of, set_prompt
-from corm_jax.core.types import Capacity, Usage
+from corm_jax.core.types import Capacity, Usage, global_layers
 from corm_jax.errors import CormError
-from corm_jax.model.decoder import Decoder, forward, make_caches
+from corm_jax.model.decoder import Decoder, forward, make_caches, policies_of, windows_of
 from corm_jax.model.generation import OVERFLOW, Blocks, Overflow, Policies, watch
 from corm_jax.showing.brief import line, table
 from corm_jax.showing.labelled import Variable, dataset
@@ -49,8 +49,11 @@ class Reading(NamedTuple):
 
     @property
     def kept(self) -> np.ndarray:
-        """The share of the keys that are live, mean over layers and key-value heads, after each chunk: ``[chunks]``."""
-        return self.live.mean((0, 2)) / self.seen
+        """The share of the keys that are live after each chunk, mean over the heads of global layers: ``[chunks]``.
+
+        In a model without global layers, the mean over all heads.
+        """
+        return self.live[global_layers(self.usage.windows)].mean((0, 2)) / self.seen
 
     @property
     def kept_per_layer(self) -> np.ndarray:
@@ -113,11 +116,13 @@ def read_text(
         raise CormError(f"a text of {len(tokens)} tokens has no token to predict: give at least 2 tokens")
     chunk = integer("chunk", chunk)
     one_of("overflow", overflow, OVERFLOW)
-    capacity = slots_for(policy, capacity, len(tokens), chunk)
-    check_prompt(policy, capacity, prompt := prompt_of(policy, prompt, len(tokens)))
+    policies = policies_of(model, policy)
+    capacity = slots_for(policy, capacity, len(tokens), chunk, windows_of(model.config))
+    how = {"stores": stores, "tokens": len(tokens), "chunk": chunk}
+    check_prompt(policies, capacity, prompt := prompt_of(policy, prompt, len(tokens)))
     blocks, targets, counts = cut(tokens, prompt, model.config.vocab, chunk)
-    caches = make_caches(model, policy, batch=1, capacity=capacity, stores=stores, tokens=len(tokens))
-    caches = set_prompt(policy, caches, np.array([len(tokens)], np.int32), np.array([prompt], np.int32), chunk)
+    caches = make_caches(model, policies, batch=1, capacity=capacity, **how)
+    caches = set_prompt(policies, caches, np.array([len(tokens)], np.int32), np.array([prompt], np.int32), chunk)
     check = watch(caches, overflow)
     # A block without tokens changes nothing. It is read so that `seconds` does not count the compiling.
     _, _, caches = _score(model, policy, caches, blocks[:1], targets[:1], np.zeros(1, np.int32), chunk=chunk)

@@ -20,11 +20,14 @@ likelihood is noise around zero, and the loss is of second order. Let y be token
 with the diagonal of the Fisher information. The scores of different tokens are uncorrelated, so that one draw is an
 unbiased estimate.
 
+In a local layer nothing is mixed: its heads read what the window shows.
+
 One layer is run at a time, forward and backward, and one block of queries at a time, so that memory holds the attention
 of a single block.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +37,7 @@ from jaxtyping import Float
 from corm_jax.core.arrays import broadcasts, iota
 from corm_jax.core.form import Form
 from corm_jax.errors import CormError
-from corm_jax.model.decoder import Decoder
+from corm_jax.model.decoder import Decoder, windows_of
 
 SINKS, WINDOW = 4, 128
 """First and newest keys that a query reads at g = 0."""
@@ -89,17 +92,17 @@ def _forward(model, tokens, mixture):
     """The hidden states that enter each layer, and those that leave the last layer."""
     ids = jnp.asarray(tokens, jnp.int32)[None]
     entering, x = [], model.embed(ids, iota(len(tokens))[None])
-    for layer in model.layers:
+    for layer, window in zip(model.layers, windows_of(model.config), strict=True):
         entering.append(x)
-        x = mixed(layer, x, _no_change(model, x), jnp.float32(mixture))
+        x = mixed(layer, x, _no_change(model, x), jnp.float32(mixture), window=window)
     return entering, x
 
 
 def _backward(model, entering, dx, mixture):
     """The gradient with respect to the outputs of each layer's heads."""
-    found = []
-    for layer, x in zip(list(model.layers)[::-1], entering[::-1], strict=True):
-        dx, do = _back(layer, x, _no_change(model, x), jnp.float32(mixture), dx)
+    found, each = [], zip(model.layers, windows_of(model.config), entering, strict=True)
+    for layer, window, x in list(each)[::-1]:
+        dx, do = _back(layer, x, _no_change(model, x), jnp.float32(mixture), dx, window=window)
         found.append(np.asarray(do))
     return found[::-1]
 
@@ -109,10 +112,13 @@ def _no_change(model, x):
     return jnp.zeros((x.shape[1], config.kv_heads, config.heads // config.kv_heads, config.head_dim), jnp.float32)
 
 
-@jax.jit
+@partial(jax.jit, static_argnames="window")
 @broadcasts
-def mixed(layer, x, change, g):
-    """A layer in which the outputs of the heads are the mixture for ``g``, plus ``change``."""
+def mixed(layer, x, change, g, *, window=None):
+    """A layer in which the outputs of the heads are the mixture for ``g``, plus ``change``.
+
+    In a local layer, they are what the heads read in their ``window``, plus ``change``.
+    """
     tokens = x.shape[1]
     position = iota(tokens)
 
@@ -124,9 +130,9 @@ def mixed(layer, x, change, g):
 
     def attend(q, k, v, encoding=None, **how):
         form = Form(encoding, **how)
-        if form.beyond:
+        if beyond := [name for name in form.beyond if window is None or name != "window"]:
             raise CormError(
-                f"a layer attends with a {form.beyond[0]}: only softmax(q . k) over all earlier keys can be measured"
+                f"a layer attends with a {beyond[0]}: only softmax(q . k) over all earlier keys can be measured"
             )
         q, k = (form.encoded(one[0], position) for one in (q, k))
         q, k, v = (one.astype(jnp.float32) for one in (form.queries(q).reshape(change.shape), k, v[0]))
@@ -134,20 +140,24 @@ def mixed(layer, x, change, g):
         for start in range(0, tokens, QUERIES_PER_BLOCK):
             some, end = slice(start, start + QUERIES_PER_BLOCK), min(start + QUERIES_PER_BLOCK, tokens)
             age = position[some, None] - position[:end]
+            if window is not None:
+                near = slice(max(start - window + 1, 0), end)
+                blocks.append(read(q[some], k[near], v[near], age[:, near], age[:, near] < window))
+                continue
             near = np.r_[: min(SINKS, max(start - WINDOW, 0)), max(start - WINDOW, 0) : end]
             kept = (age[:, near] < WINDOW) | (near < SINKS)
             everything = read(q[some], k[:end], v[:end], age, True)
-            window = read(q[some], k[near], v[near], age[:, near], kept)
-            blocks.append(g * everything + (1 - g) * window)
+            newest = read(q[some], k[near], v[near], age[:, near], kept)
+            blocks.append(g * everything + (1 - g) * newest)
         output = jnp.concatenate(blocks) + change
         return output.reshape(1, tokens, -1, output.shape[-1]).astype(x.dtype)
 
     return layer(x, position[None], attend)
 
 
-@jax.jit
-def _back(layer, x, change, g, dx):
-    return jax.vjp(lambda x, change: mixed(layer, x, change, g), x, change)[1](dx)
+@partial(jax.jit, static_argnames="window")
+def _back(layer, x, change, g, dx, *, window):
+    return jax.vjp(lambda x, change: mixed(layer, x, change, g, window=window), x, change)[1](dx)
 
 
 @jax.jit
