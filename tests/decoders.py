@@ -5,9 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from corm_jax import Full, generate, parse, prefill
-from corm_jax.core.capacity import per_layer
 from corm_jax.core.step import read
-from corm_jax.model.decoder import check_decoder, forward, make_caches
+from corm_jax.model.decoder import check_decoder, forward, make_caches, policies_of
 from simulator.reading import Form
 from tests.drive import in_numpy
 from tests.heads import live_sets
@@ -36,10 +35,10 @@ def check(model, logits, atol=1e-5):
     for policy in map(parse, POLICIES):
         caches = prefill(model, policy, make_caches(model, policy, batch=2, capacity=TOKENS), IDS)[1]
         layers, evicted, close = attended(model, policy), 0, 0
-        for (q, k, v, form), cache in zip(layers, caches, strict=True):
+        for (q, k, v, form), cache, one in zip(layers, caches, policies_of(model, policy), strict=True):
             for row in range(2):
                 grouped = q[row].reshape(TOKENS, k.shape[2], -1, q.shape[-1])
-                expected = in_numpy(policy, grouped, k[row], v[row], [1] * TOKENS, form=form)
+                expected = in_numpy(one, grouped, k[row], v[row], [1] * TOKENS, form=form)
                 for head, reading in enumerate(expected):
                     if reading.margin < 1e-5:  # float32 may decide either way
                         close += 1
@@ -56,7 +55,7 @@ def attended(model, policy):
     """What each layer attends with while the policy evicts: queries, keys, values, and the form of the attention."""
     position, layers = jnp.tile(jnp.arange(TOKENS, dtype=jnp.int32), (2, 1)), []
     caches, x = make_caches(model, policy, batch=2, capacity=TOKENS), model.embed(jnp.asarray(IDS), position)
-    for layer, cache, one in zip(model.layers, caches, per_layer(policy, len(caches)), strict=True):
+    for layer, cache, one in zip(model.layers, caches, policies_of(model, policy), strict=True):
         forms = []
 
         @jax.jit
