@@ -28,7 +28,7 @@ from tests.models import local, tiny
 
 WINDOWS = (4, None, 9, None)
 MODEL = local(WINDOWS)
-GLOBAL, LOCAL = [1, 3], [0, 2]
+GLOBAL, LOCAL = np.array([1, 3]), np.array([0, 2])
 LENGTHS = (24, 3)  # beyond both windows, and within both
 IDS = np.random.default_rng(0).integers(1, 97, (2, 24)).astype(np.int32)
 RUN = jax.jit(forward, static_argnames="chunk")
@@ -124,23 +124,19 @@ def test_slots(how, slots):
         assert [cache.made.policy for cache in caches] == ["Window", name_of(policy)] * 2
 
 
-@pytest.mark.parametrize("chunk", [1, 3])
-def test_what_is_asked_for_concerns_global_layers(chunk):
-    """Budgets, shares, capacities, lists and tables by layer: no layer with a window hears of them."""
-    prompts = [row.tolist() for row in IDS]
-    each = ["h2o:recent=2,budget=8", "snapkv:window=2,budget=7", "corm:window=3,recent=2,budget=6"]
-    for policy, most in zip(map(parse, each), (8, 24 + 5, 6), strict=True):
-        local_, other = (4 - 1 + chunk, 9 - 1 + chunk), min(most + chunk, 29)
-        for capacity in (None, 40, [1, 40, 1, 40]):
-            if chunk == 3 and capacity == 40:
-                continue
-            out = generate(MODEL, policy, prompts, max_new_tokens=5, chunk=chunk, capacity=capacity)
-            slots = other if capacity is None else 40
-            assert capacities(out.caches) == [local_[0], slots, local_[1], slots]
-            held = usage(out.caches)
-            assert held.live[LOCAL].max((1, 2)).tolist() == [3, 8]
-            assert held.live[GLOBAL].max() <= most
-            assert int(held.overflow.sum()) == 0
+@pytest.mark.parametrize(
+    ("spec", "chunk", "most"), [("h2o:recent=2,budget=8", 1, 8), ("snapkv:window=2,budget=7", 3, 24 + 5)]
+)
+def test_what_is_asked_for_concerns_global_layers(spec, chunk, most):
+    """Budgets, whole prompts and capacities have no effect on local layers."""
+    for capacity, slots in ((None, min(most + chunk, 29)), ([1, 40, 1, 40], 40)):
+        how = {"max_new_tokens": 5, "chunk": chunk, "capacity": capacity}
+        out = generate(MODEL, parse(spec), [row.tolist() for row in IDS], **how)
+        held = usage(out.caches)
+        assert capacities(out.caches) == [4 - 1 + chunk, slots, 9 - 1 + chunk, slots]
+        assert held.live[LOCAL].max((1, 2)).tolist() == [3, 8]
+        assert held.live[GLOBAL].max() <= most
+        assert int(held.overflow.sum()) == 0
 
 
 def test_a_policy_for_each_layer():
