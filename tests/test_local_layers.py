@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.tree_util import Partial
 
 import corm_jax as cj
 from corm_jax import Corm, CormError, Full, Window, generate, make_caches, parse, prefill, usage
+from corm_jax.adapters.functions import Functions
 from corm_jax.command.cli import main
 from corm_jax.core.capacity import capacities
 from corm_jax.core.wrapper import name_of
@@ -24,7 +26,13 @@ from corm_jax.runs import calibrate, fitting
 from corm_jax.runs.perplexity import read_text
 from tests import decoders
 from tests.drive import FUSED
-from tests.models import local, tiny
+from tests.models import tiny
+
+
+def local(windows):
+    """A model with these windows."""
+    return tiny(layers=len(windows), windows=windows)
+
 
 WINDOWS = (4, None, 9, None)
 MODEL = local(WINDOWS)
@@ -41,7 +49,7 @@ def dense(ids):
     x = MODEL.embed(jnp.asarray([ids]), jnp.asarray([position]))
     for layer, size in zip(MODEL.layers, WINDOWS, strict=True):
 
-        def attend(q, k, v, encoding, window, size=size):
+        def attend(q, k, v, encoding, window=None, size=size):
             assert window == size
             q, k = (np.asarray(encoding.rotate(one[0], jnp.asarray(position))) for one in (q, k))
             seen = (behind >= 0) & (behind < (size or len(ids)))
@@ -226,6 +234,12 @@ def test_a_model_without_global_layers():
 SHAPE = {"vocab": 97, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 8}
 
 
+def said(model, windows):
+    """The model with a config that says something else."""
+    embed, logits = (Partial(function, model) for function in (cj.Llama.embed, cj.Llama.logits))
+    return Functions(cj.Shape(**SHAPE, windows=windows), embed, tuple(model.layers), logits)
+
+
 @pytest.mark.parametrize(
     ("windows", "message"),
     [
@@ -237,7 +251,7 @@ SHAPE = {"vocab": 97, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 8}
     ],
 )
 def test_windows_that_cannot_be(windows, message):
-    model = local((3, None))._replace(config=cj.Shape(**SHAPE, windows=windows))
+    model = said(local((3, None)), windows)
     with pytest.raises(CormError, match=message):
         check_decoder(model, "the model")
 
@@ -258,8 +272,7 @@ def test_caches_that_are_not_for_these_windows():
         with pytest.raises(CormError, match="was made for a window of .*: make caches for this model"):
             forward(other, Full(), small, tokens, count, chunk=1)
     for windows, found in (((9, None), 4), ((4, None), None)):
-        config = cj.Shape(**SHAPE, windows=windows)
-        wrong = local((found, None))._replace(config=config)
+        wrong = said(local((found, None)), windows)
         caches = make_caches(wrong, Full(), batch=1, capacity=30)
         with pytest.raises(CormError, match=f"attends with window={found}, and config.windows says {windows[0]}"):
             forward(wrong, Full(), caches, tokens, count, chunk=1)
@@ -267,7 +280,7 @@ def test_caches_that_are_not_for_these_windows():
 
 MINE = """
 import numpy as np
-from tests.models import local
+from tests.models import tiny
 
 class Bytes:
     end = ()
@@ -277,7 +290,7 @@ class Bytes:
         return " ".join(map(str, ids))
 
 def load():
-    return local((4, None, 9, None)), Bytes()
+    return tiny(layers=4, windows=(4, None, 9, None)), Bytes()
 """
 
 
