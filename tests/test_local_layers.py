@@ -251,7 +251,7 @@ def said(model, windows):
     ],
 )
 def test_windows_that_cannot_be(windows, message):
-    model = said(local((3, None)), windows)
+    model = said(local((3, None)), ())._replace(config=SimpleNamespace(**SHAPE, context=512, windows=windows))
     with pytest.raises(CormError, match=message):
         check_decoder(model, "the model")
 
@@ -263,12 +263,12 @@ def test_a_config_may_lack_windows():
 
 
 def test_caches_that_are_not_for_these_windows():
-    tokens, count = IDS[:1, :6], np.array([6], np.int32)
+    tokens, count = jnp.asarray(IDS[:1, :6]), jnp.array([6], jnp.int32)
     model = local((4, None))
     small = make_caches(model, Full(), batch=1, capacity=30)
     with pytest.raises(CormError, match="layer 0 is local and its 4 slots a head .* make the caches with chunk=3"):
         forward(model, Full(), small, tokens, count, chunk=3)
-    for other in (local((5, None)), local((None, None)), local((None, 4))):
+    for other in (local((3, None)), local((None, None)), local((None, 4))):
         with pytest.raises(CormError, match="was made for a window of .*: make caches for this model"):
             forward(other, Full(), small, tokens, count, chunk=1)
     for windows, found in (((9, None), 4), ((4, None), None)):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from corm_jax import Full, parse
+from corm_jax import CormError, Full, parse
 from corm_jax.runs import perplexity, worth
 from tests.models import tiny
 
@@ -63,3 +63,15 @@ def test_scores_tell_how_far_small_changes_move_the_prediction():
         expected += float((jnp.exp(before) * (before - after)).sum())
         found += np.mean([(score * change).sum() ** 2 for score in drawn]) / 2
     assert found == pytest.approx(expected, rel=0.15)  # 800 squares: 5%
+
+
+def test_local_layers_read_their_windows():
+    model = tiny(layers=2, windows=(9, None))
+    newest = parse(f"streaming_llm:sinks={worth.SINKS},budget={worth.SINKS + worth.WINDOW - 1}")
+    for g, policy in ((1, Full()), (0, newest)):
+        loss, gradients = worth.gradient(model, IDS, 150, g)
+        assert loss == pytest.approx(perplexity.read_text(model, policy, IDS).nll[149:].mean(), abs=1e-5)
+    assert [one.shape for one in gradients] == [(200, 2, 2, 8)] * 2
+    wrong = tiny(layers=2, windows=(None, 9))
+    with pytest.raises(CormError, match="a layer attends with a window: only softmax"):
+        worth.mixed(wrong.layers[1], jnp.zeros((1, 4, 32)), jnp.zeros((4, 2, 2, 8)), jnp.float32(1))
