@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from corm_jax import CormError, parse
+from corm_jax import CormError, Window, parse
 from corm_jax.command import cli
+from corm_jax.model.decoder import policies_of
 from corm_jax.policies.plan import Plan
 from corm_jax.policies.profile import EVERYTHING, Profile
 from corm_jax.runs import calibrate
@@ -278,3 +279,18 @@ def test_specs():
     ):
         with pytest.raises(CormError, match=message):
             parse(spec)
+
+
+def test_local_layers_get_rows_without_effect():
+    live, blurred = np.linspace(0.1, 1, 101), np.linspace(1, 0, 101)
+    cost = calibrate.Cost(*(np.tile(x[:, None, None], (1, 2, 2)).astype(np.float32) for x in (live, blurred, blurred)))
+    found = calibrate.profile("m", np.array([[3, 5], [7, 100]]), cost, {}, (9, None, 5, None))
+    windows = [[calibrate.CHOICES[o][0] for o in row] for row in ((100, 100), (3, 5), (100, 100), (7, 100))]
+    assert found.window == windows
+    assert found.made["live"] == pytest.approx(live[[3, 5, 7, 100]].mean())
+    assert found.made["live_by_head"][::2] == [[1, 1], [1, 1]]
+    model = tiny(layers=4, windows=(9, None, 5, None))
+    found.check("m", model.config)
+    local, first, _, last = policies_of(model, found.policy())
+    assert local == Window(size=9)
+    assert [first.policy.window.tolist(), last.policy.window.tolist()] == [windows[1], [windows[3][0], EVERYTHING]]

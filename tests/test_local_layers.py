@@ -323,7 +323,7 @@ def test_commands_tell_local_and_global_layers_apart(tmp_path, monkeypatch, run_
     arguments = ("--policy", plan["policy"], "--prompt", "The cat sat on the mat", "--max-new-tokens", 4)
     code, out, err = run_main(main, "corm", "generate", *model, *arguments)
     assert (code, err) == (0, "")
-    assert re.search(r"\[cache: 8\.0 of 26 keys live a head, .* MiB full, overflow 0; local layers: .* full\]", out)
+    assert re.search(r"\[cache: 8\.0 of 26 keys live in a head .* MiB full, overflow 0; local layers: .* full\]", out)
     rows = ("--tokens", 64, "--limit", 1, "--policy", "full", "--policy", plan["policy"], "--out", "runs")
     assert run_main(main, "corm", "eval", "perplexity", *model, *rows)[0] == 0
     found = [json.loads(line) for line in (tmp_path / "runs" / "results.jsonl").read_text().splitlines()]
