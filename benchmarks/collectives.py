@@ -29,6 +29,7 @@ POLICIES = {
     "corm": "corm:window=4,recent=2,multiple=2",
     "adaptive_corm": "adaptive_corm:window=3,recent=2,multiple=2,patience=2,trial=4",
     "streaming_llm": "streaming_llm:budget=6,positions=cache",
+    "window": "window:size=6",
     "h2o": "h2o:recent=2,budget=6",
     "scissorhands": "scissorhands:budget=6,window=5,recent=2",
     "tova": "tova:budget=6",

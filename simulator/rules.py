@@ -126,6 +126,22 @@ class StreamingLLM(Rule):
         return i < self.sinks
 
 
+class Window(Rule):
+    """A sliding window (arXiv 2310.06825, section 2): a key stays as long as the next query sees it.
+
+    The query at position t sees the positions p with t - p < size.
+    """
+
+    def __init__(self, *, size):
+        self.size = size
+
+    def keeps(self, live, t):
+        return [i for i in live if t - i < self.size]
+
+    def exempt(self, i, t):
+        return t - 1 - i < self.size  # the newest query sees it
+
+
 class H2O(Rule):
     """H2O (arXiv 2306.14048), algorithm 1: evict the least accumulated attention; the newest are exempt."""
 

@@ -42,7 +42,7 @@ TIGHT, ROOMY = 12, TOKENS + CHUNK
 
 RANGES = {
     "window": (1, 6), "recent": (1, 4), "multiple": (1, 3), "patience": (1, 5), "trial": (0, 8), "sinks": (0, 2),
-    "seed": (0, 2**16),
+    "seed": (0, 2**16), "size": (1, 8),
 }  # fmt: skip
 """The least and the largest whole number that is drawn, by the name of the option."""
 
@@ -82,6 +82,7 @@ def variants() -> list[Variant]:
         ],
         "adaptive_corm": [({}, ""), ({}, "budget")],
         "streaming_llm": [({}, "budget"), ({}, "")],
+        "window": [({}, ""), ({}, "budget"), ({}, "oneshot")],
         "h2o": [({"attention": "sum"}, "budget"), ({"attention": "mean"}, ""), ({"attention": "mean"}, "oneshot")],
         "scissorhands": [({"window": 5}, ""), ({"window": 40}, "budget")],
         "tova": [({}, "budget"), ({}, "oneshot"), ({}, "")],

@@ -31,6 +31,7 @@ RULES: dict[type, type[rules.Rule]] = {
     policies.Corm: rules.Corm,
     policies.AdaptiveCorm: rules.AdaptiveCorm,
     policies.StreamingLLM: rules.StreamingLLM,
+    policies.Window: rules.Window,
     policies.H2O: rules.H2O,
     policies.Scissorhands: rules.Scissorhands,
     policies.TOVA: rules.TOVA,

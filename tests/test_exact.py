@@ -29,6 +29,7 @@ SPECS = [
     "tova:budget=5",
     "scissorhands:budget=6,window=5,recent=2",
     "streaming_llm:sinks=2,budget=6",
+    "window:size=6",
     "snapkv:budget=6,window=3,kernel=3",
     "adakv:budget=6,window=2,kernel=3",
     "l2norm:budget=5",

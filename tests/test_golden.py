@@ -35,6 +35,7 @@ SPECS = [
     "corm:window=8,recent=4,threshold=live,group=mean",
     "adaptive_corm:window=6,recent=4,multiple=2,trial=8",
     "streaming_llm:sinks=4,budget=16",
+    "window:size=16",
     "h2o:recent=6,budget=16",
     "h2o:recent=6,budget=0.4,attention=mean",
     "scissorhands:budget=16,window=12,recent=4",

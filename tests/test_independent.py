@@ -16,6 +16,7 @@ SPECS = {
     "full": "full",
     "corm": "corm:window=4,recent=2,multiple=2",
     "adaptive_corm": "adaptive_corm:window=3,recent=2,multiple=2,patience=2,trial=4",
+    "window": "window:size=6",
     "scissorhands": "scissorhands:budget=6,window=5,recent=2",
     "snapkv": "snapkv:budget=6,window=3,kernel=3",
     "pyramidkv": "pyramidkv:budget=6,window=3,kernel=3",

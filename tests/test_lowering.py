@@ -61,6 +61,7 @@ SPECS = [
     "adaptive_corm:window=4,recent=4,trial=8",
     "streaming_llm:budget=16",
     "streaming_llm:budget=16,positions=cache",
+    "window:size=16",
     "h2o:recent=4,budget=16",
     "h2o:recent=4,attention=mean,sinks=2,budget=16,oneshot=true",
     "scissorhands:budget=16,window=8,recent=4",

@@ -30,6 +30,7 @@ ALONE = [  # what one head holds is no matter to another
     "l2norm:budget=6",
     "random:budget=6",
     "snapkv:budget=6,window=3,kernel=3",
+    "window:size=6",
 ]
 COUPLED = ["tova:budget=6", "adakv:budget=6,window=2,kernel=3"]
 HOW = [(1, TOKENS, None), (CHUNK, 9, None), (1, TOKENS, 1), (CHUNK, TOKENS, 1)]

@@ -40,6 +40,7 @@ SMALL = {  # numbers with which something happens within a few tokens
     cj.Corm: {"window": 4, "recent": 2, "multiple": 2, "eager": True},
     cj.AdaptiveCorm: {"window": 3, "recent": 2, "multiple": 2, "patience": 2, "trial": 6},
     cj.StreamingLLM: {"sinks": 2},
+    cj.Window: {"size": 6},
     cj.H2O: {"recent": 2},
     cj.Scissorhands: {"budget": 6, "recent": 2, "drop": 0.4, "window": 5},
     cj.TOVA: {},

@@ -23,6 +23,7 @@ from tests.test_nine_tokens import head, words
 SPECS = [
     "full:budget=5",
     "streaming_llm:sinks=2,budget=6",
+    "window:size=5",
     "h2o:recent=2,budget=5",
     "scissorhands:budget=6,window=5,recent=2",
     "tova:budget=5",
@@ -82,6 +83,13 @@ NINE = {
         7: "The the mat because",
         8: "The mat because it",
         9: "The because it purred",
+    },
+    # The next query sees itself and the three before it.
+    "window:size=4": {
+        3: "The cat sat",
+        4: "cat sat on",
+        5: "sat on the",
+        9: "because it purred",
     },
     # Attention so far at t = 5: The 11/6, cat 1, sat 5/6 (goes); on and the are the newest. t = 6: cat 1 goes, against
     # The 13/6 and on 5/3. t = 7: the 0. t = 8: mat 1/3. t = 9: because 1/2.
@@ -371,6 +379,7 @@ DEFAULTS = {
     "corm": {"window": 256, "recent": 256, "multiple": 1, "threshold": "position", "group": "any", "eager": False},
     "adaptive_corm": {"window": 256, "recent": 128, "multiple": 16, "patience": 5, "trial": 768},
     "streaming_llm": {"sinks": 4, "positions": "original"},
+    "window": {"size": 512},
     "h2o": {"recent": 256, "attention": "sum"},
     "scissorhands": {"budget": 512, "window": 400, "recent": 10, "drop": 0.5},
     "tova": {},
@@ -386,6 +395,7 @@ LEAST = {  # of each number of a policy
     "corm": {"window": 1, "recent": 1, "multiple": 1},
     "adaptive_corm": {"window": 1, "recent": 1, "multiple": 1, "patience": 1, "trial": 0},
     "streaming_llm": {"sinks": 0},
+    "window": {"size": 1},
     "h2o": {"recent": 0},
     "scissorhands": {"budget": 1, "window": 1, "recent": 0},
     "snapkv": {"window": 1, "kernel": 1},
@@ -428,6 +438,7 @@ def test_shares_have_bounds():
     [
         *(("full", 0), ("tova", 0), ("l2norm", 0), ("snapkv", 0), ("corm:recent=7", 7), ("adaptive_corm:recent=7", 7)),
         *(("h2o:recent=7", 7), ("random:recent=7", 7), ("scissorhands:recent=7", 7), ("streaming_llm:sinks=7", 7)),
+        *(("window:size=7", 7), ("window:size=1", 1)),
         *(("tova:sinks=3", 3), ("tova:recent=4", 4), ("tova:sinks=3,recent=4,budget=9", 7), ("tova:oneshot=true", 0)),
     ],
 )

@@ -121,7 +121,7 @@ def test_a_broken_policy_is_found_and_each_case_alone_shows_it(sabotage, simulat
 
 
 def test_a_broken_replay_is_found(sabotage):
-    start, replay = batch_of("snapkv"), soak.replay
+    start, replay = batch_of("pyramidkv"), soak.replay
     assert case(0, start).chunk
     sabotage(soak, "replay", lambda *given, prompt, **options: replay(*given, prompt=max(prompt - 1, 1), **options))
     (tally,) = soak.soak(start=start, cases=BATCH)

@@ -52,6 +52,7 @@ SPECS = [
     "corm:window=4,recent=2,group=mean,threshold=live,budget=0.5",
     "adaptive_corm:window=3,recent=2,multiple=2,patience=2,trial=4",
     "streaming_llm:sinks=2,budget=6",
+    "window:size=6",
     "h2o:recent=2,attention=mean,budget=6",
     "scissorhands:budget=6,window=40,recent=2",
     "tova:budget=5,oneshot=true,sinks=1,recent=1",

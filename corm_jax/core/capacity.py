@@ -13,11 +13,11 @@ from corm_jax.errors import CormError
 PROTECTED = "the keys that the policy never evicts, such as its recent ones"
 
 
-def per_layer(policy: Policy | Sequence[Policy], layers: int) -> tuple[Policy, ...]:
+def per_layer(policy: Policy | Sequence[Policy], layers: int, among: Sequence[int] | None = None) -> tuple[Policy, ...]:
     """A list with one policy for each layer, made from one policy, or a list that has one for each already.
 
     From one policy, `Policy.for_layer` makes that of each layer. Hyperparameters ``[layers, kv_heads]`` have one number
-    for each layer and head.
+    for each layer and head. If only the layers ``among`` all are wanted, `Policy.for_layer` counts these alone.
 
     >>> from corm_jax.policies import Corm
     >>> [one.window.tolist() for one in per_layer(Corm(window=np.array([[16, 64], [32, 8]])), 2)]
@@ -26,12 +26,13 @@ def per_layer(policy: Policy | Sequence[Policy], layers: int) -> tuple[Policy, .
     Raises:
       CormError: for another number of policies, or of rows of hyperparameters, than there are layers.
     """
+    wanted = range(layers) if among is None else among
     if isinstance(policy, list | tuple) and not isinstance(policy, Policy):
         if len(policy) != layers:
             raise CormError(f"{len(policy)} policies for {layers} layers: give one for all, or one for each")
         for one in policy:
             check_policy(one)
-        return tuple(policy)
+        return tuple(policy[layer] for layer in wanted)
     check_policy(policy)
     one: Any = policy
     for shape in map(np.shape, numbers_in(policy).values()):
@@ -41,10 +42,10 @@ def per_layer(policy: Policy | Sequence[Policy], layers: int) -> tuple[Policy, .
                 "give [layers, kv_heads]"
             )
 
-    def of_layer(layer: int) -> Policy:
-        return map_numbers(lambda x: x[layer] if np.ndim(x) == 2 else x, one.for_layer(layer, layers))
+    def of_layer(place: int, layer: int) -> Policy:
+        return map_numbers(lambda x: x[layer] if np.ndim(x) == 2 else x, one.for_layer(place, len(wanted)))
 
-    return tuple(map(of_layer, range(layers)))
+    return tuple(of_layer(place, layer) for place, layer in enumerate(wanted))
 
 
 def per_layer_capacity(capacity: Capacity, layers: int) -> tuple[int, ...]:

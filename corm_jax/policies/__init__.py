@@ -30,6 +30,7 @@ from corm_jax.policies.scissorhands import Scissorhands
 from corm_jax.policies.snapkv import SnapKV
 from corm_jax.policies.streaming_llm import StreamingLLM
 from corm_jax.policies.tova import TOVA
+from corm_jax.policies.window import Window, of_layers
 
 __all__ = [
     "COMBINATORS",
@@ -51,6 +52,7 @@ __all__ = [
     "Scissorhands",
     "SnapKV",
     "StreamingLLM",
+    "Window",
     "budget",
     "choice",
     "default_spec",
@@ -59,6 +61,7 @@ __all__ = [
     "keys_of",
     "lacks_window",
     "number",
+    "of_layers",
     "on_budget",
     "oneshot",
     "parse",

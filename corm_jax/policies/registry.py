@@ -28,12 +28,14 @@ from corm_jax.policies.scissorhands import Scissorhands
 from corm_jax.policies.snapkv import SnapKV
 from corm_jax.policies.streaming_llm import StreamingLLM
 from corm_jax.policies.tova import TOVA
+from corm_jax.policies.window import Window
 
 POLICIES: dict[str, type[Any]] = {
     "full": Full,
     "corm": Corm,
     "adaptive_corm": AdaptiveCorm,
     "streaming_llm": StreamingLLM,
+    "window": Window,
     "h2o": H2O,
     "scissorhands": Scissorhands,
     "tova": TOVA,
