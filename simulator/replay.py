@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from corm_jax.core.arrays import ENDLESS
-from corm_jax.core.capacity import per_layer, slots_for
+from corm_jax.core.capacity import slots_for
 from corm_jax.core.exact import FOREVER, planned
 from corm_jax.core.options import at_least, is_share, numbers_in
 from corm_jax.core.policy import Policy
@@ -36,6 +36,7 @@ from corm_jax.showing.brief import between, leaves, line, table
 from corm_jax.showing.labelled import Variable, dataset
 from corm_jax.traces.meta import QKV, Rows
 from corm_jax.traces.trace import Trace
+from simulator.forms import form_of, policies_of
 from simulator.recurrence import replay_layer
 
 if TYPE_CHECKING:
@@ -284,7 +285,7 @@ def replay(
     """
     given = [policy] if isinstance(policy, Policy | str | type) else policy
     chunk, prompt = _checked(trace, given, fidelity, capacity, chunk, prompt)
-    policies = per_layer(policy, trace.meta.layers)
+    policies = policies_of(trace.meta, policy)
     result = _run(trace, policies, _compiled, fidelity, capacity, chunk, prompt, errors, progress)
     about = _about(trace, in_short(policy), fidelity, capacity, chunk, prompt, {})
     return result._replace(about=about, kept=result.history() if keep_history else None)
@@ -334,7 +335,7 @@ def sweep(
     if any(len({is_share(one) for one in leaves}) > 1 for leaves in zip(*map(jax.tree.leaves, points), strict=True)):
         raise CormError(f"the grid over {', '.join(grid)} mixes whole numbers and shares: sweep each kind by itself")
     chunk, prompt = _checked(trace, points, fidelity, capacity, chunk, prompt)
-    layers = list(zip(*(per_layer(point, trace.meta.layers) for point in points), strict=True))
+    layers = list(zip(*(policies_of(trace.meta, point) for point in points), strict=True))
     # A number that is the same at all points is not mapped over: what depends on it alone is computed once.
     leaves = [zip(*map(jax.tree.leaves, layer), strict=True) for layer in layers]
     differ = [
@@ -412,9 +413,9 @@ def _run(trace, policies, compiled, fidelity, capacity, chunk, prompt, errors, p
             compiled(
                 policy,
                 layer,
-                jnp.float32(meta.scale or 1),
+                form_of(meta, index),
                 jnp.int32(meta.steps),
-                None if capacity is None else jnp.int32(capacity),
+                None if capacity is None or index in meta.local else jnp.int32(capacity),
                 jnp.int32(prompt),
                 chunk=chunk,
                 block=block,
@@ -444,14 +445,14 @@ _compiled = jax.jit(replay_layer, static_argnames=_STATIC)
 
 
 @partial(jax.jit, static_argnames=(*_STATIC, "points", "differ"))
-def _compiled_grid(policies, layer, scale, steps, capacity, prompt, *, points, differ, **static):
+def _compiled_grid(policies, layer, form, steps, capacity, prompt, *, points, differ, **static):
     """Replays a layer at all points. ``differ``: for each leaf of the policies, whether it differs between points."""
     numbers, structure = jax.tree.flatten(policies)
     numbers = [number if differs else number[0] for number, differs in zip(numbers, differ, strict=True)]
     axes = [0 if differs else None for differs in differ]
 
     def one(numbers):
-        return replay_layer(structure.unflatten(numbers), layer, scale, steps, capacity, prompt, **static)
+        return replay_layer(structure.unflatten(numbers), layer, form, steps, capacity, prompt, **static)
 
     return jax.vmap(one, in_axes=(axes,), axis_size=points)(numbers)
 
