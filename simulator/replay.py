@@ -337,12 +337,18 @@ def sweep(
     chunk, prompt = _checked(trace, points, fidelity, capacity, chunk, prompt)
     layers = list(zip(*(policies_of(trace.meta, point) for point in points), strict=True))
     # A number that is the same at all points is not mapped over: what depends on it alone is computed once.
-    leaves = [zip(*map(jax.tree.leaves, layer), strict=True) for layer in layers]
-    differ = [
-        any(not np.array_equal(x, one[0]) for one in of_layers for x in one) for of_layers in zip(*leaves, strict=True)
-    ]
+    differ: dict[Any, np.ndarray] = {}  # for each kind of layer: they share a program
+    for layer in layers:
+        leaves = zip(*map(jax.tree.leaves, layer), strict=True)
+        found = np.array([any(not np.array_equal(x, one[0]) for x in one) for one in leaves], bool)
+        kind = jax.tree.structure(layer[0])
+        differ[kind] = differ.get(kind, found) | found
     policies = [jax.tree.map(lambda *numbers: jnp.stack(jnp.broadcast_arrays(*numbers)), *layer) for layer in layers]
-    compiled = partial(_compiled_grid, points=len(points), differ=tuple(differ))
+
+    def compiled(policy, *arguments, **options):
+        axes = tuple(differ[jax.tree.structure(policy)].tolist())
+        return _compiled_grid(policy, *arguments, points=len(points), differ=axes, **options)
+
     result = _run(trace, policies, compiled, fidelity, capacity, chunk, prompt, errors, progress)
     shape = tuple(len(values) for values in grid.values())
 
