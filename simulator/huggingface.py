@@ -1,8 +1,9 @@
 """Traces of models of `transformers`: rotated queries and keys, and values, recorded where the model attends.
 
 Each layer of such a model passes them, with its scale, soft cap and window, to a function that its class or its
-``attn_implementation`` names. `record` wraps that function, so that rotations, norms and scales of any kind are those of
-the model, and compares the trace with what the function returns. BLOOM attends in code of its own, which is wrapped too.
+``attn_implementation`` names. `record` wraps that function, so that rotations, norms and scales of any kind are those
+of the model, and compares the trace with what the function returns. BLOOM attends in code of its own, which is wrapped
+too.
 
 >>> import torch, transformers
 >>> config = transformers.LlamaConfig(
@@ -165,6 +166,6 @@ def _check(index: int, module, attend, one: _Layer, mask, others, options) -> No
     if not same:
         raise TraceError(
             f"{where} does not attend by softmax(scale * q . k) over all earlier tokens or those in its window, with "
-            "or without a soft cap, as a trace does, but with sinks or a bias, or to later tokens: if its attentions are "
-            "causal and sum to 1, use attn_implementation='eager' and Trace.from_attention"
+            "or without a soft cap, as a trace does, but with sinks or a bias, or to later tokens: if its attentions "
+            "are causal and sum to 1, use attn_implementation='eager' and Trace.from_attention"
         )
