@@ -1,13 +1,39 @@
-"""Traces of attention with slopes, a soft cap and windows: replay, cache and specification decide alike."""
+"""Traces of attention with slopes, a soft cap and windows: replay, cache, specification and model decide alike."""
 
+from functools import cache, partial
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from jax.tree_util import Partial
 
-from corm_jax import Corm, parse
+from corm_jax import (
+    ALiBi,
+    CacheSpec,
+    Config,
+    Corm,
+    CormError,
+    Llama,
+    Rope,
+    Shape,
+    begin_prompt,
+    make_cache,
+    of_layers,
+    parse,
+)
+from corm_jax.adapters.functions import Functions
+from corm_jax.core.positions import Encoding
+from corm_jax.model.decoder import through
+from corm_jax.runs.forms import written
+from corm_jax.runs.recording import record
+from corm_jax.traces.meta import Meta
+from corm_jax.traces.storage import Writer
 from corm_jax.traces.trace import Trace
-from simulator import oracle
+from simulator import cli, oracle
 from simulator.replay import replay, sweep
 from simulator.verify import verify
+from tests.heads import live_sets
 
 LAYERS, STEPS, KV_HEADS, GROUP, HEAD_DIM = 3, 30, 2, 2, 8
 SLOPES = (0.5, 0.25, 0.125, 0.0625)
@@ -114,3 +140,136 @@ def test_a_capacity_is_that_of_global_layers():
     assert not found.overflow[list(trace.meta.local)].any()
     assert found.overflow[1].all()
     assert [finding for finding in verify(trace, Corm(window=9, recent=2), capacity=5) if not finding.held] == []
+
+
+# Models with ALiBi, and with local layers beside global ones.
+
+TOKENS, PIECE, PROMPT = 24, 8, 16
+IDS = np.random.default_rng(3).integers(0, 97, TOKENS).tolist()
+SHAPE = {"vocab": 97, "dim": 32, "hidden": 48, "heads": 4, "kv_heads": 2, "head_dim": 8, "context": 64}
+MODELS = {
+    "alibi": Config(**SHAPE, layers=2, rope=None, alibi=True),
+    "local": Config(
+        **SHAPE,
+        layers=4,
+        windows=(7, None, 9, None),
+        local_rope=Rope(theta=100.0),
+        alibi=True,
+        attention_softcap=5.0,
+        attention_scale=0.5,
+    ),
+}
+
+
+@cache
+def model(name):
+    """Weights at random; queries are so large that keys differ."""
+    made_ = Llama(MODELS[name], rngs=nnx.Rngs(1))
+    for layer in made_.layers:
+        layer.attention.q.kernel[...] *= 12
+    return made_
+
+
+def read_in_pieces(network, policy, chunk):
+    """What enters each layer, and the keys that each head of each layer holds after each piece of the text."""
+    config = network.config
+    policies = of_layers(policy, config.layers, config.windows)
+    spec = CacheSpec(config.kv_heads, TOKENS, config.head_dim)
+    caches = [begin_prompt(make_cache(one, spec, 1, tokens=TOKENS), PROMPT) for one in policies]
+    entering, held = [[] for _ in policies], []
+    for start in range(0, TOKENS, PIECE):
+        x = network.embed(jnp.asarray([IDS[start : start + PIECE]]), jnp.arange(start, start + PIECE)[None])
+        for index, (layer, policy_) in enumerate(zip(network.layers, policies, strict=True)):
+            entering[index].append(np.asarray(x[0]))
+            x, caches[index], *_ = through(layer, x, caches[index], policy_, jnp.array([PIECE]), chunk=chunk)
+        held.append([[live_sets(head) for head in np.asarray(one.position[0])] for one in caches])
+    return [np.concatenate(x) for x in entering], held
+
+
+def recorded(network, path, entering=None):
+    """A trace on disk: of the full cache, or of what enters the layers of a model that has evicted keys."""
+    config = network.config
+    how = {"layers": config.layers, "q_heads": config.heads, "kv_heads": config.kv_heads, "head_dim": config.head_dim}
+    meta = Meta(kind="qkv", steps=TOKENS, **how, **written(network, TOKENS)._asdict())
+    with Writer(path, meta) as writer:
+        for index in range(config.layers):
+            x = None if index == 0 else (entering[index] if entering else x)
+            one = next(record(network, IDS, x=x, first=index))
+            writer.write(q=one.q, k=one.k, v=one.v)
+            x = one.x
+    return Trace.open(path)
+
+
+@pytest.mark.parametrize("chunk", [1, 4])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "corm:window=5,recent=2",
+        "h2o:recent=2,budget=7",
+        *(
+            pytest.param(spec, marks=pytest.mark.slow)
+            for spec in ("tova:budget=7", "snapkv:budget=7,window=4,kernel=3", "streaming_llm:sinks=2,budget=7")
+        ),
+    ],
+)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_replay_decides_as_the_model_through_its_caches(name, spec, chunk, tmp_path):
+    """The trace holds what the layers of the evicting model have attended with."""
+    network, policy = model(name), parse(spec)
+    entering, held = read_in_pieces(network, policy, chunk)
+    trace = recorded(network, tmp_path / "trace", entering)
+    kept = replay(trace, policy, chunk=chunk, prompt=PROMPT, errors=False).history()
+    for piece, layers in enumerate(held):
+        for index, heads in enumerate(layers):
+            for head, keys in enumerate(heads):
+                assert set(np.flatnonzero(kept[index, head, (piece + 1) * PIECE - 1])) == keys
+    assert not kept[list(trace.meta.local) or [0], :, -1].all()
+    assert [finding for finding in verify(trace, policy, chunk=chunk, prompt=PROMPT) if not finding.held] == []
+
+
+def test_what_is_recorded_and_checked_by_the_command(tmp_path, run_main):
+    trace = recorded(model("local"), tmp_path / "trace")
+    assert (trace.meta.windows, trace.meta.softcap, trace.meta.slopes) == (
+        (7, None, 9, None),
+        5.0,
+        (0.25, 0.0625, 2**-6, 2**-8),
+    )
+    code, out, _ = run_main(
+        cli.main, "simulator", "check", tmp_path / "trace", "--layers", "0,1,3", "--policy", "corm:window=5,recent=2"
+    )
+    assert (code, "3 layers, layers 0 local" in " ".join(out.split())) == (0, True)
+
+
+def decoder(*forms, windows=()):
+    """Layers that only attend, each in a form of its own."""
+
+    def layer(x, position, attend, form):
+        q, k = x.reshape(*x.shape[:2], 2, 4), x.reshape(*x.shape[:2], 2, 4)
+        return attend(q, k, k, **form).reshape(x.shape)
+
+    shape = Shape(vocab=9, layers=len(forms), heads=2, kv_heads=2, head_dim=4, windows=windows)
+    layers = tuple(Partial(partial(layer, form=form)) for form in forms)
+    return Functions(shape, Partial(lambda ids, position: jnp.ones((*ids.shape, 8))), layers, Partial(lambda x: x))
+
+
+class Squared(Encoding):
+    def bias(self, distance, layout):
+        return -(distance.astype(jnp.float32) ** 2)[None]
+
+
+@pytest.mark.parametrize(
+    ("forms", "message"),
+    [
+        ([{}, {"mask": lambda query, key: key != 1}], "layer 1 attends with a mask, for which a trace has no place"),
+        ([{"encoding": Squared()}], "layer 0 adds the bias of Squared, which is no slope times the distance"),
+        (
+            [{"softcap": 5.0}, {"softcap": 6.0}],
+            "layer 1 attends with softcap=6.0, and layer 0 with 5.0: a trace has one",
+        ),
+        ([{"encoding": ALiBi.of(2)}, {}], "layer 1 attends with slopes=None, and layer 0 with"),
+        ([{"window": 5}], "layer 0 attends with window=5, and config.windows says None there"),
+    ],
+)
+def test_a_form_that_a_trace_cannot_state_is_refused_before_the_text_is_read(forms, message):
+    with pytest.raises(CormError, match=message):
+        next(record(decoder(*forms), [1, 2, 3], progress=lambda done: pytest.fail("the text is read")))
