@@ -58,6 +58,7 @@ class About:
       model: the model that made the trace.
       fidelity, capacity, chunk, prompt: as in `replay`.
       pieces: the text of each token, if the trace holds it.
+      local: which layers have a window, and hold what it shows, whatever the policy.
       grid: for a sweep, the values of each hyperparameter, in the order of the axes.
     """
 
@@ -68,6 +69,7 @@ class About:
     chunk: int
     prompt: int | None
     pieces: tuple[str, ...] | None = field(default=None, repr=False, compare=False)
+    local: tuple[int, ...] = ()
     grid: dict[str, list[Any]] = field(default_factory=dict, compare=False)
 
 
@@ -76,7 +78,8 @@ class Replay(NamedTuple):
 
     ``until`` and ``lost`` determine every eviction; the properties are computed from them, and `to_xarray` gives names
     to the axes. Clocks count from 1. The short form shows the policy, the share of the keys that are live at the end,
-    the means of mass and error, and the overflow; for a sweep, the range of each over the grid.
+    the means of mass and error, and the overflow, without local layers; for a sweep, the range of each over the
+    grid.
 
     Attributes:
       until: int32 ``[layers, kv_heads, keys]``, the clock of the last query that could attend to the key; `FOREVER` if
@@ -120,6 +123,7 @@ class Replay(NamedTuple):
             "grid": ", ".join(f"{size} values of {name}" for name, size in zip(names, grid, strict=True)) or None,
             "model": (about and about.model) or None,
             "shape": f"{layers} layers, {kv_heads} key-value heads, {steps:,} tokens",
+            "local layers": (about and ", ".join(map(str, about.local))) or None,
             "replayed": about and f"{about.fidelity}, chunks of {about.chunk}",
         }
         means = {
@@ -137,15 +141,30 @@ class Replay(NamedTuple):
 
     @property
     def _summary(self) -> dict[str, str | None]:
-        """Means over layers, heads and steps; for a sweep, the range of each over the grid."""
-        each = (-3, -2, -1)
-        error = None if self.error is None else between(self.error.mean(each, dtype=np.float64), ".3f")
+        """Means over global layers, heads and steps; for a sweep, the range of each over the grid."""
+        each, own = (-3, -2, -1), self.without_local()
+        error = None if own.error is None else between(own.error.mean(each, dtype=np.float64), ".3f")
         return {
-            "kept": between((self.until == FOREVER).mean(each), ".3f"),
-            "mass": between(self.mass.mean(each, dtype=np.float64), ".3f"),
+            "kept": between((own.until == FOREVER).mean(each), ".3f"),
+            "mass": between(own.mass.mean(each, dtype=np.float64), ".3f"),
             "error": error,
-            "overflow": between(self.overflow.sum((-2, -1)), "d"),
+            "overflow": between(own.overflow.sum((-2, -1)), "d"),
         }
+
+    @property
+    def global_layers(self) -> list[int]:
+        """The layers on which the policy has decided: those that are not local, or all if all are local."""
+        layers, local = range(self.until.shape[-3]), self.about.local if self.about else ()
+        return [layer for layer in layers if layer not in local] or [*layers]
+
+    def without_local(self) -> "Replay":
+        """The same of the global layers alone."""
+        if not (self.about and self.about.local):
+            return self
+        own, about = self.global_layers, replace(self.about, local=())
+        until, lost, mass, error, needed = (None if x is None else x.take(own, axis=-3) for x in self[:5])
+        kept = None if self.kept is None else self.kept.take(own, axis=-4)
+        return Replay(until, lost, mass, error, needed, kept, about)  # pyright: ignore
 
     def to_xarray(self) -> "xarray.Dataset":
         """The replay as a dataset with named axes: ``layer``, ``kv_head``, ``q_head``, ``step`` and ``token``.
@@ -256,7 +275,8 @@ def replay(
 
     Args:
       trace: what to replay.
-      policy: one for all layers, or one for each.
+      policy: one for all layers, or one for each. Layers with a window hold what it shows, whatever the policy, and
+        have as many slots as they need: `corm_jax.of_layers`.
       fidelity: ``"renormalized"`` or ``"recorded"``, see `simulator.replay`.
       capacity: slots of each key-value head; None for as many as are needed.
       chunk: tokens between evictions; 1 is the exact recurrence.
@@ -400,7 +420,7 @@ def _checked(
 
 def _about(trace, policy, fidelity, capacity, chunk, prompt, grid) -> About:
     ends = None if prompt == ENDLESS else prompt
-    return About(policy, trace.meta.model, fidelity, capacity, chunk, ends, trace.meta.pieces, grid)
+    return About(policy, trace.meta.model, fidelity, capacity, chunk, ends, trace.meta.pieces, trace.meta.local, grid)
 
 
 def _run(trace, policies, compiled, fidelity, capacity, chunk, prompt, errors, progress) -> Replay:

@@ -1,5 +1,6 @@
 """Traces of attention with slopes, a soft cap and windows: replay, cache, specification and model decide alike."""
 
+import json
 from functools import cache, partial
 
 import jax.numpy as jnp
@@ -237,7 +238,7 @@ def test_what_is_recorded_and_checked_by_the_command(tmp_path, run_main):
     code, out, _ = run_main(
         cli.main, "simulator", "check", tmp_path / "trace", "--layers", "0,1,3", "--policy", "corm:window=5,recent=2"
     )
-    assert (code, "3 layers, layers 0 local" in " ".join(out.split())) == (0, True)
+    assert (code, "3 layers, 1 of them local and in no mean" in " ".join(out.split())) == (0, True)
 
 
 def decoder(*forms, windows=()):
@@ -273,3 +274,23 @@ class Squared(Encoding):
 def test_a_form_that_a_trace_cannot_state_is_refused_before_the_text_is_read(forms, message):
     with pytest.raises(CormError, match=message):
         next(record(decoder(*forms), [1, 2, 3], progress=lambda done: pytest.fail("the text is read")))
+
+
+def test_reports_name_local_layers_and_count_the_others(tmp_path, run_main):
+    made("local").save(tmp_path / "trace")
+    found = replay(made("local"), Corm(window=4, recent=2))
+    alone = replay(made("local").part(layers=[1]), Corm(window=4, recent=2))
+    assert found.about.local == (0, 2)
+    assert repr(found).partition("kept=")[2] == repr(alone).partition("kept=")[2]
+    for command, what in (("replay", ()), ("bounds", ("--exact",)), ("sweep", ("--grid", "recent=1,2"))):
+        file = tmp_path / f"{command}.json"
+        policy = "corm:window=4" if command == "sweep" else "corm:window=4,recent=2"
+        code, out, _ = run_main(
+            *(cli.main, "simulator", command, tmp_path / "trace", "--policy", policy, *what, "--json", file)
+        )
+        assert (code, "3 layers, 2 of them local and in no mean" in " ".join(out.split())) == (0, True)
+        report = json.loads(file.read_text())
+        assert report["local"] == [0, 2]
+        assert report["rows"][-1]["mass"] == pytest.approx(alone.mass.mean(), abs=1e-6)
+    out = run_main(cli.main, "simulator", "replay", tmp_path / "trace", "--layers", "2")[1]
+    assert "layer 2, which is local" in " ".join(out.split())
