@@ -76,7 +76,11 @@ class Job(NamedTuple):
     @property
     def title(self) -> str:
         """The part of the trace, and the slots, in words."""
-        part = f"layer {self.layers[0]}" if len(self.layers) == 1 else f"{len(self.layers)} layers"
+        part, local = f"{len(self.layers)} layers", len(self.trace.meta.local)
+        if len(self.layers) == 1:
+            part = f"layer {self.layers[0]}{', which is local' * local}"
+        elif local:
+            part += f", {local} of them local" + " and in no mean" * (local < len(self.layers))
         slots = f", {self.options['capacity']} slots a head" if self.options["capacity"] else ""
         return f"{self.model}, {self.trace.meta.steps:,} tokens, {part}{slots}"
 
@@ -148,7 +152,13 @@ def _command(name: str, sample: bool = False):
             meta = trace.meta
             options = {"fidelity": fidelity, "capacity": capacity, "chunk": chunk, "prompt": prompt}
             about = {"trace": str(path), "model": meta.model, "kind": meta.kind, "tokens": meta.steps}
-            about |= {"layers": chosen, "q_heads": meta.q_heads, "kv_heads": meta.kv_heads, **options}
+            about |= {
+                "layers": chosen,
+                "local": [chosen[index] for index in meta.local],
+                "q_heads": meta.q_heads,
+                "kv_heads": meta.kv_heads,
+                **options,
+            }
             return function(Job(trace, chosen, options, about, json_file, overwrite), **own)
 
         for option in (fidelity_option, *_shared) if not sample else _shared:
@@ -276,7 +286,8 @@ def _bounds(job: Job, specs, exact, plot_file):
         if exact:
             with bar(f"{spec}: optimum", len(job.layers)) as progress:
                 heads["exact"] = _exact(job.trace, result, progress)
-        means = {name: float(values.mean(dtype=np.float64)) for name, values in heads.items()}
+        own = result.global_layers
+        means = {name: float(values[own].mean(dtype=np.float64)) for name, values in heads.items()}
         per_head = {name: values.tolist() for name, values in heads.items()}
         rows.append({"policy": spec, "kept_mean": row["kept_mean"], **means, "per_head": per_head})
     columns = ["policy", "kept_mean", "mass", "greedy", *(["exact"] if exact else []), "most", "regret"]

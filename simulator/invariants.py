@@ -152,6 +152,8 @@ def importance(
     group: str,
     threshold: str,
     slack: float = 0.0,
+    softcap: float | None = None,
+    slopes: Any = None,
 ) -> np.ndarray:
     """Which keys each query found important, from scratch in float64: bool ``[kv_heads, queries, keys]``.
 
@@ -160,10 +162,15 @@ def importance(
       attended: bool ``[kv_heads, queries, keys]``, which keys the query could attend to.
       multiple: as in `corm_jax.Corm`, a number or ``[kv_heads]``.
       group, threshold: likewise.
+      softcap, slopes: as in `corm_jax.traces.meta.Meta`, the latter ``[kv_heads, group]``.
       slack: the share of the threshold by which alpha may miss it; if negative, by which alpha must exceed it. Exact
         ties (all logits are equal) count as important in either case.
     """
     logits = scale * np.einsum("qhgd,khd->ghqk", q, k, dtype=np.float64)
+    logits = logits if softcap is None else softcap * np.tanh(logits / softcap)
+    if slopes is not None:
+        distance = np.arange(len(q))[:, None] - np.arange(len(k))
+        logits -= np.asarray(slopes, np.float64).T[..., None, None] * distance
     logits = np.where(attended, logits, -np.inf)
     weights = np.exp(logits - logits.max(-1, keepdims=True))
     alpha = weights / weights.sum(-1, keepdims=True)

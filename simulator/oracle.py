@@ -25,6 +25,7 @@ from corm_jax.showing.brief import leaves, line, table
 from corm_jax.showing.labelled import Variable, dataset
 from corm_jax.traces.meta import Rows
 from corm_jax.traces.trace import Trace
+from simulator.forms import form_of, slopes_by_head
 from simulator.replay import About, Replay
 
 if TYPE_CHECKING:
@@ -134,19 +135,25 @@ def attention(trace: Trace, layer: int) -> Iterator[np.ndarray]:
             rows = data.probs[queries]
             yield (rows / rows.sum(-1, keepdims=True)).mean(0)  # as in a replay, since rounded rows do not sum to 1
         else:
-            yield np.asarray(_attention(data.q[:, queries], data.k[:, head], np.float32(trace.meta.scale or 1)))
+            form = form_of(trace.meta, layer)._replace(encoding=None)
+            slopes = slopes_by_head(trace.meta)[head]
+            yield np.asarray(_attention(data.q[:, queries], data.k[:, head], slopes, form))
 
 
 @jax.jit
-def _attention(q, k, scale):
-    steps, group, _ = q.shape
-    causal = jnp.tril(jnp.ones((steps, steps), bool))
+def _attention(q, k, slopes, form):
+    steps, group, head_dim = q.shape
+    distance = jnp.arange(steps)[:, None] - jnp.arange(steps)
+    far = distance.astype(jnp.float32)
+    seen = distance >= 0 if form.window is None else (distance >= 0) & (distance < form.window)
 
-    def add(total, rows):  # one query head at a time, to bound the memory
-        logits = scale * jnp.einsum("qd,kd->qk", rows, k, precision="highest")
-        return total + jax.nn.softmax(jnp.where(causal, logits, -jnp.inf)), None
+    def add(total, xs):  # one query head at a time, to bound the memory
+        rows, slope = xs
+        logits = form.of(jnp.einsum("qd,kd->qk", rows, k, precision="highest"), head_dim) - slope * far
+        return total + jax.nn.softmax(jnp.where(seen, logits, -jnp.inf)), None
 
-    return jax.lax.scan(add, jnp.zeros((steps, steps), jnp.float32), q.swapaxes(0, 1))[0] / group
+    start = jnp.zeros((steps, steps), jnp.float32)
+    return jax.lax.scan(add, start, (q.swapaxes(0, 1), slopes))[0] / group
 
 
 def most(alpha: np.ndarray, n: np.ndarray) -> np.ndarray:

@@ -5,11 +5,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from corm_jax.core.capacity import per_layer
 from corm_jax.errors import CormError
 from corm_jax.policies import parse
 from corm_jax.policies.plan import Plan
 from corm_jax.traces.trace import Trace
+from simulator.forms import policies_of
 from simulator.replay import Replay, replay
 
 
@@ -54,11 +54,11 @@ def plan(
         raise CormError(f"overflow must be a share of the keys in [0, 1), not {overflow}")
     if not spare >= 0:
         raise CormError(f"spare must be a share from 0 up, not {spare}")
-    shapes = {(t.meta.model, t.meta.layers, t.meta.kv_heads, t.meta.head_dim) for t in traces}
+    shapes = {(t.meta.model, t.meta.layers, t.meta.kv_heads, t.meta.head_dim, t.meta.windows) for t in traces}
     if len(shapes) > 1:
         raise CormError(f"the traces are of {len(shapes)} models: plan for each by itself")
-    (model, layers, kv_heads, head_dim), policy = shapes.pop(), parse(spec)
-    capacity = np.array([np.max(one.traits.protected) + chunk for one in per_layer(policy, layers)])
+    (model, layers, kv_heads, head_dim, _), policy = shapes.pop(), parse(spec)
+    capacity = np.array([np.max(one.traits.protected) + chunk for one in policies_of(traces[0].meta, policy)])
     for index, trace in enumerate(traces):
         before = index * layers
         result = replay(

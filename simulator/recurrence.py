@@ -25,14 +25,14 @@ SEGMENTS = 6
 
 
 @broadcasts
-def replay_layer(policy, layer, scale, steps, capacity, prompt, *, chunk, block, moments, fidelity, errors):
+def replay_layer(policy, layer, form, steps, capacity, prompt, *, chunk, block, moments, fidelity, errors):
     """Replays a policy over one layer.
 
     Args:
       policy: its numbers may be traced.
       layer: ``QKV(q [padded, kv_heads, group, head_dim], k, v [padded, kv_heads, head_dim])``, or
         ``Rows(probs [kv_heads, group, padded, padded])``.
-      scale: the factor of the logits.
+      form: that of the attention, a `corm_jax.core.form.Form`.
       steps: how many of the padded steps are real.
       capacity: slots a head, or None.
       prompt: how many of the steps are the prompt.
@@ -67,7 +67,7 @@ def replay_layer(policy, layer, scale, steps, capacity, prompt, *, chunk, block,
             _block,
             policy,
             _first_keys(layer, extent),
-            scale,
+            form,
             steps,
             capacity,
             prompt,
@@ -91,19 +91,21 @@ def _first_keys(layer: QKV | Rows, extent: int) -> QKV | Rows:
     return QKV(layer.q, layer.k[:extent], layer.v[:extent])
 
 
-def _block(policy, layer, scale, steps, capacity, prompt, chunk, block, moments, fidelity, errors, carry, start):
+def _block(policy, layer, form, steps, capacity, prompt, chunk, block, moments, fidelity, errors, carry, start):
     """A block of queries: logits and the full cache's attention for all at once, then the policy's evictions."""
     state, until, lost, needed = carry
     kv_heads, keys = until.shape
     layout, clock, key = Apart(), (start + 1 + iota(block))[:, None, None], iota(keys)
-    logits = _logits(layout, layer, scale, start, block)
+    logits = _logits(layout, layer, form, clock, key, start, block)
     causal = jnp.broadcast_to((key < clock) & (clock <= steps), (block, kv_heads, keys))
+    within = form.within(clock - 1, key[None])
+    reach = causal if within is None else causal & within  # what each query of the full cache sees
     renormalized, watched = fidelity == "renormalized", "attention" in policy.traits.needs
     shared = renormalized and watched and chunk == 1  # the exponentials, for the full cache and for the policy's
-    logits = jnp.where(causal, logits, -jnp.inf) if shared else logits
+    logits = jnp.where(reach, logits, -jnp.inf) if shared else logits
     found: Any = None
     share: Any = None
-    full: Any = None if shared else softmax(layout, logits, causal)  # weights and their total
+    full: Any = None if shared else softmax(layout, logits, reach)  # weights and their total
 
     def only(visible):
         """The probabilities of the full cache, without those that are not visible."""
@@ -118,10 +120,11 @@ def _block(policy, layer, scale, steps, capacity, prompt, chunk, block, moments,
         fresh = by_slot(lambda part: part[..., :1, :1], policy.init(CacheSpec(kv_heads, keys, 1)))
         every = own = None
         if shared:  # the same for all policies
-            every, newest = causal, jax.lax.dynamic_slice_in_dim(logits, start, block, 3)
+            every, newest = reach, jax.lax.dynamic_slice_in_dim(logits, start, block, 3)
             own = layout.most(jnp.where((iota(block)[:, None] == iota(block))[:, None], newest, -jnp.inf))
         attention = attend if watched else None, logits if shared else None
-        one = Block(slots, clock, live & causal, *attention, vectors, every=every, own=own, outputs=errors)
+        extra = {"within": within, "every": every, "own": own, "outputs": errors}
+        one = Block(slots, clock, live & causal, *attention, vectors, **extra)
         found = settle(policy, state, fresh, one, None if capacity is None else Room(capacity), moments)
         state, until, lost = found.state, jnp.where(live, found.until, until), lost | found.lost
         full, share = (found.every[:2], found.every[2]) if shared else (full, None)
@@ -129,13 +132,14 @@ def _block(policy, layer, scale, steps, capacity, prompt, chunk, block, moments,
 
         def attended(visible, begin):
             rows, weights, total = (jax.lax.dynamic_slice_in_dim(x, begin, chunk, 1) for x in (logits, *full))
+            visible = visible & jax.lax.dynamic_slice_in_dim(reach, begin, chunk, 0)
             return softmax(layout, rows, visible) if renormalized else (jnp.where(visible, weights, 0.0), total)
 
         step = partial(_chunk, policy, layout, steps, capacity, prompt, chunk, start, attended, vectors)
         (state, until, lost), _ = jax.lax.scan(step, (state, until, lost), chunk * iota(block // chunk))
-    rest = causal & (clock <= until)
+    rest = reach & (clock <= until)
     mass = share if shared else layout.sum_per_head(only(rest)[0]) / full[1]
-    important = over_group(jnp.logical_or, full[0] >= layout.broadcast(full[1]) / clock.astype(jnp.float32)) & causal
+    important = over_group(jnp.logical_or, full[0] >= layout.broadcast(full[1]) / clock.astype(jnp.float32)) & reach
     needed = jnp.maximum(needed, last(important, clock, 0))
     error = None
     if errors:
@@ -169,9 +173,10 @@ def _chunk(policy, layout, steps, capacity, prompt, chunk, start, attend, keys, 
     return (state, until, lost), None
 
 
-def _logits(layout, layer: QKV | Rows, scale, start, block):
+def _logits(layout, layer: QKV | Rows, form, clock, key, start, block):
     """``[group, block, kv_heads, keys]``."""
     if isinstance(layer, Rows):  # softmax(ln p) = p
         return jnp.log(jax.lax.dynamic_slice_in_dim(layer.probs, start, block, 2)).transpose(1, 2, 0, 3)
     q = jax.lax.dynamic_slice_in_dim(layer.q, start, block)
-    return layout.logits(scale * q, jnp.asarray(layer.k).swapaxes(0, 1))
+    bias = form.bias(clock - 1, key[None], layout)
+    return form._replace(scale=1.0).logits(layout, form.scale * q, jnp.asarray(layer.k).swapaxes(0, 1), bias)

@@ -79,6 +79,18 @@ def attention(
     return dict(zip(live, probabilities, strict=True)), output
 
 
+Attend = Callable[..., list]
+"""Attention of the queries of a group: ``(queries, keys, values, live, index)``, the last of which is their position.
+
+For each query the result is that of `attention`.
+"""
+
+
+def plain(queries, keys, values, live: Sequence[int], index: int) -> list:
+    """`attention` of each query of a group."""
+    return [attention(query, keys, values, live) for query in queries]
+
+
 def important_keys(
     rows: list[dict[int, float]], t: int, *, multiple: int, threshold: str, group: str
 ) -> tuple[set[int], float]:
@@ -121,6 +133,7 @@ def corm_messages(
     chunks: Sequence[int] | None = None,
     capacity: int | None = None,
     overflow: str = "evict",
+    attend: Attend | None = None,
 ) -> Reading:
     """CORM with the paper's message matrix (arXiv 2404.15949, section 4 and algorithm 1).
 
@@ -142,6 +155,7 @@ def corm_messages(
       capacity: slots; default unlimited. Without a free slot the key whose newest message is the oldest goes first
         (never important before ever important, ties: oldest key), newest ``recent`` exempt.
       overflow: ``"evict"``, or ``"error"`` to raise `OverflowedError`.
+      attend: how queries attend; by default by `attention`.
     """
     (tokens, heads, _), keys = queries.shape, stored(keys, values)
     messages: list[set[int]] = []  # row t - 1: the keys that the query at clock t found important
@@ -165,10 +179,9 @@ def corm_messages(
         for index in range(start, end):
             t = index + 1
             visible = [i for i in live if i <= index]
-            rows = []
-            for head in range(heads):
-                row, outputs[index, head] = attention(queries[index, head], keys, values, visible)
-                rows.append(row)
+            each = (attend or plain)(queries[index], keys, values, visible, index)
+            rows = [row for row, _ in each]
+            outputs[index] = [output for _, output in each]
             found, closest = important_keys(rows, t, multiple=multiple, threshold=threshold, group=group)
             margin = min(margin, closest)
             messages.append(found)

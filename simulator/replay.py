@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from corm_jax.core.arrays import ENDLESS
-from corm_jax.core.capacity import per_layer, slots_for
+from corm_jax.core.capacity import slots_for
 from corm_jax.core.exact import FOREVER, planned
 from corm_jax.core.options import at_least, is_share, numbers_in
 from corm_jax.core.policy import Policy
@@ -36,6 +36,7 @@ from corm_jax.showing.brief import between, leaves, line, table
 from corm_jax.showing.labelled import Variable, dataset
 from corm_jax.traces.meta import QKV, Rows
 from corm_jax.traces.trace import Trace
+from simulator.forms import form_of, policies_of
 from simulator.recurrence import replay_layer
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class About:
       model: the model that made the trace.
       fidelity, capacity, chunk, prompt: as in `replay`.
       pieces: the text of each token, if the trace holds it.
+      local: which layers have a window, and hold what it shows, whatever the policy.
       grid: for a sweep, the values of each hyperparameter, in the order of the axes.
     """
 
@@ -67,6 +69,7 @@ class About:
     chunk: int
     prompt: int | None
     pieces: tuple[str, ...] | None = field(default=None, repr=False, compare=False)
+    local: tuple[int, ...] = ()
     grid: dict[str, list[Any]] = field(default_factory=dict, compare=False)
 
 
@@ -75,7 +78,8 @@ class Replay(NamedTuple):
 
     ``until`` and ``lost`` determine every eviction; the properties are computed from them, and `to_xarray` gives names
     to the axes. Clocks count from 1. The short form shows the policy, the share of the keys that are live at the end,
-    the means of mass and error, and the overflow; for a sweep, the range of each over the grid.
+    the means of mass and error, and the overflow, without local layers; for a sweep, the range of each over the
+    grid.
 
     Attributes:
       until: int32 ``[layers, kv_heads, keys]``, the clock of the last query that could attend to the key; `FOREVER` if
@@ -119,6 +123,7 @@ class Replay(NamedTuple):
             "grid": ", ".join(f"{size} values of {name}" for name, size in zip(names, grid, strict=True)) or None,
             "model": (about and about.model) or None,
             "shape": f"{layers} layers, {kv_heads} key-value heads, {steps:,} tokens",
+            "local layers": (about and ", ".join(map(str, about.local))) or None,
             "replayed": about and f"{about.fidelity}, chunks of {about.chunk}",
         }
         means = {
@@ -136,15 +141,30 @@ class Replay(NamedTuple):
 
     @property
     def _summary(self) -> dict[str, str | None]:
-        """Means over layers, heads and steps; for a sweep, the range of each over the grid."""
-        each = (-3, -2, -1)
-        error = None if self.error is None else between(self.error.mean(each, dtype=np.float64), ".3f")
+        """Means over global layers, heads and steps; for a sweep, the range of each over the grid."""
+        each, own = (-3, -2, -1), self.without_local()
+        error = None if own.error is None else between(own.error.mean(each, dtype=np.float64), ".3f")
         return {
-            "kept": between((self.until == FOREVER).mean(each), ".3f"),
-            "mass": between(self.mass.mean(each, dtype=np.float64), ".3f"),
+            "kept": between((own.until == FOREVER).mean(each), ".3f"),
+            "mass": between(own.mass.mean(each, dtype=np.float64), ".3f"),
             "error": error,
-            "overflow": between(self.overflow.sum((-2, -1)), "d"),
+            "overflow": between(own.overflow.sum((-2, -1)), "d"),
         }
+
+    @property
+    def global_layers(self) -> list[int]:
+        """The layers on which the policy has decided: those that are not local, or all if all are local."""
+        layers, local = range(self.until.shape[-3]), self.about.local if self.about else ()
+        return [layer for layer in layers if layer not in local] or [*layers]
+
+    def without_local(self) -> "Replay":
+        """The same of the global layers alone."""
+        if not (self.about and self.about.local):
+            return self
+        own, about = self.global_layers, replace(self.about, local=())
+        until, lost, mass, error, needed = (None if x is None else x.take(own, axis=-3) for x in self[:5])
+        kept = None if self.kept is None else self.kept.take(own, axis=-4)
+        return Replay(until, lost, mass, error, needed, kept, about)  # pyright: ignore
 
     def to_xarray(self) -> "xarray.Dataset":
         """The replay as a dataset with named axes: ``layer``, ``kv_head``, ``q_head``, ``step`` and ``token``.
@@ -255,7 +275,8 @@ def replay(
 
     Args:
       trace: what to replay.
-      policy: one for all layers, or one for each.
+      policy: one for all layers, or one for each. Layers with a window hold what it shows, whatever the policy, and
+        have as many slots as they need: `corm_jax.of_layers`.
       fidelity: ``"renormalized"`` or ``"recorded"``, see `simulator.replay`.
       capacity: slots of each key-value head; None for as many as are needed.
       chunk: tokens between evictions; 1 is the exact recurrence.
@@ -284,7 +305,7 @@ def replay(
     """
     given = [policy] if isinstance(policy, Policy | str | type) else policy
     chunk, prompt = _checked(trace, given, fidelity, capacity, chunk, prompt)
-    policies = per_layer(policy, trace.meta.layers)
+    policies = policies_of(trace.meta, policy)
     result = _run(trace, policies, _compiled, fidelity, capacity, chunk, prompt, errors, progress)
     about = _about(trace, in_short(policy), fidelity, capacity, chunk, prompt, {})
     return result._replace(about=about, kept=result.history() if keep_history else None)
@@ -334,14 +355,20 @@ def sweep(
     if any(len({is_share(one) for one in leaves}) > 1 for leaves in zip(*map(jax.tree.leaves, points), strict=True)):
         raise CormError(f"the grid over {', '.join(grid)} mixes whole numbers and shares: sweep each kind by itself")
     chunk, prompt = _checked(trace, points, fidelity, capacity, chunk, prompt)
-    layers = list(zip(*(per_layer(point, trace.meta.layers) for point in points), strict=True))
+    layers = list(zip(*(policies_of(trace.meta, point) for point in points), strict=True))
     # A number that is the same at all points is not mapped over: what depends on it alone is computed once.
-    leaves = [zip(*map(jax.tree.leaves, layer), strict=True) for layer in layers]
-    differ = [
-        any(not np.array_equal(x, one[0]) for one in of_layers for x in one) for of_layers in zip(*leaves, strict=True)
-    ]
+    differ: dict[Any, np.ndarray] = {}  # for each kind of layer: they share a program
+    for layer in layers:
+        leaves = zip(*map(jax.tree.leaves, layer), strict=True)
+        found = np.array([any(not np.array_equal(x, one[0]) for x in one) for one in leaves], bool)
+        kind = jax.tree.structure(layer[0])
+        differ[kind] = differ.get(kind, found) | found
     policies = [jax.tree.map(lambda *numbers: jnp.stack(jnp.broadcast_arrays(*numbers)), *layer) for layer in layers]
-    compiled = partial(_compiled_grid, points=len(points), differ=tuple(differ))
+
+    def compiled(policy, *arguments, **options):
+        axes = tuple(differ[jax.tree.structure(policy)].tolist())
+        return _compiled_grid(policy, *arguments, points=len(points), differ=axes, **options)
+
     result = _run(trace, policies, compiled, fidelity, capacity, chunk, prompt, errors, progress)
     shape = tuple(len(values) for values in grid.values())
 
@@ -393,7 +420,7 @@ def _checked(
 
 def _about(trace, policy, fidelity, capacity, chunk, prompt, grid) -> About:
     ends = None if prompt == ENDLESS else prompt
-    return About(policy, trace.meta.model, fidelity, capacity, chunk, ends, trace.meta.pieces, grid)
+    return About(policy, trace.meta.model, fidelity, capacity, chunk, ends, trace.meta.pieces, trace.meta.local, grid)
 
 
 def _run(trace, policies, compiled, fidelity, capacity, chunk, prompt, errors, progress) -> Replay:
@@ -412,9 +439,9 @@ def _run(trace, policies, compiled, fidelity, capacity, chunk, prompt, errors, p
             compiled(
                 policy,
                 layer,
-                jnp.float32(meta.scale or 1),
+                form_of(meta, index),
                 jnp.int32(meta.steps),
-                None if capacity is None else jnp.int32(capacity),
+                None if capacity is None or index in meta.local else jnp.int32(capacity),
                 jnp.int32(prompt),
                 chunk=chunk,
                 block=block,
@@ -444,14 +471,14 @@ _compiled = jax.jit(replay_layer, static_argnames=_STATIC)
 
 
 @partial(jax.jit, static_argnames=(*_STATIC, "points", "differ"))
-def _compiled_grid(policies, layer, scale, steps, capacity, prompt, *, points, differ, **static):
+def _compiled_grid(policies, layer, form, steps, capacity, prompt, *, points, differ, **static):
     """Replays a layer at all points. ``differ``: for each leaf of the policies, whether it differs between points."""
     numbers, structure = jax.tree.flatten(policies)
     numbers = [number if differs else number[0] for number, differs in zip(numbers, differ, strict=True)]
     axes = [0 if differs else None for differs in differ]
 
     def one(numbers):
-        return replay_layer(structure.unflatten(numbers), layer, scale, steps, capacity, prompt, **static)
+        return replay_layer(structure.unflatten(numbers), layer, form, steps, capacity, prompt, **static)
 
     return jax.vmap(one, in_axes=(axes,), axis_size=points)(numbers)
 

@@ -61,7 +61,10 @@ def _cell(column: str, value: Any) -> str:
 
 
 def summary(result: Replay) -> dict[str, Any]:
-    """A replay in numbers: means over layers and heads, and the numbers of each head."""
+    """A replay in numbers: means over global layers and heads, and the numbers of each head of every layer."""
+    own = result.without_local()
+    if own is not result:
+        return summary(own) | {"per_head": summary(result._replace(about=None))["per_head"]}
     kept = result.live / np.arange(1, result.steps + 1)
     evicted, regretted = (result.until != FOREVER).sum(-1), result.regretted.sum(-1)
     per_head = {

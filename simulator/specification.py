@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import jax
@@ -13,14 +14,15 @@ from corm_jax.core.policy import Policy
 from corm_jax.core.prompt import whole_prompt
 from corm_jax.errors import CormError
 from simulator import rules
-from simulator.reading import read_layer
+from simulator.reading import Form, read_layer
 from simulator.reference import Reading, corm_messages
 
 Reference = Callable[..., Reading]
 """A specification: ``(q [tokens, group, head_dim], k, v [tokens, head_dim], *, chunks, capacity, **fields)``.
 
 The fields are those of the policy's dataclass; as in `simulator.reference.corm_messages`. If the policy waits for the
-end of the prompt (`whole_prompt`), there is also ``prompt``, the number of its tokens.
+end of the prompt (`whole_prompt`), there is also ``prompt``, the number of its tokens; and ``attend``, see
+`simulator.reference.Attend`, for attention of another form than ``softmax(q . k / sqrt(head_dim))``.
 """
 
 REFERENCES: dict[type, Reference] = {policies.Corm: corm_messages}
@@ -111,6 +113,7 @@ def readings(
     layer: int = 0,
     layers: int = 1,
     reference: Reference | None = None,
+    form: Form | None = None,
 ) -> list[Reading]:
     """What the specification says of a layer, head by head.
 
@@ -122,6 +125,7 @@ def readings(
       prompt: how many of the tokens are the prompt, if anybody said.
       layer, layers: which layer it is, of how many.
       reference: a specification of one head to ask instead.
+      form: that of the attention; None for ``softmax(q . k / sqrt(head_dim))`` over all earlier keys.
 
     Raises:
       CormError: for a policy that nobody specified.
@@ -130,7 +134,9 @@ def readings(
     shared = stores is not None and capacity is not None
     if not shared and (reference := reference or REFERENCES.get(type(policy))):
         how |= {"prompt": prompt} if whole_prompt(policy) else {}
-        return [reference(q[:, h], k[:, h], v[:, h], **how, **fields_of(policy, h, layer)) for h in heads]
+        attend: list[dict[str, Any]] = [{"attend": partial(form.attend, h)} if form else {} for h in heads]
+        return [reference(q[:, h], k[:, h], v[:, h], **how, **attend[h], **fields_of(policy, h, layer)) for h in heads]
+    how |= {"form": form} if form else {}
     return read_layer(
         [rule_of(policy, head, layer, layers) for head in heads], q, k, v, stores=stores, prompt=prompt, **how
     )

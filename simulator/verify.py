@@ -10,18 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from corm_jax.core.arrays import ENDLESS, iota
+from corm_jax.core.attention import PLAIN
 from corm_jax.core.cache import make_cache
-from corm_jax.core.capacity import per_layer
+from corm_jax.core.options import map_numbers
 from corm_jax.core.policy import Policy
 from corm_jax.core.prompt import begin_prompt
 from corm_jax.core.step import step
 from corm_jax.core.types import CacheSpec
 from corm_jax.errors import CormError
-from corm_jax.policies import Corm
+from corm_jax.policies import Corm, Window
 from corm_jax.traces.arrays import TraceError
-from corm_jax.traces.meta import QKV
+from corm_jax.traces.meta import QKV, Meta
 from corm_jax.traces.trace import Trace
 from simulator import invariants
+from simulator.forms import form_of, global_layers, in_numpy, policies_of
 from simulator.invariants import InvariantError
 from simulator.replay import Replay, replay
 from simulator.specification import Reference, readings, specified
@@ -109,7 +111,10 @@ def _specification(trace, policy, result: Replay, kept, ends, how, reference, pr
     margin, heads = np.inf, 0
     for index in range(trace.meta.layers):
         q, k, v = (x.astype(np.float64) for x in _heads(trace, index))
-        layer = readings(policy, q, k, v, **how, layer=index, layers=trace.meta.layers, reference=reference)
+        local = index in trace.meta.local
+        own: dict[str, Any] = how | ({"capacity": None} if local else {"reference": reference})
+        one, place = _rule(trace.meta, policy, index)
+        layer = readings(one, q, k, v, **own, **place, form=in_numpy(trace.meta, index))
         for head, expected in enumerate(layer):
             margin, heads = min(margin, expected.margin), heads + 1
             differs = [i for i, keys in enumerate(expected.kept) if keys != set(np.flatnonzero(kept[index, head, i]))]
@@ -123,6 +128,15 @@ def _specification(trace, policy, result: Replay, kept, ends, how, reference, pr
     )
 
 
+def _rule(meta: Meta, policy: Policy, index: int) -> tuple[Policy, dict[str, Any]]:
+    """The policy of a layer for the specification, and which of the layers with that policy it is, of how many."""
+    if index in meta.local:
+        return Window(size=meta.windows[index]), {}  # pyright: ignore
+    layers = global_layers(meta)
+    own = map_numbers(lambda x: x[index] if np.ndim(x) == 2 else x, policy)
+    return own, {"layer": layers.index(index), "layers": len(layers)}
+
+
 def _heads(trace: Trace, index: int) -> QKV:
     """A layer with queries by head, ``[steps, kv_heads, group, head_dim]``, for a scale of ``head_dim ** -0.5``."""
     meta, layer = trace.meta, cast(QKV, trace.layer(index))
@@ -134,11 +148,12 @@ def _cached(trace, policy, ends, chunk, capacity, prompt, progress) -> np.ndarra
     """The keys in the cache after each chunk: bool ``[layers, kv_heads, chunks, keys]``."""
     meta = trace.meta
     held = np.zeros((meta.layers, meta.kv_heads, len(ends), meta.steps), bool)
-    for index, one in enumerate(per_layer(policy, meta.layers)):
+    for index, one in enumerate(policies_of(meta, policy)):
         padding = [(0, -meta.steps % chunk)]
         q, k, v = (np.pad(x, padding + [(0, 0)] * (x.ndim - 1)) for x in _heads(trace, index))
-        slots = capacity or meta.steps + chunk
-        _, position, _ = drive(one, q, k, v, meta.steps, prompt, capacity=slots, chunk=chunk)
+        slots = _slots(meta, index, chunk, capacity)
+        form = form_of(meta, index)._replace(scale=None)
+        _, position, _ = drive(one, q, k, v, meta.steps, prompt, form, capacity=slots, chunk=chunk)
         position = np.asarray(position)
         at, head, slot = np.nonzero(position >= 0)
         held[index, head, at, position[at, head, slot]] = True
@@ -146,24 +161,34 @@ def _cached(trace, policy, ends, chunk, capacity, prompt, progress) -> np.ndarra
     return held
 
 
+def _slots(meta: Meta, index: int, chunk: int, capacity: int | None) -> int:
+    """A local layer has no more slots than its window and a chunk need."""
+    if index in meta.local:
+        return min(meta.windows[index] - 1, meta.steps) + chunk  # pyright: ignore
+    return capacity or meta.steps + chunk
+
+
 @partial(jax.jit, static_argnames=("capacity", "chunk"))
-def drive(policy, q, k, v, count, prompt=ENDLESS, *, capacity, chunk):
+def drive(policy, q, k, v, count, prompt=ENDLESS, form=PLAIN, *, capacity, chunk):
     """Reads one layer through the cache, chunk by chunk.
 
     Args:
       q: ``[padded, kv_heads, group, head_dim]``; k, v: ``[padded, kv_heads, head_dim]``. ``chunk`` divides ``padded``.
       count: how many tokens are real.
       prompt: how many are the prompt.
+      form: that of the attention.
 
     Returns:
       Outputs, as ``q``; positions ``[chunks, kv_heads, capacity]`` after each chunk; the final cache.
     """
     cache = make_cache(policy, CacheSpec(k.shape[1], capacity, k.shape[2]), tokens=len(q))
     cache = begin_prompt(cache, prompt)
+    more = {"scale": form.scale, "softcap": form.softcap, "window": form.window}
 
     def body(cache, xs):
         q, k, v, start = xs
-        output, cache = step(policy, cache, q, k, v, jnp.clip(count - start, 0, chunk))
+        here = jnp.clip(count - start, 0, chunk)
+        output, cache = step(policy, cache, q, k, v, here, form.encoding, **more)
         return cache, (output, cache.position)
 
     cut = jax.tree.map(lambda x: x.reshape(-1, chunk, *x.shape[1:]), (q, k, v))
@@ -173,35 +198,41 @@ def drive(policy, q, k, v, count, prompt=ENDLESS, *, capacity, chunk):
 
 def _claims(trace, policy: Any, result: Replay, kept, ends, chunk, capacity):
     yield "none_returns", lambda: invariants.none_returns(kept, ends)
+    layers = global_layers(trace.meta)
+    kept = kept[layers]
     if capacity is not None:
         yield "within_capacity", lambda: invariants.within_capacity(kept, capacity, ends)
-    if type(policy) is not Corm:
+    if type(policy) is not Corm or not layers:
         return
-    yield "newest_live", lambda: invariants.newest_live(kept, policy.recent, ends)
+    corm = cast(Corm, map_numbers(lambda x: np.asarray(x)[layers] if np.ndim(x) == 2 else x, policy))
+    yield "newest_live", lambda: invariants.newest_live(kept, corm.recent, ends)
     if capacity is None:
-        if not np.any(policy.eager):
-            yield "none_early", lambda: invariants.none_early(kept, policy.window, ends)
+        if not np.any(corm.eager):
+            yield "none_early", lambda: invariants.none_early(kept, corm.window, ends)
         loose, strict = (_importance(trace, policy, result, slack) for slack in (CLOSE, -CLOSE))
-        yield "important_keys_are_kept", lambda: invariants.important_keys_are_kept(kept, strict, policy.window, ends)
-        if not np.any(policy.eager):
+        yield "important_keys_are_kept", lambda: invariants.important_keys_are_kept(kept, strict, corm.window, ends)
+        if not np.any(corm.eager):
             yield (
                 "unimportant_keys_are_evicted",
-                lambda: invariants.unimportant_keys_are_evicted(kept, loose, policy.window, policy.recent, ends),
+                lambda: invariants.unimportant_keys_are_evicted(kept, loose, corm.window, corm.recent, ends),
             )
-    if not np.any(policy.eager) and policy.threshold == "position" and capacity is None:
+    if not np.any(corm.eager) and corm.threshold == "position" and capacity is None:
         yield "monotone", lambda: _monotone(trace, policy, ends, chunk)
 
 
 def _importance(trace, policy, result: Replay, slack: float) -> np.ndarray:
-    clock = np.arange(1, trace.meta.steps + 1)[:, None]
-    layers = []
-    for index in range(trace.meta.layers):
+    """As `simulator.invariants.importance`, of the global layers."""
+    meta, layers = trace.meta, []
+    clock = np.arange(1, meta.steps + 1)[:, None]
+    slopes = None if meta.slopes is None else np.reshape(meta.slopes, (meta.kv_heads, meta.group))
+    form = {"scale": meta.scale, "softcap": meta.softcap, "slopes": slopes}
+    for index in global_layers(meta):
         layer = trace.layer(index)
-        attended = (np.arange(trace.meta.steps) < clock) & (result.until[index][:, None] >= clock)
-        q = layer.q.reshape(trace.meta.steps, trace.meta.kv_heads, -1, trace.meta.head_dim)
-        corm = cast(Corm, per_layer(policy, trace.meta.layers)[index])
+        attended = (np.arange(meta.steps) < clock) & (result.until[index][:, None] >= clock)
+        q = layer.q.reshape(meta.steps, meta.kv_heads, -1, meta.head_dim)
+        corm = policies_of(meta, policy)[index]
         choices = {name: getattr(corm, name) for name in ("multiple", "group", "threshold")}
-        layers.append(invariants.importance(q, layer.k, attended, scale=trace.meta.scale, slack=slack, **choices))
+        layers.append(invariants.importance(q, layer.k, attended, slack=slack, **form, **choices))
     return np.stack(layers)
 
 

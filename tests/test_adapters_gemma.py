@@ -47,7 +47,7 @@ def test_gemma_2():
     one, params = model(local=True, kv_heads=2, **caps)
     adapted = decoder(one, params)
     check(adapted, np.asarray(one.apply({"params": params}, IDS).logits))
-    with pytest.raises(CormError, match="Recorder .* this attention has a softcap and a window"):
+    with pytest.raises(CormError, match="layer 0 attends with window=6, and config.windows says None"):
         next(record(adapted, IDS[0].tolist()))
 
 

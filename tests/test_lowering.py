@@ -37,6 +37,7 @@ from jax import export
 
 import corm_jax as cj
 from corm_jax.core.exact import planned
+from corm_jax.core.form import Form
 from corm_jax.core.prompt import set_prompt, whole_prompt
 from corm_jax.core.step import counts_in_cache
 from corm_jax.core.types import Clock
@@ -277,7 +278,8 @@ def test_replay(name, what, fidelity, chunk):
     if what == "sweep":
         policy = jax.tree.map(lambda leaf: array(2, dtype=jnp.asarray(leaf).dtype), policy)
         function, static = _compiled_grid, static | {"points": 2, "differ": (True,) * len(jax.tree.leaves(policy))}
-    arguments = policy, layer, array(), number, number if chunk > 1 else None, number
+    form = Form(None if rows else cj.ALiBi(array(KV_HEADS, GROUP)), array(), None if rows else array(), number)
+    arguments = policy, layer, form, number, number if chunk > 1 else None, number
     check(lowered(function, *arguments, **static), least=0 if rows else 2)
 
 

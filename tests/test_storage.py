@@ -277,7 +277,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
 )
 def test_wrong_tensors(tmp_path, change, message):
     q, k, v = (array[0] for array in qkv())
-    with Writer(tmp_path / "trace", replace(sample("qkv").meta, layers=1, dtype="float16")) as writer:
+    with Writer(tmp_path / "trace", replace(sample("qkv").part(layers=[0]).meta, dtype="float16")) as writer:
         with pytest.raises(TraceError, match=f"^layer 0:? {message}"):
             writer.write(**change(q, k, v))
         writer.write(q=q, k=k, v=v)
@@ -340,16 +340,16 @@ def instead(name, put):
         (meta(b'{"format": "corm-trace", "format": "corm-trace"}'), "cannot be read as JSON: a field appears twice"),
         (meta(b"[]"), r"meta.json must be a JSON object, not \[\]"),
         (meta(b"{}"), "meta.json: format must be 'corm-trace', not None"),
-        (meta(b'{"format": "corm-trace", "version": 2}'), "version must be 1 for this corm-jax, not 2"),
-        (meta(b'{"format": "corm-trace", "version": true}'), "version must be 1"),
-        (meta(b'{"format": "corm-trace", "version": 1}'), "fields .* are missing or unknown"),
+        (meta(b'{"format": "corm-trace", "version": 1}'), "version must be 2 for this corm-jax, not 1"),
+        (meta(b'{"format": "corm-trace", "version": true}'), "version must be 2"),
+        (meta(b'{"format": "corm-trace", "version": 2}'), "fields .* are missing or unknown"),
         (lambda path: os.truncate(path / "meta.json", 257 * 2**20), "size must be at most 268435456 bytes, not 26948"),
         (instead("meta.json", Path.mkdir), "meta.json must be a regular file"),
         (edit(lambda c: c.pop("tokens")), r"fields \['tokens'\] are missing or unknown"),
         (edit(lambda c: c.update(colour=1)), r"fields \['colour'\] are missing or unknown"),
         (edit(lambda c: c.update(positions=None, steps=2**31 - 1)), "positions must be stated, not None"),
         (edit(lambda c: c.update(steps=5)), r"len\(tokens\) must be steps=5, not 6"),
-        (edit(lambda c: c.update(layers=10**9)), "files must be a list of 1000000000, not"),
+        (edit(lambda c: c.update(layers=10**9, windows=None)), "files must be a list of 1000000000, not"),
         (edit(lambda c: c.pop("files")), "files must be a list of 3, not None"),
         (edit(lambda c: c["files"].pop()), "files must be a list of 3, not"),
         (edit(lambda c: c["files"].insert(1, 7) or c["files"].pop()), r"files\[1\] must be an object of .*, not 7"),

@@ -34,8 +34,14 @@ def thirds(dtype):
     return (np.tril(np.ones((1, 1, 3, 3))) / np.arange(1, 4)[:, None]).astype(dtype)
 
 
+WINDOWS = (None, 6, None)
+FORM = {"softcap": 30.0, "slopes": (0.5, 0.25, 0.125, 0.0625)}
+
+
 def sample(kind):
-    return Trace.from_qkv(*qkv(), **TEXT) if kind == "qkv" else Trace.from_attention(rows(), kv_heads=2, **TEXT)
+    if kind == "qkv":
+        return Trace.from_qkv(*qkv(), windows=WINDOWS, **FORM, **TEXT)
+    return Trace.from_attention(rows(), kv_heads=2, windows=WINDOWS, **TEXT)
 
 
 def test_the_largest_numbers_are_numbers():
@@ -49,6 +55,9 @@ def test_layers(kind):
     trace = sample(kind)
     assert (trace.meta.kind, trace.meta.group, trace.meta.pieces) == (kind, 2, PIECES)
     assert trace.meta.scale == (8**-0.5 if kind == "qkv" else None)
+    assert {name: getattr(trace.meta, name) for name in FORM} == (FORM if kind == "qkv" else dict.fromkeys(FORM))
+    assert (trace.meta.windows, trace.meta.local) == (WINDOWS, (1,))
+    assert [trace.part(layers=some).meta.windows for some in ([2, 1], [0, 2])] == [(None, 6), None]
     for index in (0, np.int64(2)):
         layer = trace.layer(index)
         assert type(layer) is {"qkv": QKV, "attention": Rows}[kind]
@@ -189,7 +198,8 @@ def test_rows_rounded_to_bfloat16_from_end_to_end(tmp_path):
 
 def test_short_forms():
     assert repr(sample("qkv")) == (
-        "Trace(kind='qkv', model='tiny', layers=3, steps=6, q_heads=4, kv_heads=2, head_dim=8)"
+        "Trace(kind='qkv', model='tiny', layers=3, steps=6, q_heads=4, kv_heads=2, head_dim=8, softcap=30.0, "
+        "slopes=(0.5, 0.25, 0.125, 0.0625), local=(1,))"
     )
     assert repr(Trace.from_attention(rows())) == "Trace(kind='attention', layers=3, steps=6, q_heads=4, kv_heads=4)"
     long = Trace.from_qkv(*qkv(), model="m" * 10_000)
@@ -280,6 +290,14 @@ BROKEN_META = [
     ({"scale": 10**400}, "scale must be a finite positive number"),
     ({"scale": True}, "scale must be a finite positive number, not True"),
     ({"scale": "0.5"}, "scale must be a finite positive number, not '0.5'"),
+    ({"softcap": 0}, "softcap must be a finite positive number, not 0"),
+    ({"slopes": [0.5, 0.25]}, r"len\(slopes\) must be q_heads=4, not 2"),
+    ({"slopes": [0.5, 0.25, None, 1]}, r"slopes\[2\] must be a finite number, not None"),
+    ({"slopes": 0.5}, "slopes must be a list with one entry a q_head, not 0.5"),
+    ({"windows": [4]}, r"len\(windows\) must be layers=.*, not 1"),
+    ({"windows": [None, 0, 4]}, r"windows\[1\] must be a whole number from 1 to 2147483647, not 0"),
+    ({"windows": 4}, "windows must be a list with one entry a layer, not 4"),
+    ({"kind": "attention", "head_dim": None, "softcap": 1.0}, "softcap must be None in an attention trace"),
     ({"model": None}, "model must be text"),
     ({"dtype": "float64"}, "dtype must be one of .*'bfloat16'.*, not 'float64'"),
     ({"dtype": ["float32"]}, "dtype must be one of"),

@@ -27,17 +27,25 @@ MODELS = {
     "mistral": transformers.MistralConfig(**GQA, sliding_window=23),
     "gemma2": transformers.Gemma2Config(**GQA, head_dim=8, attn_logit_softcapping=None, query_pre_attn_scalar=30),
     "granite": transformers.GraniteConfig(**GQA, attention_multiplier=0.2),
+    "mistral, a window": transformers.MistralConfig(**GQA, sliding_window=7),
+    "gemma2, capped": transformers.Gemma2Config(**GQA, head_dim=8, attn_logit_softcapping=2.0, sliding_window=7),
+    "gemma3": transformers.Gemma3TextConfig(
+        **GQA, head_dim=8, sliding_window=5, layer_types=["sliding_attention", "full_attention"]
+    ),
+    "bloom": transformers.BloomConfig(
+        vocab_size=99, hidden_size=48, n_layer=2, n_head=6, initializer_range=0.3, slow_but_exact=True
+    ),
     "gpt2": transformers.GPT2Config(**GPT2, eos_token_id=0),  # which has positions of its own
 }
+WINDOWS = {"mistral": (23, 23), "mistral, a window": (7, 7), "gemma2": (4096, None), "gemma2, capped": (7, None)}
+WINDOWS["gemma3"] = (5, None)
 OTHERWISE = {
-    "a window": transformers.MistralConfig(**GQA, sliding_window=22),
-    "a soft cap": transformers.Gemma2Config(**GQA, head_dim=8, attn_logit_softcapping=2.0),
     "sinks": transformers.GptOssConfig(**GQA | NO_ENDS, head_dim=8, num_local_experts=2, num_experts_per_tok=1),
     "later tokens": transformers.BertConfig(**SIZE),
     "another scale in each layer": transformers.GPT2Config(
         **GPT2, eos_token_id=0, scale_attn_by_inverse_layer_idx=True
     ),
-    "biases, in code of its own": transformers.BloomConfig(vocab_size=99, hidden_size=32, n_layer=2, n_head=4),
+    "biases, in code of its own": transformers.MptConfig(vocab_size=99, d_model=32, n_layers=2, n_heads=4),
 }
 
 
@@ -52,7 +60,12 @@ def softmax_of(trace, index):
     q, k, _ = (x.astype(np.float64) for x in trace.layer(index))
     k = k.repeat(trace.meta.group, axis=1)
     logits = trace.meta.scale * np.einsum("qhd,khd->hqk", q, k)
-    weights = np.exp(np.where(np.tril(np.ones(logits.shape[1:], bool)), logits, -np.inf))
+    if cap := trace.meta.softcap:
+        logits = cap * np.tanh(logits / cap)
+    distance = np.arange(trace.meta.steps)[:, None] - np.arange(trace.meta.steps)
+    logits -= np.reshape(trace.meta.slopes or [0.0], (-1, 1, 1)) * distance
+    window = (trace.meta.windows or [None] * trace.meta.layers)[index] or trace.meta.steps
+    weights = np.exp(np.where((distance >= 0) & (distance < window), logits, -np.inf))
     return weights / weights.sum(-1, keepdims=True)
 
 
@@ -65,11 +78,16 @@ def attentions_of(model):
 def test_softmax_of_the_trace_is_the_attention_of_the_model(name):
     model = build(MODELS[name])
     trace, attentions = record(model, TOKENS), attentions_of(model)
-    group = MODELS[name].num_attention_heads // getattr(MODELS[name], "num_key_value_heads", 4)
+    heads = MODELS[name].num_attention_heads
+    group = heads // getattr(MODELS[name], "num_key_value_heads", heads)
     assert (trace.meta.group, trace.meta.tokens, trace.meta.layers) == (group, tuple(TOKENS), 2)
     for index, rows in enumerate(attentions):
         np.testing.assert_allclose(softmax_of(trace, index), rows[0], atol=1e-5)
-    for rows in (Trace.from_attention(attentions), Trace.from_attention([rows[0].numpy() for rows in attentions])):
+    assert trace.meta.windows == WINDOWS.get(name)
+    for rows in (
+        Trace.from_attention(attentions, windows=trace.meta.windows),
+        Trace.from_attention([rows[0].numpy() for rows in attentions]),
+    ):
         np.testing.assert_array_equal(rows.layer(1).probs, attentions[1][0])
 
 

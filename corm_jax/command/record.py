@@ -16,6 +16,7 @@ from corm_jax.files import check_writable
 from corm_jax.model.decoder import Decoder, hidden
 from corm_jax.policies import default_spec
 from corm_jax.runs import recording
+from corm_jax.runs.forms import written
 from corm_jax.terminal import console
 from corm_jax.terminal.console import COUNT, naming
 from corm_jax.terminal.tables import mib
@@ -60,6 +61,7 @@ def record(model, dtype, text, tokens, out, store):
         kv_heads=config.kv_heads,
         head_dim=config.head_dim,
         scale=config.head_dim**-0.5,
+        **written(network, tokens)._asdict(),
         # With the dtype, so that a recording does not go on after layers of another dtype.
         model=model if dtype == DTYPES[0] else f"{model} ({dtype})",
         dtype=store,

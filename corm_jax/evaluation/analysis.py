@@ -22,6 +22,7 @@ import numpy as np
 from corm_jax.core.arrays import broadcasts, iota
 from corm_jax.errors import CormError
 from corm_jax.model.decoder import Decoder
+from corm_jax.runs.forms import written
 from corm_jax.runs.recording import record
 
 DISTANCES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -53,6 +54,9 @@ def analyse(
     """
     if len(tokens) < SHORTEST:
         raise CormError(f"a text of {len(tokens)} tokens is too short: give at least {SHORTEST}")
+    form = written(model, len(tokens))
+    if form.softcap or form.slopes or any(form.windows):
+        raise CormError(f"only softmax(q . k) over all earlier keys is analysed, and this model attends with {form}")
     found: dict[str, list] = {name: [] for name in MEASURED}
     for one in record(model, tokens, progress=progress):
         sparsity, coverage, kept = _importance(one.q, one.k)

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from corm_jax.core.observation import Observation
-from corm_jax.core.options import policy, static
+from corm_jax.core.options import choice, policy, static
 from corm_jax.core.policy import Policy, Traits
 from corm_jax.core.slots import Slots
 from corm_jax.core.types import CacheSpec, LayerCache
@@ -27,17 +27,22 @@ from corm_jax.errors import CormError
 class Recorder(Policy):
     """Keep every key, and note the query of its token beside it.
 
-    A trace cannot hold a soft cap, a window, a mask or a bias, so attention of such a form is refused.
+    A soft cap, a window, a mask and a bias are not in queries, keys and values. Attention of such a form is refused
+    unless the caller writes it beside them, as ``softcap``, ``slopes`` and ``windows`` of `Trace.from_qkv`. A trace has
+    no place for a mask.
 
     Args:
       group: query heads per key-value head; static, since the state has room for them.
+      form: ``"plain"`` refuses any other attention than ``softmax(scale * q . k)`` over all earlier keys; under
+        ``"beside"`` the caller writes the form.
     """
 
     group: int = static(1, "query heads per key-value head", least=1, most=2**16)
+    form: str = choice("plain", "beside", help="refuse attention of another form | the caller writes it")
 
     @property
     def traits(self) -> Traits:
-        return Traits(needs=("queries",), plain=True)
+        return Traits(needs=("queries",), plain=self.form == "plain")
 
     def init(self, spec: CacheSpec) -> Float[Array, "group head_dim *slots"]:
         return jnp.zeros((self.group, spec.head_dim, *spec.slots), jnp.float32)

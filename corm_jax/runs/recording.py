@@ -21,6 +21,7 @@ from corm_jax.files import whole_file
 from corm_jax.model.decoder import Decoder, hidden, through
 from corm_jax.model.generation import Blocks
 from corm_jax.policies.recorder import Recorder, recorded
+from corm_jax.runs.forms import written
 
 
 class Recorded(NamedTuple):
@@ -51,6 +52,8 @@ def record(
 ) -> Iterator[Recorded]:
     """Reads a text layer by layer with the full cache, and yields what each layer attends to.
 
+    What else there is to the form of the attention is `corm_jax.runs.forms.written`.
+
     Args:
       tokens: ids, at least one.
       x: the hidden states that enter layer ``first``, as an earlier recording yielded them; by default the embedded
@@ -59,7 +62,8 @@ def record(
       progress: called with the tokens read so far, summed over layers: ``layers * len(tokens)`` at the end.
 
     Raises:
-      CormError: for no tokens, ids outside the vocabulary, or ``x`` of another shape.
+      CormError: for no tokens, ids outside the vocabulary, or ``x`` of another shape; before the text is read, for
+        attention of a form that a trace cannot state.
 
     >>> from corm_jax import Config, Llama
     >>> from flax import nnx
@@ -78,7 +82,8 @@ def record(
     if x is None or x.shape != (length, dim):
         shape = None if x is None else x.shape
         raise CormError(f"x, which enters layer {first}, must have the shape {(length, dim)}, not {shape}")
-    recorder = Recorder(group=config.heads // config.kv_heads)
+    written(model, length)
+    recorder = Recorder(group=config.heads // config.kv_heads, form="beside")
     spec = CacheSpec(config.kv_heads, number * block, config.head_dim, dtype)
     padded = np.zeros((number, 1, block, dim), np.float32)
     padded.reshape(-1, dim)[:length] = x

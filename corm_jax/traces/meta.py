@@ -5,8 +5,10 @@ Axis names: ``layers``; ``steps``, the queries and keys in order; ``q_heads``; `
 """
 
 import itertools
+import math
 import operator
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,7 +22,7 @@ _LARGEST = 2**31 - 1  # positions are int32 everywhere
 
 
 class QKV(NamedTuple):
-    """One layer of a ``qkv`` trace, keys and queries rotated by RoPE already: ``logits = scale * q . k``.
+    """One layer of a ``qkv`` trace, keys and queries rotated by RoPE already: ``logits = scale * q . k``, see `Meta`.
 
     Attributes:
       q: float32 ``[steps, q_heads, head_dim]``.
@@ -37,7 +39,8 @@ class Rows(NamedTuple):
 
     Attributes:
       probs: float32 ``[q_heads, steps, steps]``. Row ``t`` holds the probabilities of query ``t`` (from 0): none
-        is negative, those of keys after ``t`` are 0, and their sum is 1 up to rounding.
+        is negative, those of keys after ``t`` and outside of the layer's window are 0, and their sum is 1 up to
+        rounding.
     """
 
     probs: np.ndarray
@@ -45,13 +48,23 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Meta:
-    """The description of a trace.
+    """The description of a trace, and the form of its attention.
+
+    In a ``qkv`` trace the logit of the query at t for the key at p is
+
+        cap(scale q . k) - slope (t - p),      cap(x) = softcap tanh(x / softcap)
+
+    for the keys of its window, ``t - p < window``, or for all earlier keys.
 
     Attributes:
       kind: ``"qkv"`` or ``"attention"``.
       layers, steps, q_heads, kv_heads: at least 1; ``q_heads`` is a multiple of ``kv_heads``.
       head_dim: the size of a key in a ``qkv`` trace; None otherwise.
-      scale: the factor of the logits in a ``qkv`` trace, by default ``head_dim ** -0.5``; None otherwise.
+      scale: the factor of the products in a ``qkv`` trace, by default ``head_dim ** -0.5``; None otherwise.
+      softcap: the limit of the logits in a ``qkv`` trace; None for no limit.
+      slopes: of ALiBi in a ``qkv`` trace, one for each query head, the same in all layers; None for no bias.
+      windows: for each layer how many positions a query sees, its own included; None for all. A layer with a window is
+        *local*. None: no layer is.
       model: the name of the model, free text.
       dtype: the dtype to which stored values are rounded: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
       tokens, pieces: the id and the text of each token; None where unknown.
@@ -71,6 +84,9 @@ class Meta:
     kv_heads: int
     head_dim: int | None = None
     scale: float | None = None
+    softcap: float | None = None
+    slopes: tuple[float, ...] | None = None
+    windows: tuple[int | None, ...] | None = None
     model: str = ""
     dtype: str = "float32"
     tokens: tuple[int, ...] | None = field(default=None, repr=False)
@@ -84,27 +100,46 @@ class Meta:
         require(self.q_heads % self.kv_heads == 0, "q_heads", f"a multiple of kv_heads={self.kv_heads}", self.q_heads)
         if self.kind == "qkv":
             object.__setattr__(self, "head_dim", whole_number("head_dim", self.head_dim, 1))
-            scale: Any = (self.head_dim or 1) ** -0.5 if self.scale is None else self.scale
-            scale = scale.item() if getattr(scale, "ndim", None) == 0 else scale
-            good = isinstance(scale, int | float) and not isinstance(scale, bool) and 0 < scale <= sys.float_info.max
-            require(good, "scale", "a finite positive number", scale)
-            object.__setattr__(self, "scale", float(scale))
+            scale = (self.head_dim or 1) ** -0.5 if self.scale is None else self.scale
+            for name, value in {"scale": scale, "softcap": self.softcap}.items():
+                if value is not None:
+                    object.__setattr__(self, name, _finite(name, value, "a finite positive number", above=0))
         else:
-            for name in ("head_dim", "scale"):
+            for name in ("head_dim", "scale", "softcap", "slopes"):
                 require(getattr(self, name) is None, name, "None in an attention trace", getattr(self, name))
+        self._check_heads_and_layers()
         _text("model", self.model)
         require(isinstance(self.dtype, str) and self.dtype in DTYPES, "dtype", f"one of {[*DTYPES]}", self.dtype)
         positions = tuple(range(self.steps)) if self.positions is None else self.positions
         for name, values in {"tokens": self.tokens, "pieces": self.pieces, "positions": positions}.items():
-            if values is not None:
-                values = values.tolist() if hasattr(values, "tolist") else values
-                require(isinstance(values, list | tuple), name, "a list with one entry a step", values)
-                require(len(values) == self.steps, f"len({name})", f"steps={self.steps}", len(values))
-                check = _text if name == "pieces" else partial(whole_number, least=0)
-                checked = tuple(check(f"{name}[{index}]", value) for index, value in enumerate(values))
-                object.__setattr__(self, name, checked)
+            check = _text if name == "pieces" else partial(whole_number, least=0)
+            self._set_list(name, values, "step", check)
         rising = all(first < second for first, second in itertools.pairwise(self.positions or ()))
         require(rising, "positions", "strictly increasing", self.positions)
+
+    def _check_heads_and_layers(self) -> None:
+        self._set_list("slopes", self.slopes, "q_head", partial(_finite, what="a finite number", above=-math.inf))
+
+        def window(name: str, value: Any) -> int | None:
+            return None if value is None else whole_number(name, value, 1)
+
+        self._set_list("windows", self.windows, "layer", window)
+        if not self.local:
+            object.__setattr__(self, "windows", None)
+
+    def _set_list(self, name: str, values: Any, axis: str, check: Callable[[str, Any], Any]) -> None:
+        """Sets a field to a tuple of values, of which there is one for each step, head or layer, unless it is None."""
+        if values is None:
+            return
+        values, size = values.tolist() if hasattr(values, "tolist") else values, getattr(self, f"{axis}s")
+        require(isinstance(values, list | tuple), name, f"a list with one entry a {axis}", values)
+        require(len(values) == size, f"len({name})", f"{axis}s={size}", len(values))
+        object.__setattr__(self, name, tuple(check(f"{name}[{index}]", value) for index, value in enumerate(values)))
+
+    @property
+    def local(self) -> tuple[int, ...]:
+        """The numbers of the layers that have a window."""
+        return tuple(layer for layer, window in enumerate(self.windows or ()) if window is not None)
 
     @property
     def group(self) -> int:
@@ -120,8 +155,8 @@ class Meta:
         return {"q": (self.steps, self.q_heads, self.head_dim or 0), "k": keys, "v": keys}
 
 
-def layer_of(where: str, meta: Meta, tensors: dict[str, Any], dtype: str = "float32") -> QKV | Rows:
-    """A layer of these tensors, rounded to ``dtype`` and read-only. They are copied only if rounding changes them.
+def layer_of(where: str, index: int, meta: Meta, tensors: dict[str, Any], dtype: str = "float32") -> QKV | Rows:
+    """Layer ``index`` of these tensors, rounded to ``dtype`` and read-only, copied only if rounding changes them.
 
     Raises:
       TraceError: for names or shapes other than those of ``meta``, other dtypes than floats, or invalid values.
@@ -132,7 +167,8 @@ def layer_of(where: str, meta: Meta, tensors: dict[str, Any], dtype: str = "floa
     if meta.kind == "qkv":
         return QKV(**cast)
     for head, rows in enumerate(cast["probs"]):
-        _check_rows(f"{where}: probs of head {head}", rows.astype(np.float32, copy=False), meta)
+        window = meta.windows[index] if meta.windows else None
+        _check_rows(f"{where}: probs of head {head}", rows.astype(np.float32, copy=False), meta, window)
     return Rows(**cast)
 
 
@@ -151,11 +187,13 @@ def _cast(where: str, value: Any, shape: tuple[int, ...], dtype: str) -> np.ndar
     return cast
 
 
-def _check_rows(where: str, rows: np.ndarray, meta: Meta) -> None:
+def _check_rows(where: str, rows: np.ndarray, meta: Meta, window: int | None) -> None:
     if (rows < 0).any():
         raise TraceError(f"{where} must not be negative")
     if np.triu(rows, 1).any():
         raise TraceError(f"{where} must be causal: 0 for keys after the query")
+    if window is not None and np.tril(rows, -window).any():
+        raise TraceError(f"{where} must be 0 for keys outside of the layer's window of {window}")
     # Float32 rows of other frameworks sum to 1 within 1e-3. Rounding changes a row's sum by at most half an epsilon, if
     # all entries are rounded in the same direction, and by half the smallest step for each subnormal entry.
     kind = ml_dtypes.finfo(DTYPES[meta.dtype])
@@ -181,6 +219,13 @@ def whole_number(name: str, value: Any, least: int, most: int = _LARGEST) -> int
         number = least - 1
     require(least <= number <= most, name, f"a whole number from {least} to {most}", value)
     return number
+
+
+def _finite(name: str, value: Any, what: str, above: float) -> float:
+    value = value.item() if getattr(value, "ndim", None) == 0 else value
+    good = isinstance(value, int | float) and not isinstance(value, bool)
+    require(good and max(above, -sys.float_info.max) < value <= sys.float_info.max, name, what, value)
+    return float(value)
 
 
 def _text(name: str, value: Any) -> str:

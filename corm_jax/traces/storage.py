@@ -34,7 +34,7 @@ from corm_jax.files import check_writable, whole_file
 from corm_jax.traces.arrays import DTYPES, TraceError, require
 from corm_jax.traces.meta import QKV, Meta, Rows, layer_of
 
-FORMAT, VERSION = "corm-trace", 1
+FORMAT, VERSION = "corm-trace", 2
 
 _META, _PART, _SCRATCH = "meta.json", "meta.part.json", "hidden.safetensors"
 _LARGEST_META = 256 * 2**20
@@ -94,7 +94,7 @@ class Writer:
         from safetensors.numpy import save_file
 
         require(self.done < self.meta.layers, "layer", f"below layers={self.meta.layers}", self.done)
-        layer = layer_of(f"layer {self.done}", self.meta, tensors, self.meta.dtype)
+        layer = layer_of(f"layer {self.done}", self.done, self.meta, tensors, self.meta.dtype)
         path = self.folder / _layer_name(self.done)
         with _explained(path):
             try:
@@ -176,10 +176,10 @@ def reader(path: str | os.PathLike) -> tuple[Meta, Callable[[int], QKV | Rows]]:
             raise TraceError(f"{path} is no trace: it is not a directory with a {_META}")
         meta, listed = _read_meta(path / _META)
         files = _check_files(path, meta, listed)
-    return meta, lambda index: _read_layer(path / files[index].name, meta, files[index])
+    return meta, lambda index: _read_layer(path / files[index].name, index, meta, files[index])
 
 
-def _read_layer(path: Path, meta: Meta, file: _File) -> QKV | Rows:
+def _read_layer(path: Path, index: int, meta: Meta, file: _File) -> QKV | Rows:
     with _explained(path):
         begin = _header_size(path, meta)
         with path.open("rb") as whole:
@@ -191,7 +191,7 @@ def _read_layer(path: Path, meta: Meta, file: _File) -> QKV | Rows:
     for name, shape in sorted(meta.shapes.items()):
         tensors[name] = np.frombuffer(content, DTYPES[meta.dtype], math.prod(shape), begin).reshape(shape)
         begin += tensors[name].nbytes
-    return layer_of(str(path), meta, tensors)
+    return layer_of(str(path), index, meta, tensors)
 
 
 def _read_meta(path: Path) -> tuple[Meta, Any]:

@@ -43,9 +43,9 @@ class Trace:
 
     @property
     def _summary(self) -> dict[str, object]:
-        names = ("kind", "model", "layers", "steps", "q_heads", "kv_heads", "head_dim")
+        names = ("kind", "model", "layers", "steps", "q_heads", "kv_heads", "head_dim", "softcap", "slopes", "local")
         shown = {name: getattr(self.meta, name) for name in names}
-        return {name: value for name, value in shown.items() if value not in (None, "")}
+        return {name: value for name, value in shown.items() if value not in (None, "", ())}
 
     def layer(self, index: int) -> QKV | Rows:
         """Layer ``index``, counted from 0, in float32: a `QKV` or a `Rows`, depending on the kind of the trace.
@@ -56,7 +56,21 @@ class Trace:
         return self._read(whole_number("layer", index, 0, self.meta.layers - 1))
 
     @classmethod
-    def from_qkv(cls, q, k, v, *, heads_first=None, scale=None, model="", tokens=None, pieces=None) -> "Trace":
+    def from_qkv(
+        cls,
+        q,
+        k,
+        v,
+        *,
+        heads_first=None,
+        scale=None,
+        softcap=None,
+        slopes=None,
+        windows=None,
+        model="",
+        tokens=None,
+        pieces=None,
+    ) -> "Trace":
         """A trace of arrays in memory, copied only if they are not contiguous float32 arrays of NumPy.
 
         Arrays may be NumPy's, JAX's or torch's, on any device, of any float dtype. Each is one array for all layers, or
@@ -68,7 +82,7 @@ class Trace:
           k, v: ``[layers, steps, kv_heads, head_dim]``.
           heads_first: True if the heads come before the steps, as in torch's and transformers'
             ``[1, heads, steps, head_dim]``. Required if there is a batch axis, since both orders are in use.
-          scale, model, tokens, pieces: see `Meta`.
+          scale, softcap, slopes, windows, model, tokens, pieces: see `Meta`.
 
         Raises:
           TraceError: for shapes that do not fit each other, other dtypes, batches of several texts, NaN and infinity.
@@ -87,11 +101,12 @@ class Trace:
         hint = f"of {steps} steps, as q's (heads_first=True if heads come before steps)"
         require(len(arrays["k"][0]) == steps, "k's shape", hint, arrays["k"][0].shape)
         axes["kv_heads"] = arrays["k"][0].shape[1]
-        meta = Meta(kind="qkv", scale=scale, model=model, tokens=tokens, pieces=pieces, **axes)
+        form = {"scale": scale, "softcap": softcap, "slopes": slopes, "windows": windows}
+        meta = Meta(kind="qkv", model=model, tokens=tokens, pieces=pieces, **form, **axes)
         return cls(meta, _layers(meta, **arrays).__getitem__)
 
     @classmethod
-    def from_attention(cls, probs, *, kv_heads=None, model="", tokens=None, pieces=None) -> "Trace":
+    def from_attention(cls, probs, *, kv_heads=None, windows=None, model="", tokens=None, pieces=None) -> "Trace":
         """A trace of attention rows in memory, copied only if they are not contiguous float32 arrays of NumPy.
 
         Args:
@@ -100,11 +115,11 @@ class Trace:
             any device, of any float dtype. A 16-bit dtype becomes ``meta.dtype``, since the error of a row's
             sum depends on it.
           kv_heads: by default ``q_heads``.
-          model, tokens, pieces: see `Meta`.
+          windows, model, tokens, pieces: see `Meta`.
 
         Raises:
           TraceError: for another shape or dtype, batches of several texts, NaN, infinity, and rows that are not
-            causal probabilities.
+            causal probabilities, or not 0 outside of a layer's window.
 
         >>> rows = np.tril(np.ones((1, 2, 3, 3))) / np.arange(1, 4)[:, None]        # a batch of 1, 2 heads, 3 steps
         >>> Trace.from_attention((rows, rows), kv_heads=1)
@@ -123,7 +138,7 @@ class Trace:
         axes = {"layers": len(layers), "steps": steps, "q_heads": heads}
         axes["kv_heads"] = heads if kv_heads is None else kv_heads
         dtype = kinds[0] if kinds[0] in DTYPES else "float32"
-        meta = Meta(kind="attention", dtype=dtype, model=model, tokens=tokens, pieces=pieces, **axes)
+        meta = Meta(kind="attention", dtype=dtype, windows=windows, model=model, tokens=tokens, pieces=pieces, **axes)
         return cls(meta, _layers(meta, probs=layers).__getitem__)
 
     @classmethod
@@ -153,7 +168,8 @@ class Trace:
                 return Rows(layer.probs[:, :stop, :stop])
             return QKV(*(array[:stop] for array in layer))
 
-        return Trace(dataclasses.replace(old, layers=len(chosen), steps=stop, **cut), read)
+        windows = old.windows and tuple(old.windows[layer] for layer in chosen)
+        return Trace(dataclasses.replace(old, layers=len(chosen), steps=stop, windows=windows, **cut), read)
 
     def save(self, path: str | os.PathLike, dtype: str | None = None) -> None:
         """Writes the trace to a new directory, its values rounded to ``dtype``, by default ``meta.dtype``.
@@ -172,4 +188,4 @@ def _layers(meta: Meta, **arrays: list[np.ndarray]) -> list[QKV | Rows]:
     for name, layers in arrays.items():
         require(len(layers) == meta.layers, f"{name}'s layers", str(meta.layers), len(layers))
     each = [dict(zip(arrays, layer, strict=True)) for layer in zip(*arrays.values(), strict=True)]
-    return [layer_of(f"layer {index}", meta, layer) for index, layer in enumerate(each)]
+    return [layer_of(f"layer {index}", index, meta, layer) for index, layer in enumerate(each)]
