@@ -9,14 +9,17 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from flax import nnx
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from benchmarks import parity_families as bench
-from corm_jax import CheckpointError, Full, Rope
+from corm_jax import CheckpointError, Config, Corm, CormError, Full, Llama, Rope, generate
 from corm_jax.model import checkpoint, huggingface
 from corm_jax.model.decoder import forward, make_caches
 from corm_jax.model.families.family import HARMLESS
+from corm_jax.runs.perplexity import read_text
+from corm_jax.runs.recording import record
 
 QUICK = ("gemma3", "gpt_neox", "bloom")
 FAMILIES = [one if one in QUICK else pytest.param(one, marks=pytest.mark.slow) for one in bench.FAMILIES]
@@ -165,6 +168,28 @@ def test_a_dynamic_base_depends_on_the_position_alone():
     for last in (16, 25, 39):
         stretched = Rope(theta=10000.0 * (4 * (last + 1) / 16 - 3) ** (8 / 6))
         np.testing.assert_allclose(found[last], stretched.encoding(8).rotate(x, position)[last], atol=1e-4)
+
+
+def test_learned_positions_end_with_their_table():
+    """Tokens beyond it are refused; the padding of a block may stand there, and changes nothing."""
+    shape = {"vocab": 101, "dim": 16, "hidden": 16, "layers": 1, "heads": 2, "kv_heads": 2, "head_dim": 8}
+    long, short = (
+        Llama(Config(**shape, rope=None, learned=True, context=context), rngs=nnx.Rngs(0)) for context in (600, 40)
+    )
+    short.learned.embedding[...] = long.learned.embedding[:40]
+    for path in ("layers", "norm", "embedding", "head"):
+        setattr(short, path, getattr(long, path))
+    policy = Corm(window=8, recent=4)
+    readings = [read_text(model, policy, IDS.tolist()) for model in (long, short)]
+    np.testing.assert_allclose(readings[1].nll, readings[0].nll, atol=1e-6)
+    assert len(generate(short, policy, [IDS], max_new_tokens=10).tokens[0]) == 10
+    for call in (
+        lambda: generate(short, policy, [IDS], max_new_tokens=11),
+        lambda: read_text(short, policy, [*IDS.tolist(), *range(11)]),
+        lambda: next(iter(record(short, list(range(41))))),
+    ):
+        with pytest.raises(CormError, match="41 tokens cannot be read: the model has learned 40 positions"):
+            call()
 
 
 @pytest.mark.parametrize(

@@ -183,6 +183,23 @@ def policies_of(model: Decoder, policy: Policies) -> tuple[Policy, ...]:
     return of_layers(policy, model.config.layers, windows_of(model.config))
 
 
+def check_length(config: Any, tokens: int) -> None:
+    """Raises if more tokens are to be read than the model has learned positions.
+
+    >>> from corm_jax import Config
+    >>> shape = {"vocab": 9, "layers": 1, "heads": 1, "kv_heads": 1, "head_dim": 8, "context": 512}
+    >>> check_length(Config(**shape, dim=8, hidden=8), 1000)
+    >>> check_length(Config(**shape, dim=8, hidden=8, rope=None, learned=True), 1000)
+    Traceback (most recent call last):
+        ...
+    corm_jax.errors.CormError: 1000 tokens cannot be read: the model has learned 512 positions; read fewer tokens
+    """
+    if getattr(config, "learned", False) and tokens > config.context:
+        raise CormError(
+            f"{tokens} tokens cannot be read: the model has learned {config.context} positions; read fewer tokens"
+        )
+
+
 def hidden(model: Decoder, batch: int = 1, tokens: int = 1) -> jax.ShapeDtypeStruct:
     """The shape and dtype of hidden states; caches have the same dtype."""
     ids = jax.ShapeDtypeStruct((batch, tokens), jnp.int32)
@@ -212,10 +229,14 @@ def make_caches(
       stores: sets of slots a layer; 1 is a pool, which its heads share. None: one for each head.
       tokens: how many will be read at most, if that is known: see `corm_jax.make_cache`.
       chunk: tokens between evictions, at most.
+
+    Raises:
+      CormError: for more ``tokens`` than the model has learned positions, besides what `corm_jax.make_cache` refuses.
     """
     config, dtype, windows = model.config, hidden(model).dtype, windows_of(model.config)
     chunk, tokens = integer("chunk", chunk), None if tokens is None else integer("tokens", tokens)
     shared = None if stores is None else integer("stores", stores)
+    check_length(config, tokens or 1)
 
     def one(policy: Policy, window: int | None, size: int) -> LayerCache:
         size = size if window is None else slots_of_window(window, chunk, tokens)

@@ -18,7 +18,7 @@ from corm_jax.core.cache import make_cache
 from corm_jax.core.types import CacheSpec
 from corm_jax.errors import CormError
 from corm_jax.files import whole_file
-from corm_jax.model.decoder import Decoder, hidden, through
+from corm_jax.model.decoder import Decoder, check_length, hidden, through
 from corm_jax.model.generation import Blocks
 from corm_jax.policies.recorder import Recorder, recorded
 from corm_jax.runs.forms import written
@@ -72,6 +72,7 @@ def record(
     [(0, (5, 4, 8), (5, 2, 8)), (1, (5, 4, 8), (5, 2, 8))]
     """
     config, length = model.config, len(tokens)
+    check_length(config, length)
     blocks = Blocks.cut([tokens], config.vocab, chunk=1)
     number, block = blocks.tokens.shape[1:]
     dim, dtype = hidden(model).shape[-1], hidden(model).dtype
