@@ -28,7 +28,11 @@ A function is bound to its parameters with `jax.tree_util.Partial`, which is a p
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
 
 from corm_jax.model.decoder import Shape
 
@@ -47,3 +51,21 @@ class Functions(NamedTuple):
     embed: Callable[..., Any]
     layers: tuple[Callable[..., Any], ...]
     logits: Callable[..., Any]
+
+
+def with_windows(model: Functions) -> Functions:
+    """The same decoder, whose shape states the windows that its layers attend with, so that caches hold no more.
+
+    Each layer is traced once with one token.
+    """
+    windows: list[int | None] = []
+
+    def attend(q, k, v, encoding=None, *, window=None, **form):
+        windows.append(window)
+        return q
+
+    position = jnp.zeros((1, 1), jnp.int32)
+    x = jax.eval_shape(model.embed, position, position)
+    for layer in model.layers:
+        jax.eval_shape(lambda x, layer=layer: layer(x, position, attend), x)
+    return model._replace(config=replace(model.config, windows=tuple(windows) if any(windows) else ()))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen
 from jax.tree_util import Partial
 
-from corm_jax.adapters.functions import Functions
+from corm_jax.adapters.functions import Functions, with_windows
 from corm_jax.errors import CormError
 from corm_jax.model.decoder import Shape
 
@@ -36,12 +36,13 @@ def decoder(model: Any, params: Any, *, context: int = 8192) -> Functions:
     config, outside = model.config, {name: params[name] for name in ("embedder", "final_norm")}
     heads = {"heads": config.num_heads, "kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
     blocks = [block.clone(name=None, parent=None) for block in model.bind({"params": params}).blocks]
-    return Functions(
+    made = Functions(
         Shape(vocab=config.num_embed, layers=config.num_layers, **heads, context=context),
         Partial(partial(model.apply, method=_embed), {"params": outside}),
         tuple(Partial(_Block(block), {"params": params[f"layer_{i}"]}) for i, block in enumerate(blocks)),
         Partial(partial(model.apply, method=_logits), {"params": outside}),
     )
+    return with_windows(made)
 
 
 def _embed(model, tokens, position):

@@ -10,7 +10,7 @@ from typing import Any
 
 from jax.tree_util import Partial
 
-from corm_jax.adapters.functions import Functions
+from corm_jax.adapters.functions import Functions, with_windows
 from corm_jax.errors import CormError
 from corm_jax.model.decoder import Shape
 
@@ -43,12 +43,13 @@ def decoder(model: Any, *, context: int = 8192) -> Functions:
     enter = keras.Model(backbone.input["token_ids"], _hidden(layers[0].input))
     leave = keras.Model(_hidden(layers[-1].output), backbone.output)
     head = backbone.token_embedding
-    return Functions(
+    made = Functions(
         shape,
         Partial(partial(_serving, enter), _weights(enter)),
         tuple(Partial(partial(_layer, layer, context), _weights(layer)) for layer in layers),
         Partial(partial(_logits, leave, head), _weights(leave), _weights(head)),
     )
+    return with_windows(made)
 
 
 def _hidden(tensors):
