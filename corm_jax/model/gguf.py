@@ -98,6 +98,17 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The metadata, and the tensors by name, of a file that is whole."""
     from gguf import GGUFEndian, GGUFReader
 
+    class Reader(GGUFReader):
+        """Reads through a plain array: slices of `numpy.memmap` take four times as long, ten seconds for Gemma."""
+
+        @property
+        def data(self) -> np.ndarray:
+            return self._data
+
+        @data.setter
+        def data(self, value: np.ndarray) -> None:
+            self._data = value.view(np.ndarray)
+
     try:
         with path.open("rb") as file:
             magic = file.read(4)
@@ -106,7 +117,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if magic != b"GGUF":
         raise CheckpointError(f"{path} is not a GGUF file: it does not begin with 'GGUF'")
     try:
-        reader = GGUFReader(path)
+        reader = Reader(path)
         fields = {key: field.contents() for key, field in reader.fields.items()}
     except Exception as error:  # the reader raises whatever indexing, reshaping or converting damaged bytes raises
         raise CheckpointError(f"{path} is truncated or damaged, fetch it again: {error or type(error)}") from None
