@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from corm_jax import Full, generate
 from corm_jax.command.inputs import encode, text_from
-from corm_jax.model import checkpoint, smollm2
+from corm_jax.model import checkpoint, named
 from corm_jax.runs.perplexity import read_text
 
 
@@ -32,7 +32,7 @@ def main(text, tokens):
     model, tokenizer = checkpoint.load()
     ids = encode(model, tokenizer, words, name, tokens)
 
-    path = smollm2.model_file()
+    path = named.model_file()
     their_tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
     wordy = re.sub(r"\d", "", words)

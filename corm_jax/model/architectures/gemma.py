@@ -54,7 +54,7 @@ class Gemma2(_Gemma, alias_generator=under("gemma2")):
 
 
 class Gemma3(_Gemma, alias_generator=under("gemma3")):
-    """Gemma 3: normalised queries and keys, every sixth layer global, two rotary bases; factors are of global layers."""
+    """Gemma 3: norms of queries and keys, every sixth layer global, two rotary bases; factors are for global layers."""
 
     every: Count = missing(6)
     local_theta: Number = missing(10000.0)
