@@ -48,7 +48,10 @@ def main(text, tokens, name):
         ours = read_text(model, Full(), ids[:count]).nll
         difference = abs(float(ours.mean(dtype=np.float64)) - nll.mean())
         print(f"mean NLL over {count - 1} predictions: ours {ours.mean():.6f}, transformers {nll.mean():.6f}")
-        print(f"  difference of means {difference:.2e}, largest difference of a token {np.abs(ours - nll).max():.2e}", flush=True)
+        print(
+            f"  difference of means {difference:.2e}, largest difference of a token {np.abs(ours - nll).max():.2e}",
+            flush=True,
+        )
         worst = max(worst, difference)
     with torch.no_grad():
         answer = theirs.generate(
