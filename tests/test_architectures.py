@@ -1,5 +1,6 @@
 """Architectures of GGUF files: each is the model of the Hugging Face directory it was converted from, or is refused."""
 
+import contextlib
 import math
 from dataclasses import asdict
 
@@ -206,6 +207,46 @@ def test_what_is_not_known_is_refused(tmp_path, architecture):
         with pytest.raises(CheckpointError) as raised:
             checkpoint.build(checkpoint.open_source(write(path, architecture, model, **{key: value})))
         assert key in str(raised.value)
+
+
+def keys(architecture, group=gguf.Keys):
+    """Every key that GGUF's constants know."""
+    for value in vars(group).values():
+        if isinstance(value, str) and "." in value and not value.startswith(("gguf.", "tokenizer.", "general.")):
+            with contextlib.suppress(KeyError):
+                yield value.format(arch=architecture, id=0, name="x")
+        elif isinstance(value, type):
+            yield from keys(architecture, value)
+
+
+NO_NUMBERS = {"split.no", "split.count", "split.tensors.count", "rope.scaling.finetuned"}
+NO_NUMBERS |= {"rope.scaling.original_context_length"}
+AS_IT_IS = {"expert_count": 0, "expert_used_count": 0, "attention.causal": True, "rope.scaling.attn_factor": 1}
+AS_IT_IS |= {"attention.sliding_window": 0}
+
+
+@pytest.mark.parametrize("architecture", ["gemma3", "bloom"])
+def test_every_key_is_used_or_harmless_or_refused(tmp_path, architecture):
+    """A key that changes no number of the shape is harmless, says what is so anyway, or is a field's value already."""
+    model, path = theirs(architecture), tmp_path / "model.gguf"
+    plain = sizes(checkpoint.open_source(write(path, architecture, model)).config)
+    fields = {field.alias for field in ARCHITECTURES[architecture].model_fields.values()}
+    refused, used = set(), set()
+    for key in sorted(set(keys(architecture)) | fields):
+        short = key.removeprefix(f"{architecture}.")
+        for value in (0, 1, 5, 0.75, "x", True) if key in fields else (1, "x"):
+            try:
+                found = checkpoint.open_source(write(path, architecture, model, **{key: value})).config
+            except CheckpointError:
+                refused.add(key)
+                continue
+            if sizes(found) != plain:
+                used.add(key)
+            elif key not in fields and short not in NO_NUMBERS:
+                assert AS_IT_IS[short] == value, (key, value)
+    assert len(refused - fields) > 80  # by name: see the test above
+    assert used <= fields
+    assert {f"{architecture}.{name}" for name in ("context_length", "feed_forward_length")} <= used
 
 
 def test_other_architectures_are_refused_by_name(tmp_path):
