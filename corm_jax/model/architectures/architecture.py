@@ -166,6 +166,11 @@ class Architecture(Schema):
         """Numbers in the key of one head."""
         return self.key_length or self.dim // self.heads
 
+    @property
+    def turned(self) -> int:
+        """How many numbers of a head are rotated."""
+        return 0
+
     def config(self, vocab: int, tied: bool, divisors: Mapping[str, tuple[float, ...]]) -> Config:
         """The decoder's shape.
 
