@@ -43,7 +43,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 import corm_jax as cj
 from corm_jax.command.inputs import encode, text_from
-from corm_jax.model import checkpoint, smollm2
+from corm_jax.model import checkpoint, named
 
 WINDOW, KERNEL, NEAR = 8, 5, 1e-4
 PYRAMID_WINDOW = 3  # PyramidKVPress has a pyramid only if this is at most a 20th of the budget
@@ -105,7 +105,7 @@ def main(text, tokens):
     """Compare the keys that our policies keep with those that NVIDIA's kvpress keeps, as a table."""
     model, tokenizer = checkpoint.load()
     ids = encode(model, tokenizer, *text_from(text), tokens)
-    path = smollm2.model_file()
+    path = named.model_file()
     theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
     full = prefill(theirs, ids)
 

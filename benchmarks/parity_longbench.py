@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 import corm_jax as cj
 from corm_jax.evaluation import longbench
 from corm_jax.evaluation.asking import answer, ask
-from corm_jax.model import smollm2
+from corm_jax.model import named
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=1024, help="tokens of a prompt, at most")
     arguments = parser.parse_args()
     model, tokenizer = cj.load()
-    path = smollm2.model_file()
+    path = named.model_file()
     theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
     names = [name for name in longbench.METRICS if (arguments.directory / f"{name}.jsonl").exists()]
     limit = -(-arguments.examples // len(names))

@@ -61,7 +61,7 @@ def theirs(ids, kept: float | None) -> dict:
     import torch
     from transformers import AutoModelForCausalLM, DynamicCache
 
-    from corm_jax.model import smollm2
+    from corm_jax.model import named
 
     def press():
         if kept is None:
@@ -70,7 +70,7 @@ def theirs(ids, kept: float | None) -> dict:
 
         return SnapKVPress(compression_ratio=1 - kept)(model)
 
-    path = smollm2.model_file()
+    path = named.model_file()
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
     with torch.no_grad():
         for prompt in (ids[:512], ids):

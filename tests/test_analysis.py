@@ -66,3 +66,15 @@ def test_queries(found, recorded):
 def test_too_short():
     with pytest.raises(CormError, match="is too short: give at least 128"):
         analysis.analyse(MODEL, IDS[:20])
+
+
+def test_local_layers_are_left_out():
+    model = tiny(layers=3, windows=(16, None, 16))
+    found, recorded = analysis.analyse(model, IDS), list(record(model, IDS))
+    assert found["layers"] == [1]
+    sparsity, coverage, kept = analysis._importance(recorded[1].q, recorded[1].k)
+    np.testing.assert_allclose(found["sparsity"], [sparsity])
+    np.testing.assert_allclose(found["coverage"], [coverage])
+    np.testing.assert_allclose(found["kept"], [kept])
+    with pytest.raises(CormError, match="only softmax"):
+        analysis.analyse(tiny(windows=(16, 16)), IDS)

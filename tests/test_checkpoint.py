@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from corm_jax import CheckpointError
 from corm_jax.model import checkpoint
+from corm_jax.model.architectures.llama import NAMES
 from corm_jax.model.families.llama import LAYER
-from corm_jax.model.gguf import NAMES
 from tests.test_model import hugging_face, logits_of, ours
 
 TEXT = "It was the best of times, it was the worst of times. 'It's naïve,' said he; 12345 — 日本 \U0001f600\n\n  x"
@@ -117,7 +117,7 @@ def add_vocabulary(writer):
 def test_names_that_mean_nothing(tmp_path):
     (tmp_path / "file.txt").write_text("x")
     for name, message in {
-        "smollm3": "unknown model 'smollm3': give 'smollm2-135m', a directory",
+        "smollm3": "unknown model 'smollm3': give 'smollm2-135m', 'gemma-3-270m', a directory",
         str(tmp_path / "none.gguf"): "does not exist",
         str(tmp_path / "file.txt"): "is not a GGUF file or a checkpoint's directory",
         "x" * 5000: "is no path: .*File name too long",

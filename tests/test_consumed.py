@@ -24,7 +24,7 @@ from corm_jax import CheckpointError, Full
 from corm_jax.model import checkpoint
 from corm_jax.model.decoder import forward, make_caches
 from corm_jax.model.families.family import HARMLESS
-from corm_jax.model.gguf import Metadata
+from corm_jax.model.gguf import ARCHITECTURES
 from tests.test_checkpoint import write_gguf
 from tests.test_model import LLAMA3, hugging_face
 
@@ -282,7 +282,9 @@ def test_gguf_constants_are_many():
 @pytest.mark.slow
 def test_every_key_of_gguf_metadata(plain, file):
     values = (True, 0, 1, 3, 8, 0.5, 4.0, 1e400, "x", "linear", "yarn", [4, 4])
-    known = {field.alias for field in Metadata.model_fields.values()} | Metadata.only.keys()
+    llama = ARCHITECTURES["llama"]
+    known = {field.alias for field in llama.model_fields.values()}
+    known |= {key if key.startswith("split.") else f"llama.{key}" for key in llama.only}
     for key in sorted(OTHERS | known):
         for value in values if key in known else (0, 0.5, "x"):
             logits, found = plain.ours(file(**{key: value}))

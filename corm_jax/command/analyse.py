@@ -37,7 +37,7 @@ def analyse(model, dtype, paths, datasets, tokens, out, overwrite):
     """Measure the properties of attention on which CORM relies.
 
     They are: attention is sparse, queries that are close together are similar, and recent queries show which keys the
-    next queries find important. Intervals are over texts; for one text there are none.
+    next queries find important. Intervals are over texts; for one text there are none. Local layers are left out.
     """
     check_new({"--out": out}, overwrite)
     picture = out.with_suffix(".png")
@@ -71,7 +71,9 @@ def analyse(model, dtype, paths, datasets, tokens, out, overwrite):
         row(f"kept with w = {window}, r = {axes['recents'][-1]}", "kept", index, -1)
     for index, bits in enumerate(axes["bits"]):
         row(f"error of the cosine estimated from {bits} signs", "lsh_error", index)
-    title = f"{model} reads {tokens:,} tokens of {', '.join(ids)}"
+    title, notes = f"{model} reads {tokens:,} tokens of {', '.join(ids)}", [f"{out}, {picture}"]
+    if local := layers - len(axes["layers"]):
+        notes.insert(0, f"{local} of {layers} layers are local, and left out.")
     headings = "mean over layers\nand texts [95%]", "lowest\nlayer", "highest\nlayer"
     finish(
         lambda: deliver(out, lambda path: write_json(path, result), overwrite),
@@ -80,6 +82,6 @@ def analyse(model, dtype, paths, datasets, tokens, out, overwrite):
             [Column("what"), *(Column(heading, number=True) for heading in headings)],
             rows,
             title=title,
-            notes=[f"{out}, {picture}"],
+            notes=notes,
         ),
     )

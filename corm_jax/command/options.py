@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from corm_jax.model.named import DEFAULT, MODELS
 from corm_jax.terminal import console
 
 DTYPES = ("float32", "bfloat16")
@@ -13,9 +14,10 @@ DEFAULT_POLICY = "corm:window=256,recent=256"
 model_options = console.options(
     click.option(
         "--model",
-        default="smollm2-135m",
+        default=DEFAULT,
         show_default=True,
-        help="name, directory, .gguf file, hub id, or module:function of your own, which is imported and called",
+        help=f"{' or '.join(MODELS)}, a directory, .gguf file, hub id, or module:function of your own, which is "
+        "imported and called",
     ),
     click.option(
         "--dtype",

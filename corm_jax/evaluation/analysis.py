@@ -21,7 +21,7 @@ import numpy as np
 
 from corm_jax.core.arrays import broadcasts, iota
 from corm_jax.errors import CormError
-from corm_jax.model.decoder import Decoder
+from corm_jax.model.decoder import Decoder, windows_of
 from corm_jax.runs.forms import written
 from corm_jax.runs.recording import record
 
@@ -43,28 +43,33 @@ SHORTEST = 2 * FIRST
 def analyse(
     model: Decoder, tokens: Sequence[int], progress: Callable[[int], None] = lambda done: None
 ) -> dict[str, Any]:
-    """Measures for each layer, as nested lists of which the first axis is the layers.
+    """Measures for each layer, as nested lists of which the first axis is the layers. Local layers are left out.
 
     Returns:
       ``sparsity [layers, heads]``; ``similarity [layers, distances]``; ``coverage [layers, windows]``;
-      ``kept [layers, windows, recents]``; ``lsh_error [layers, bits]``; and the values along the axes.
+      ``kept [layers, windows, recents]``; ``lsh_error [layers, bits]``; and the values along the axes: the numbers of
+      the ``layers``, ``distances``, ``windows``, ``recents`` and ``bits``.
 
     Raises:
-      CormError: for a text of less than 128 tokens.
+      CormError: for a text of less than 128 tokens; for a model without global layers, or with attention that is no
+        softmax of q . k.
     """
     if len(tokens) < SHORTEST:
         raise CormError(f"a text of {len(tokens)} tokens is too short: give at least {SHORTEST}")
     form = written(model, len(tokens))
-    if form.softcap or form.slopes or any(form.windows):
+    layers = [layer for layer, window in enumerate(windows_of(model.config)) if window is None]
+    if form.softcap or form.slopes or not layers:
         raise CormError(f"only softmax(q . k) over all earlier keys is analysed, and this model attends with {form}")
     found: dict[str, list] = {name: [] for name in MEASURED}
-    for one in record(model, tokens, progress=progress):
+    for layer, one in enumerate(record(model, tokens, progress=progress)):
+        if layer not in layers:
+            continue
         sparsity, coverage, kept = _importance(one.q, one.k)
         similarity, errors = _similarity(one.q)
         for name, value in zip(found, (sparsity, similarity, coverage, kept, errors), strict=True):
             found[name].append(np.asarray(value, np.float64).tolist())
     distances = [distance for distance in DISTANCES if distance < len(tokens)]
-    axes = {"distances": distances, "windows": WINDOWS, "recents": RECENTS, "bits": BITS}
+    axes = {"layers": layers, "distances": distances, "windows": WINDOWS, "recents": RECENTS, "bits": BITS}
     return found | {name: list(values) for name, values in axes.items()}
 
 

@@ -135,6 +135,9 @@ def analysis(
     image = sparsity.imshow(np.array(found["sparsity"]).T, aspect="auto", vmax=1, cmap=SHADES)
     sparsity.figure.colorbar(image, ax=sparsity, label="share of keys with attention below 1/t")
     sparsity.set(xlabel="layer", ylabel="query head", title="Attention is sparse")
+    sparsity.yaxis.get_major_locator().set_params(integer=True)
+    if found["layers"] != list(range(len(found["layers"]))):  # local layers are left out
+        sparsity.set_xticks(range(len(found["layers"])), labels=map(str, found["layers"]))
     for panel, name, axis in ((similarity, "similarity", "distances"), (coverage, "coverage", "windows")):
         values = np.array(found[name])
         band = {"alpha": 0.2, "color": BLUE, "label": "from the least layer to the most"}

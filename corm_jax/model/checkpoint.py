@@ -1,4 +1,4 @@
-"""From a name to a model: Hugging Face directories, hub ids, GGUF files, and the default ``smollm2-135m``.
+"""From a name to a model: Hugging Face directories, hub ids, GGUF files, and two models that are known by name.
 
 Every source is turned into the same three things: a `Config`, a set of tensors, a tokenizer. One function builds the
 model from those. Only safetensors and GGUF are read: formats that can carry code (pickled ``.bin`` files) are not.
@@ -16,11 +16,10 @@ from flax import nnx
 
 from corm_jax.errors import CheckpointError, CheckpointWarning, CormError
 from corm_jax.model.llama import Llama
+from corm_jax.model.named import DEFAULT, MODELS, model_file
 from corm_jax.model.places import Place
 from corm_jax.model.source import Source
 from corm_jax.model.tokenizer import Tokenizer
-
-DEFAULT = "smollm2-135m"
 
 
 def load(
@@ -35,8 +34,8 @@ def load(
     What a checkpoint leaves open, and what is assumed then, is said in a `CheckpointWarning`.
 
     Args:
-      name: ``"smollm2-135m"``, a directory with ``config.json`` and safetensors, a ``.gguf`` file, or a hub id such as
-        ``"meta-llama/Llama-3.2-1B"``.
+      name: ``"smollm2-135m"`` or ``"gemma-3-270m"``, a directory with ``config.json`` and safetensors, a ``.gguf``
+        file, or a hub id such as ``"meta-llama/Llama-3.2-1B"``.
       dtype: of parameters, activations and caches: float32, bfloat16 or float16.
       progress: wraps the list of parameters while they are read, to show a bar.
       context: how many tokens will be read at most. It matters only to LongRoPE (Phi-3), which reads every token
@@ -55,17 +54,17 @@ def load(
 
 def open_source(name: str, context: int | None = None) -> Source:
     """Finds out what kind of checkpoint a name means, and opens it."""
-    from corm_jax.model import gguf, huggingface, smollm2  # which need packages that the decoder does without
+    from corm_jax.model import gguf, huggingface  # which need packages that the decoder does without
 
-    if name == DEFAULT:
-        return gguf.open_gguf(smollm2.model_file(), name)
+    if name in MODELS:
+        return gguf.open_gguf(model_file(name), name, context)
     try:
         path = Path(name).expanduser()
         is_file, is_directory, exists = path.is_file(), path.is_dir(), path.exists()
     except (OSError, RuntimeError) as error:  # a name that is too long, a home directory that nobody has
         raise CheckpointError(f"model {name[:80]!r} is no path: {error}") from None
     if is_file and path.suffix == ".gguf":
-        return gguf.open_gguf(path, name)
+        return gguf.open_gguf(path, name, context)
     if is_directory:
         return huggingface.open_directory(path, name, context)
     if exists or path.suffix in (".gguf", ".bin", ".pt", ".safetensors"):
@@ -73,8 +72,9 @@ def open_source(name: str, context: int | None = None) -> Source:
         raise CheckpointError(f"model {name!r} {why}")
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return huggingface.open_directory(huggingface.from_hub(name), name, context)
+    known = ", ".join(map(repr, MODELS))
     raise CheckpointError(
-        f"unknown model {name!r}: give {DEFAULT!r}, a directory, a .gguf file, or a hub id like 'owner/name'"
+        f"unknown model {name!r}: give {known}, a directory, a .gguf file, or a hub id like 'owner/name'"
     )
 
 

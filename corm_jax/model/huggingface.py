@@ -23,7 +23,7 @@ from corm_jax.model.families.gpt import GPT2, OPT, Bloom, GPTNeoX
 from corm_jax.model.families.llama import Llama, Mistral, Phi3, Qwen2, Qwen3
 from corm_jax.model.llama import Config
 from corm_jax.model.schema import Schema
-from corm_jax.model.source import Source, Tensor
+from corm_jax.model.source import Source, Tensor, for_context
 
 FAMILIES: dict[str, type[Family]] = {
     "llama": Llama,
@@ -87,7 +87,7 @@ def open_directory(path: Path, name: str, context: int | None = None) -> Source:
       CheckpointError: for a file that is missing, damaged or not used, or a config that the decoder cannot follow.
     """
     found = read_config(path / "config.json")
-    config, notes = _for_context(found.config(), context)
+    config, notes = for_context(found.config(), context)
     if (path / "adapter_config.json").exists():
         raise CheckpointError(
             f"{path} has an adapter_config.json, and adapters are not read: merge the adapter into the weights"
@@ -113,19 +113,6 @@ def open_directory(path: Path, name: str, context: int | None = None) -> Source:
 
 def _places(family: Family, config: Config):
     return family.names.places(config)
-
-
-def _for_context(config: Config, context: int | None) -> tuple[Config, list[str]]:
-    """LongRoPE reads long texts otherwise than short ones, from the first token on."""
-    rope = config.rope
-    if rope is None or not rope.longer:
-        return config, []
-    short = rope.original_context
-    if context is not None and context > short:
-        return replace(config, rope=rope.beyond()), []
-    note = f"positions are LongRoPE's, read with its short factors: texts end at {short} tokens"
-    note += f"; for longer ones, up to {config.context}, load the model with context={config.context}"
-    return replace(config, context=min(config.context, short)), [] if context is not None else [note]
 
 
 def _open_tensors(path: Path, buffers: re.Pattern | None) -> dict[str, Tensor]:

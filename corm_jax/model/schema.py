@@ -12,25 +12,31 @@ class Schema(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, frozen=True, protected_namespaces=())
 
     only: ClassVar[dict[str, tuple]] = {}
-    """Keys that are no fields, each with the values that say what the decoder does anyway."""
+    """Keys that are no fields, in their `short` form, each with the values that say what the decoder does anyway."""
 
     @classmethod
     def harmless(cls, key: str) -> bool:
         """Whether a key cannot change what the model computes."""
         return False
 
+    @classmethod
+    def short(cls, key: str) -> str:
+        """A key as `only` has it."""
+        return key
+
     @model_validator(mode="after")
     def _nothing_is_left(self) -> "Schema":
         for key, value in (self.model_extra or {}).items():
             if self.harmless(key) or value is None or (isinstance(value, str | list | dict) and not value):
                 continue
-            if key not in self.only:
+            short = self.short(key)
+            if short not in self.only:
                 raise ValueError(
                     f"{key[:100]!r} = {reprlib.repr(value)} is unknown here and may change the numbers "
                     "(remove the key if it does not)"
                 )
-            if value not in self.only[key]:
-                supported = " or ".join(map(repr, self.only[key]))
+            if value not in self.only[short]:
+                supported = " or ".join(map(repr, self.only[short]))
                 raise ValueError(f"{key!r} = {reprlib.repr(value)} is not supported: only {supported} is")
         return self
 

@@ -1,6 +1,7 @@
 """A checkpoint that was opened, whatever its format: what `corm_jax.model.checkpoint` builds a model from."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -40,3 +41,16 @@ class Source(NamedTuple):
     tokenizer: Callable[[], Tokenizer]
     notes: list[str]
     places: Callable[[Config], Iterable[Place]]
+
+
+def for_context(config: Config, context: int | None) -> tuple[Config, list[str]]:
+    """LongRoPE reads long texts otherwise than short ones, from the first token on."""
+    rope = config.rope
+    if rope is None or not rope.longer:
+        return config, []
+    short = rope.original_context
+    if context is not None and context > short:
+        return replace(config, rope=rope.beyond()), []
+    note = f"positions are LongRoPE's, read with its short factors: texts end at {short} tokens"
+    note += f"; for longer ones, up to {config.context}, load the model with context={config.context}"
+    return replace(config, context=min(config.context, short)), [] if context is not None else [note]
