@@ -140,12 +140,12 @@ def decisions(report: Report, until: float) -> bool:
     return sound
 
 
-def random_model(config: cj.Config) -> cj.Llama:
+def random_model(config: cj.Config) -> cj.Transformer:
     """A model of this shape with random weights, made on the device."""
-    return jax.jit(lambda: cj.Llama(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))()
+    return jax.jit(lambda: cj.Transformer(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))()
 
 
-def decode(report: Report, name: str, model: cj.Llama, batches, contexts) -> None:
+def decode(report: Report, name: str, model: cj.Transformer, batches, contexts) -> None:
     """Decodes token by token, with the full cache and with CORM in pools in turn."""
     title = f"decode, {name}"
     report.part(title, "batch", "context", "cache", "ms a token", "times as fast", "nominal", "measured", "cache MiB")
@@ -194,7 +194,7 @@ def timed(run: Callable[[], Any], times: int = TURNS) -> float:
     return statistics.median(seconds)
 
 
-def prefill(report: Report, model: cj.Llama, tokens: int) -> None:
+def prefill(report: Report, model: cj.Transformer, tokens: int) -> None:
     """Reads a prompt block by block. Results stay on the device in between."""
     title = f"prefill of {tokens:,} tokens"
     report.part(title, "cache", "chunk", "seconds", "tokens a second", "times as fast")

@@ -164,7 +164,7 @@ def main() -> None:
     arguments = parser.parse_args()
     dtype, name = jnp.dtype(arguments.dtype), arguments.model
     if name == "llama-2-7b":
-        model = cj.Llama(dataclasses.replace(LLAMA, layers=arguments.layers), dtype=dtype, rngs=nnx.Rngs(0))
+        model = cj.Transformer(dataclasses.replace(LLAMA, layers=arguments.layers), dtype=dtype, rngs=nnx.Rngs(0))
         name = f"{name}, {arguments.layers} random layers"
     else:
         model, _ = cj.load(dtype=dtype)

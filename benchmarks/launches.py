@@ -40,7 +40,7 @@ STEPS = 16
 def compiled(spec: str, stores: int | None, layers: int, capacity: int, **options: bool) -> str:
     """The program that decodes, as XLA's text."""
     shape = {"vocab": 512, "dim": 576, "hidden": 1536, "heads": 9, "kv_heads": 3, "head_dim": 64}
-    model = jax.eval_shape(lambda: cj.Llama(cj.Config(layers=layers, **shape), rngs=nnx.Rngs(0)))
+    model = jax.eval_shape(lambda: cj.Transformer(cj.Config(layers=layers, **shape), rngs=nnx.Rngs(0)))
     policy = cj.parse(spec)
 
     def caches():

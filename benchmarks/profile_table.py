@@ -140,7 +140,7 @@ def again(stretch: Sequence[int]) -> list[int]:
 
 
 def measure(
-    model: cj.Llama, policy: Policy, text: Sequence[int], tokens: int, chunk: int, full: Sequence[np.ndarray]
+    model: cj.Transformer, policy: Policy, text: Sequence[int], tokens: int, chunk: int, full: Sequence[np.ndarray]
 ) -> dict[str, float]:
     """The numbers of a `Reading` for one passage and its repeat, given the predictions of the full cache."""
     found = agreement.measure(model, policy, text, None, chunk, full=full)

@@ -20,7 +20,7 @@ from corm_jax.errors import CacheOverflowError, CheckpointError, CheckpointWarni
 from corm_jax.model.checkpoint import load
 from corm_jax.model.decoder import Decoder, Shape, make_caches
 from corm_jax.model.generation import Generation, decode, generate, prefill, stream
-from corm_jax.model.llama import Config, Llama
+from corm_jax.model.transformer import Config, Transformer
 from corm_jax.policies import (
     H2O,
     POLICIES,
@@ -74,7 +74,6 @@ __all__ = [
     "Hybrid",
     "L2Norm",
     "LayerCache",
-    "Llama",
     "Observation",
     "OfHead",
     "Oneshot",
@@ -91,6 +90,7 @@ __all__ = [
     "SnapKV",
     "StreamingLLM",
     "Traits",
+    "Transformer",
     "Usage",
     "Window",
     "adapters",

@@ -80,7 +80,7 @@ class Case:
 
     def __repr__(self) -> str:
         selfish = bool((self.logits[..., range(TOKENS), range(TOKENS)] == 6).all())
-        looks = ["every query looks at its own key (logit 6)"] * selfish + [
+        looks = ["every query attends to its own key (logit 6)"] * selfish + [
             f"head {h}.{g}: query {t} looks at key {i} (logit {self.logits[h, g, t, i]:g})"
             for h, g, t, i in np.argwhere(self.logits)
             if i < t + (not selfish) and t < self.tokens

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from flax import nnx
 
-from corm_jax import Config, Llama
+from corm_jax import Config, Transformer
 from corm_jax.core.positions import Rope
 
 
@@ -22,7 +22,7 @@ def tiny(kv_heads=2, layers=2, tied=True, dtype=jnp.float32, seed=0, vocab=97, w
         context=512,
         windows=windows,
     )
-    model = Llama(config, dtype=dtype, rngs=nnx.Rngs(seed))
+    model = Transformer(config, dtype=dtype, rngs=nnx.Rngs(seed))
     for layer in model.layers:  # attention as initialised is nearly uniform: sharpen it, so that keys differ
         layer.attention.q.kernel[...] *= 12
     return model

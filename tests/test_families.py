@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from benchmarks import parity_families as bench
-from corm_jax import CheckpointError, Config, Corm, CormError, Full, Llama, Rope, generate
+from corm_jax import CheckpointError, Config, Corm, CormError, Full, Rope, Transformer, generate
 from corm_jax.model import checkpoint, huggingface
 from corm_jax.model.decoder import forward, make_caches
 from corm_jax.model.families.family import HARMLESS
@@ -174,7 +174,8 @@ def test_learned_positions_end_with_their_table():
     """Tokens beyond it are refused; the padding of a block may stand there, and changes nothing."""
     shape = {"vocab": 101, "dim": 16, "hidden": 16, "layers": 1, "heads": 2, "kv_heads": 2, "head_dim": 8}
     long, short = (
-        Llama(Config(**shape, rope=None, learned=True, context=context), rngs=nnx.Rngs(0)) for context in (600, 40)
+        Transformer(Config(**shape, rope=None, learned=True, context=context), rngs=nnx.Rngs(0))
+        for context in (600, 40)
     )
     short.learned.embedding[...] = long.learned.embedding[:40]
     for path in ("layers", "norm", "embedding", "head"):

@@ -236,7 +236,7 @@ SHAPE = {"vocab": 97, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 8}
 
 def said(model, windows):
     """The model with a config that says something else."""
-    embed, logits = (Partial(function, model) for function in (cj.Llama.embed, cj.Llama.logits))
+    embed, logits = (Partial(function, model) for function in (cj.Transformer.embed, cj.Transformer.logits))
     return Functions(cj.Shape(**SHAPE, windows=windows), embed, tuple(model.layers), logits)
 
 

@@ -191,7 +191,7 @@ def abstract_model(dtype=jnp.float32, tied=True):
         head_dim=HEAD_DIM,
         tied=tied,
     )
-    return jax.eval_shape(lambda: cj.Llama(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    return jax.eval_shape(lambda: cj.Transformer(config, dtype=dtype, rngs=nnx.Rngs(0)))
 
 
 def abstract_caches(model, policy, stores, length, capacity=CAPACITY):

@@ -79,7 +79,7 @@ def test_short_forms_are_short(trace, result, swept):
         "Generation(tokens=0..2 new, caches=Caches(": cj.Generation([[1, 2], []], caches()),
         "Plan(": PLAN,
         "Profile('smollm2-135m', layers=30, kv_heads=3, window=16..1024, whole_heads=6)": Profile.load("smollm2-135m"),
-        "Llama(vocab=99, layers=9, ": cj.Llama(config, rngs=nnx.Rngs(0)),
+        "Transformer(vocab=99, layers=9, ": cj.Transformer(config, rngs=nnx.Rngs(0)),
     }
     for begins, one in shown.items():
         assert repr(one).startswith(begins)

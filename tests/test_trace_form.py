@@ -15,9 +15,9 @@ from corm_jax import (
     Config,
     Corm,
     CormError,
-    Llama,
     Rope,
     Shape,
+    Transformer,
     begin_prompt,
     make_cache,
     of_layers,
@@ -165,7 +165,7 @@ MODELS = {
 @cache
 def model(name):
     """Weights at random; queries are so large that keys differ."""
-    made_ = Llama(MODELS[name], rngs=nnx.Rngs(1))
+    made_ = Transformer(MODELS[name], rngs=nnx.Rngs(1))
     for layer in made_.layers:
         layer.attention.q.kernel[...] *= 12
     return made_

@@ -15,11 +15,11 @@ import numpy as np
 from flax import nnx
 
 from corm_jax.errors import CheckpointError, CheckpointWarning, CormError
-from corm_jax.model.llama import Llama
 from corm_jax.model.named import DEFAULT, MODELS, model_file
 from corm_jax.model.places import Place
 from corm_jax.model.source import Source
 from corm_jax.model.tokenizer import Tokenizer
+from corm_jax.model.transformer import Transformer
 
 
 def load(
@@ -28,7 +28,7 @@ def load(
     progress: Callable[[list], Iterable] = iter,
     *,
     context: int | None = None,
-) -> tuple[Llama, Tokenizer]:
+) -> tuple[Transformer, Tokenizer]:
     """A model with its tokenizer.
 
     What a checkpoint leaves open, and what is assumed then, is said in a `CheckpointWarning`.
@@ -78,7 +78,7 @@ def open_source(name: str, context: int | None = None) -> Source:
     )
 
 
-def build(source: Source, dtype: Any = jnp.float32, progress: Callable[[list], Iterable] = iter) -> Llama:
+def build(source: Source, dtype: Any = jnp.float32, progress: Callable[[list], Iterable] = iter) -> Transformer:
     """The model of an opened checkpoint, every tensor checked for name, shape and finite values.
 
     Names and shapes are checked before anything is allocated or traced.
@@ -89,7 +89,7 @@ def build(source: Source, dtype: Any = jnp.float32, progress: Callable[[list], I
     """
     dtype = _dtype(dtype)
     places = _check(source)
-    graph, state = nnx.split(nnx.eval_shape(lambda: Llama(source.config, dtype=dtype, rngs=nnx.Rngs(0))))
+    graph, state = nnx.split(nnx.eval_shape(lambda: Transformer(source.config, dtype=dtype, rngs=nnx.Rngs(0))))
     parameters = dict(nnx.to_flat_state(state))
     for path in progress(list(parameters)):
         place, parameter = places[path], parameters[path]

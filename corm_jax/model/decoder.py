@@ -1,7 +1,7 @@
 """What every model gives to this package: its shape, an embedding, layers that attend by a given function, and logits.
 
-`corm_jax.Llama` is such a `Decoder`, and so is any model of yours. The caches stay here: a layer calls ``attend`` with
-queries, keys and values in place of its own attention, and that reads through the layer's cache, and evicts. So
+`corm_jax.Transformer` is such a `Decoder`, and so is any model of yours. The caches stay here: a layer calls ``attend``
+with queries, keys and values in place of its own attention, and that reads through the layer's cache, and evicts. So
 generation, reading, recording, calibration and evaluation are the same for all models.
 """
 
@@ -306,10 +306,10 @@ def forward(
     Raises:
       CormError: for caches of another model, policy or batch, and for a layer that does not attend once.
 
-    >>> from corm_jax import Config, Corm, Llama
+    >>> from corm_jax import Config, Corm, Transformer
     >>> from flax import nnx
     >>> config = Config(vocab=100, dim=32, hidden=64, layers=2, heads=4, kv_heads=2, head_dim=8)
-    >>> model, policy = Llama(config, rngs=nnx.Rngs(0)), Corm(window=4, recent=2)
+    >>> model, policy = Transformer(config, rngs=nnx.Rngs(0)), Corm(window=4, recent=2)
     >>> caches = make_caches(model, policy, batch=1, capacity=16)
     >>> x, caches, course = forward(model, policy, caches, jnp.arange(12)[None], jnp.array([12]), chunk=1)
     >>> model.logits(x).shape, course.live.shape      # live keys [layer, batch, chunks, kv_heads]

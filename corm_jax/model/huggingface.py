@@ -21,9 +21,9 @@ from corm_jax.model.families.family import Family
 from corm_jax.model.families.gemma import Gemma2, Gemma3
 from corm_jax.model.families.gpt import GPT2, OPT, Bloom, GPTNeoX
 from corm_jax.model.families.llama import Llama, Mistral, Phi3, Qwen2, Qwen3
-from corm_jax.model.llama import Config
 from corm_jax.model.schema import Schema
 from corm_jax.model.source import Source, Tensor, for_context
+from corm_jax.model.transformer import Config
 
 FAMILIES: dict[str, type[Family]] = {
     "llama": Llama,

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from corm_jax.model.llama import Config
+from corm_jax.model.transformer import Config
 
 SUFFIX = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from corm_jax.model.llama import Config
 from corm_jax.model.places import Place
 from corm_jax.model.tokenizer import Tokenizer
+from corm_jax.model.transformer import Config
 
 
 class Tensor(NamedTuple):

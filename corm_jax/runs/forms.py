@@ -35,10 +35,10 @@ def written(model: Decoder, tokens: int) -> Written:
       CormError: names the layer and the part that a trace has no place for: a mask, a bias that is no slope times the
         distance, a soft cap or slopes of its own in some layer, or another window than the config states.
 
-    >>> from corm_jax import Config, Llama
+    >>> from corm_jax import Config, Transformer
     >>> from flax import nnx
     >>> config = Config(vocab=100, dim=32, hidden=64, layers=2, heads=4, kv_heads=2, head_dim=8)
-    >>> written(Llama(config, rngs=nnx.Rngs(0)), 16)
+    >>> written(Transformer(config, rngs=nnx.Rngs(0)), 16)
     Written(softcap=None, slopes=None, windows=(None, None))
     """
     zero, said = jnp.zeros((1, 1), jnp.int32), windows_of(model.config)

@@ -65,10 +65,11 @@ def record(
       CormError: for no tokens, ids outside the vocabulary, or ``x`` of another shape; before the text is read, for
         attention of a form that a trace cannot state.
 
-    >>> from corm_jax import Config, Llama
+    >>> from corm_jax import Config, Transformer
     >>> from flax import nnx
     >>> config = Config(vocab=100, dim=32, hidden=64, layers=2, heads=4, kv_heads=2, head_dim=8)
-    >>> [(one.layer, one.q.shape, one.k.shape) for one in record(Llama(config, rngs=nnx.Rngs(0)), [3, 1, 4, 1, 5])]
+    >>> model = Transformer(config, rngs=nnx.Rngs(0))
+    >>> [(one.layer, one.q.shape, one.k.shape) for one in record(model, [3, 1, 4, 1, 5])]
     [(0, (5, 4, 8), (5, 2, 8)), (1, (5, 4, 8), (5, 2, 8))]
     """
     config, length = model.config, len(tokens)

@@ -8,9 +8,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, model_validator
 
 from corm_jax.core.positions import Rope
-from corm_jax.model.llama import Config
 from corm_jax.model.places import Names
 from corm_jax.model.schema import Count, Number, Schema, missing
+from corm_jax.model.transformer import Config
 
 MODEL = {"embedding": "token_embd", "norm": "output_norm", "head": "output"}
 LAYER = {

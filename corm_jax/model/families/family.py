@@ -4,9 +4,9 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
-from corm_jax.model.llama import Config
 from corm_jax.model.places import Names
 from corm_jax.model.schema import Schema
+from corm_jax.model.transformer import Config
 
 _ABOUT_THE_FILE = "_name_or_path name_or_path _commit_hash transformers_version transformers.js_config unsloth_version "
 _ABOUT_THE_FILE += "unsloth_fixed is_llama_config dtype torch_dtype"  # every tensor says its own dtype

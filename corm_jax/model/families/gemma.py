@@ -8,9 +8,9 @@ from corm_jax.core.positions import Rope
 from corm_jax.model.families.family import ACTIVATIONS, Activation, Family, kinds_of, windows
 from corm_jax.model.families.llama import LAYER, LAYERS, MODEL, NORMS
 from corm_jax.model.families.rotary import Rotated, Scaling
-from corm_jax.model.llama import Config
 from corm_jax.model.places import Names
 from corm_jax.model.schema import Count, Number, Schema, missing
+from corm_jax.model.transformer import Config
 
 _LAYER = LAYER | {
     "after_attention": "post_attention_layernorm",

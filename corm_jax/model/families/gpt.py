@@ -7,9 +7,9 @@ from pydantic import Field, model_validator
 
 from corm_jax.model.families.family import ACTIVATIONS, Activation, Family, check_heads
 from corm_jax.model.families.rotary import Rotated
-from corm_jax.model.llama import Config
 from corm_jax.model.places import Names
 from corm_jax.model.schema import Count, Number, missing
+from corm_jax.model.transformer import Config
 
 BIASES: dict[str, Any] = {"qkv_bias": True, "out_bias": True, "feed_forward_bias": True}
 QKV = ("attention.q", "attention.k", "attention.v")

@@ -6,9 +6,9 @@ from pydantic import model_validator
 
 from corm_jax.model.families.family import ACTIVATIONS, Activation, Family, kinds_of, windows
 from corm_jax.model.families.rotary import Rotated
-from corm_jax.model.llama import Config
 from corm_jax.model.places import Names
 from corm_jax.model.schema import Count, Number, missing
+from corm_jax.model.transformer import Config
 
 MODEL = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
 LAYER = {

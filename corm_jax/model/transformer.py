@@ -190,11 +190,11 @@ class Layer(nnx.Module):
         return y + (found if self.after_feed_forward is None else self.after_feed_forward(found))
 
 
-class Llama(nnx.Module):
+class Transformer(nnx.Module):
     """The decoder: a `corm_jax.Decoder`.
 
     >>> config = Config(vocab=100, dim=32, hidden=64, layers=2, heads=4, kv_heads=2, head_dim=8)
-    >>> model = Llama(config, rngs=nnx.Rngs(0))
+    >>> model = Transformer(config, rngs=nnx.Rngs(0))
     >>> x = model.embed(jnp.arange(12)[None], jnp.arange(12)[None])
     >>> x.shape, model.logits(x).shape
     ((1, 12, 32), (1, 12, 100))
@@ -213,7 +213,7 @@ class Llama(nnx.Module):
 
     def __repr__(self) -> str:
         sizes = {name: getattr(self.config, name) for name in ("vocab", "layers", "heads", "kv_heads", "head_dim")}
-        return line("Llama", **sizes, dtype=self.embedding.param_dtype)
+        return line("Transformer", **sizes, dtype=self.embedding.param_dtype)
 
     __str__ = __repr__
 
