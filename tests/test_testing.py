@@ -71,7 +71,7 @@ def test_cases_shrink_until_they_can_be_read():
     policy = Corm(window=2, recent=1)
     subject = Subject(policy, Implementation(), None)
     case = find(cases(), lambda case: not subject.read(case).kept[0, 0, -1, 0])
-    assert repr(case) == "Case(reads [1, 1, 1] tokens; every query looks at its own key (logit 6))"
+    assert repr(case) == "Case(reads [1, 1, 1] tokens; every query attends to its own key (logit 6))"
 
 
 def test_a_check_must_exist():
