@@ -111,10 +111,10 @@ def their_logits(model, ids):
     return torch.cat(logits).numpy()
 
 
-def our_logits(model, policy, ids):
-    """The same of ours, and the caches."""
-    caches = make_caches(model, policy, batch=1, capacity=len(ids))
-    x, caches, _ = forward(model, policy, caches, jnp.array([ids[:PROMPT]]), jnp.array([PROMPT]), chunk=1)
+def our_logits(model, policy, ids, chunk):
+    """The same of ours, and the caches; keys are evicted after each ``chunk`` of the prompt."""
+    caches = make_caches(model, policy, batch=1, capacity=len(ids), chunk=chunk)
+    x, caches, _ = forward(model, policy, caches, jnp.array([ids[:PROMPT]]), jnp.array([PROMPT]), chunk=chunk)
     logits = [model.logits(x[0])]
     for token in ids[PROMPT:]:
         x, caches, _ = forward(model, policy, caches, jnp.array([[token]]), jnp.array([1]), chunk=1)
@@ -131,14 +131,14 @@ def pair(family: str):
 def differences(torchs, model) -> tuple[float, float]:
     """The largest differences of any logit, in the prompt and afterwards."""
     expected = their_logits(torchs, IDS)
-    found, _ = our_logits(model, cj.Full(), IDS)
+    found, _ = our_logits(model, cj.Full(), IDS, chunk=PROMPT)
     difference = np.abs(found - expected).max(-1)
     return float(difference[:PROMPT].max()), float(difference[PROMPT:].max())
 
 
 def kept(model) -> float:
     """The share of keys that CORM keeps in the global layers; NaN if there are none."""
-    _, caches = our_logits(model, cj.Corm(window=12, recent=4), IDS)
+    _, caches = our_logits(model, cj.Corm(window=12, recent=4), IDS, chunk=1)
     windows = model.config.windows or (None,) * model.config.layers
     live = [int((one.position >= 0).sum()) for one, window in zip(caches, windows, strict=True) if window is None]
     return float(np.mean(live)) / model.config.kv_heads / len(IDS) if live else float("nan")

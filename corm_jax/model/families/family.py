@@ -91,17 +91,16 @@ class Family(Schema):
         return {key: getattr(self, key) for key in keys if key not in self.model_fields_set}
 
 
-def check_heads(heads: int, kv_heads: int, dim: int, head_dim: int | None) -> int:
-    """Numbers in the key of a head.
+def head_size(dim: int, heads: int, names: str = "hidden_size num_attention_heads") -> int:
+    """Numbers in the key of a head, if heads share the width evenly.
 
     Raises:
-      ValueError: for heads that do not fit.
+      ValueError: if they do not; the keys of the two are named.
     """
-    if heads % kv_heads:
-        raise ValueError(f"'num_attention_heads' = {heads} is no multiple of 'num_key_value_heads' = {kv_heads}")
-    if head_dim is None and dim % heads:
-        raise ValueError(f"'hidden_size' = {dim} is no multiple of 'num_attention_heads' = {heads}")
-    return head_dim or dim // heads
+    if dim % heads:
+        dims, of_heads = names.split()
+        raise ValueError(f"{dims!r} = {dim} is no multiple of {of_heads!r} = {heads}")
+    return dim // heads
 
 
 MOST_LAYERS = 10_000

@@ -25,7 +25,7 @@ class _Gemma(Rotated):
     hidden_activation: Activation = missing("gelu_pytorch_tanh")
     rms_norm_eps: Number = missing(1e-6)
     tie_word_embeddings: bool = missing(True)
-    query_pre_attn_scalar: Number | int = missing(256)
+    query_pre_attn_scalar: Number = missing(256.0)
     sliding_window: Count | None = 4096
     layer_types: list[Literal["full_attention", "sliding_attention"]] | None = None
     final_logit_softcapping: Number | None = None
@@ -163,6 +163,8 @@ class Gemma3(_Gemma):
 
     @model_validator(mode="after")
     def _local(self) -> "Gemma3":
+        if self.attn_logit_softcapping is not None:  # which transformers has in the config, and does not apply
+            raise ValueError(f"'attn_logit_softcapping' = {self.attn_logit_softcapping} is not supported for Gemma 3")
         _ = self.local_rope
         return self
 

@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from corm_jax.model.families.family import ACTIVATIONS, Activation, Family, check_heads
+from corm_jax.model.families.family import ACTIVATIONS, Activation, Family, head_size
 from corm_jax.model.families.rotary import Rotated
 from corm_jax.model.places import Names
 from corm_jax.model.schema import Count, Number, missing
@@ -69,7 +69,7 @@ class GPT2(Family):
 
     @model_validator(mode="after")
     def _shape(self) -> "GPT2":
-        check_heads(self.n_head, self.n_head, self.n_embd, None)
+        head_size(self.n_embd, self.n_head, "n_embd n_head")
         return self
 
     def config(self) -> Config:
@@ -107,7 +107,7 @@ class GPTNeoX(Rotated):
     attention_bias: bool = missing(True)
     tie_word_embeddings: bool = missing(False)
     rotary_pct: float = Field(default=None, gt=0, le=1)  # pyright: ignore
-    rotary_emb_base: Number | int = missing()
+    rotary_emb_base: Number = missing()
 
     names: ClassVar[Names] = Names(
         {"embedding": "gpt_neox.embed_in", "norm": "gpt_neox.final_layer_norm", "head": "embed_out"},
@@ -126,12 +126,21 @@ class GPTNeoX(Rotated):
     rotates_part: ClassVar[bool] = True
     buffers: ClassVar[re.Pattern | None] = re.compile(r"\.attention\.(masked_)?bias$")
 
+    @model_validator(mode="after")
+    def _all_heads_alike(self) -> "GPTNeoX":
+        size = head_size(self.hidden_size, self.num_attention_heads)
+        for key, only in (("head_dim", size), ("num_key_value_heads", self.num_attention_heads)):
+            if getattr(self, key) not in (None, only):
+                raise ValueError(f"{key!r} = {getattr(self, key)} is not supported: only {only} is")
+        return self
+
     @model_validator(mode="before")
     @classmethod
     def _old_names(cls, fields: dict[str, Any]) -> dict[str, Any]:
         """``rotary_pct`` and ``rotary_emb_base`` are what other families call otherwise; 0.25 is the default."""
         found = dict(fields)
-        inside = found.get("rope_parameters") or found.get("rope_scaling") or {}
+        given = (found.get("rope_parameters"), found.get("rope_scaling"))
+        inside = next((one for one in given if one and isinstance(one, dict)), {})
         for old, new, default in (
             ("rotary_pct", "partial_rotary_factor", 0.25),
             ("rotary_emb_base", "rope_theta", None),
@@ -214,7 +223,7 @@ class OPT(Family):
 
     @model_validator(mode="after")
     def _shape(self) -> "OPT":
-        check_heads(self.num_attention_heads, self.num_attention_heads, self.hidden_size, None)
+        head_size(self.hidden_size, self.num_attention_heads)
         if self.word_embed_proj_dim not in (None, self.hidden_size):
             raise ValueError(
                 f"'word_embed_proj_dim' = {self.word_embed_proj_dim} is not 'hidden_size' = {self.hidden_size}: "
@@ -296,7 +305,7 @@ class Bloom(Family):
     @model_validator(mode="after")
     def _shape(self) -> "Bloom":
         dim, _, heads = self.sizes
-        check_heads(heads, heads, dim, None)
+        head_size(dim, heads, "hidden_size num_attention_heads" if self.n_head is None else "hidden_size n_head")
         return self
 
     @property

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, model_validator
 
 from corm_jax.core.positions import Rope
-from corm_jax.model.families.family import Family, check_heads
+from corm_jax.model.families.family import Family, head_size
 from corm_jax.model.schema import Count, Number, Schema, missing
 
 Kind = Literal["default", "linear", "dynamic", "yarn", "longrope", "su", "llama3"]
@@ -130,7 +130,7 @@ class Rotated(Family):
                 "'head_dim' (or else 'hidden_size' / 'num_attention_heads') = "
                 f"{width} is odd: rotary positions turn pairs"
                 if rope.rotated == 1
-                else f"of {width} numbers of a head, {rope.dim(width)} are rotated: rotary positions turn pairs"
+                else f"'head_dim' = {width}, of which {rope.dim(width)} are rotated: rotary positions turn pairs"
             )
         for name, factors in (("short_factor", rope.divisors), ("long_factor", rope.longer)):
             if factors and len(factors) != rope.dim(width) // 2:
@@ -142,8 +142,10 @@ class Rotated(Family):
     @property
     def width(self) -> int:
         """Numbers in the key of one head."""
-        heads = self.num_attention_heads
-        return check_heads(heads, self.num_key_value_heads or heads, self.hidden_size, self.head_dim)
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        if kv_heads and heads % kv_heads:
+            raise ValueError(f"'num_attention_heads' = {heads} is no multiple of 'num_key_value_heads' = {kv_heads}")
+        return self.head_dim or head_size(self.hidden_size, heads)
 
     @property
     def rope(self) -> Rope:
