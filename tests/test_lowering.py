@@ -311,7 +311,11 @@ def measurements():
         "draw": (worth._draw, (model, x, key), {}),
         "calibration": (calibrate._measure, (*choices, q, k, k, q, number, number), {}),
         "analysis": (analysis._rows, (state, rows, keys, number), {}),
-        "bounds": (oracle._attention, (array(BLOCK, GROUP, HEAD_DIM), head, g), {}),
+        "bounds": (
+            oracle._attention,
+            (array(BLOCK, GROUP, HEAD_DIM), head, array(GROUP), Form(scale=g, window=number)),
+            {},
+        ),
     }
 
 

@@ -230,7 +230,13 @@ def test_no_two_policies_of_a_frontier_share_a_colour():
 
 def test_pictures_take_axes_and_return_them(trace, result, swept):
     analysis = {"sparsity": np.ones((2, 4)) / 2, "similarity": np.ones((2, 3)), "coverage": np.ones((2, 2))}
-    analysis |= {"kept": np.ones((2, 2, 3)), "distances": [1, 2, 4], "windows": [64, 128], "recents": [1, 2, 3]}
+    analysis |= {
+        "kept": np.ones((2, 2, 3)),
+        "layers": [0, 1],
+        "distances": [1, 2, 4],
+        "windows": [64, 128],
+        "recents": [1, 2, 3],
+    }
     found = swept.to_xarray()
     panels = {"kept": found.live.isel(step=-1).mean(["layer", "kv_head"]) / 48}
     on_axes = [

@@ -32,6 +32,7 @@ from corm_jax import (
     step,
 )
 from corm_jax import budget as on_budget
+from corm_jax.core.form import Form
 from corm_jax.core.step import read
 from corm_jax.model.decoder import forward, make_caches
 from corm_jax.model.generation import decode
@@ -160,7 +161,7 @@ def test_no_number_has_64_bits(policy):
             how = {"chunk": chunk, "block": 8, "moments": None, "fidelity": "renormalized", "errors": True}
             if not np.any(policy.traits.moments):
                 how["moments"] = False
-            numbers = jnp.float32(1), jnp.int32(16), jnp.int32(12), jnp.int32(9)
+            numbers = Form(scale=jnp.float32(1)), jnp.int32(16), jnp.int32(12), jnp.int32(9)
             assert not wide(jax.make_jaxpr(partial(replay_layer, **how))(policy, layer, *numbers).jaxpr)
 
 
@@ -212,8 +213,8 @@ def elsewhere():
     layer = QKV(np.zeros((16, 2, 1, 4), np.float32), *np.zeros((2, 16, 2, 4), np.float32))
     for chunk, moments in ((2, None), (1, None), (1, False)):
         how = {"chunk": chunk, "block": 8, "moments": moments, "fidelity": "renormalized", "errors": True}
-        yield partial(replay_layer, Corm(), **how), layer, jnp.float32(1), jnp.int32(16), None, jnp.int32(9)
-    yield oracle._attention, jnp.zeros((16, 2, 4)), jnp.zeros((16, 4)), jnp.float32(1)
+        yield partial(replay_layer, Corm(), **how), layer, Form(scale=jnp.float32(1)), jnp.int32(16), None, jnp.int32(9)
+    yield oracle._attention, jnp.zeros((16, 2, 4)), jnp.zeros((16, 4)), jnp.zeros(2), Form(scale=jnp.float32(1))
     model = tiny()
     yield worth.mixed, model.layers[0], jnp.zeros((1, 8, 32)), jnp.zeros((8, 2, 2, 8)), jnp.float32(1)
     one = jnp.ones(2, jnp.int32), jnp.ones(2, jnp.int32), jnp.ones(2)

@@ -156,7 +156,7 @@ def mixed(layer, x, change, g, *, window=None):
 
 
 @partial(jax.jit, static_argnames="window")
-def _back(layer, x, change, g, dx, *, window):
+def _back(layer, x, change, g, dx, *, window=None):
     return jax.vjp(lambda x, change: mixed(layer, x, change, g, window=window), x, change)[1](dx)
 
 
