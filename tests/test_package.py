@@ -5,10 +5,12 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import setuptools
 
 import corm_jax
 import simulator
@@ -56,6 +58,14 @@ def test_a_release_without_an_address_is_refused(tmp_path):
     assert "](https://example.org/corm/raw/v9.9.9/docs/compare.png)" in page
     assert not re.findall(r"\]\((?!https://)", page)
     assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text()
+
+
+@pytest.mark.skipif(not (ROOT / "pyproject.toml").exists(), reason="needs a clone")
+def test_every_folder_with_code_is_in_the_wheel():
+    tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    packages = setuptools.find_packages(str(ROOT), **tool["packages"]["find"])
+    folders = {path.parent for name in ("corm_jax", "simulator") for path in (ROOT / name).rglob("*.py")}
+    assert sorted(packages) == sorted(str(folder.relative_to(ROOT)).replace(os.sep, ".") for folder in folders)
 
 
 def test_type_checkers_see_the_annotations():
