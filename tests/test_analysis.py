@@ -5,6 +5,7 @@ import pytest
 
 from corm_jax import Corm, CormError
 from corm_jax.evaluation import analysis
+from corm_jax.runs.forms import Written
 from corm_jax.runs.recording import record
 from corm_jax.traces.trace import Trace
 from simulator.replay import replay
@@ -24,7 +25,11 @@ def recorded():
     return list(record(MODEL, IDS))
 
 
-def test_in_loops(found, recorded):
+@pytest.mark.parametrize("form", [{}, {"rope": None, "alibi": True, "attention_softcap": 2.0}], ids=["plain", "alibi"])
+def test_in_loops(form):
+    model = tiny(**form)
+    found, recorded = analysis.analyse(model, IDS), list(record(model, IDS))
+    slopes = np.zeros(4) if not form else 2.0 ** -(2 * np.arange(1, 5))
     q, k = recorded[1].q, recorded[1].k
     length, window, (below, covered, important) = len(q), 64, (0.0, 0, 0)
     last = {}
@@ -32,6 +37,9 @@ def test_in_loops(found, recorded):
         asks = set()
         for head in range(4):
             logits = (k[:t, head // 2] @ q[t - 1, head]) * q.shape[-1] ** -0.5
+            if form:
+                logits = 2 * np.tanh(logits / 2)
+            logits = logits - slopes[head] * (t - 1 - np.arange(t))
             alpha = np.exp(logits - logits.max())
             alpha /= alpha.sum()
             asks |= {(head // 2, i) for i in range(t) if alpha[i] >= 1 / t}
@@ -72,9 +80,10 @@ def test_local_layers_are_left_out():
     model = tiny(layers=3, windows=(16, None, 16))
     found, recorded = analysis.analyse(model, IDS), list(record(model, IDS))
     assert found["layers"] == [1]
-    sparsity, coverage, kept = analysis._importance(recorded[1].q, recorded[1].k)
+    plain = Written(None, None, (None,))
+    sparsity, coverage, kept = analysis._importance(recorded[1].q, recorded[1].k, plain)
     np.testing.assert_allclose(found["sparsity"], [sparsity])
     np.testing.assert_allclose(found["coverage"], [coverage])
     np.testing.assert_allclose(found["kept"], [kept])
-    with pytest.raises(CormError, match="only softmax"):
+    with pytest.raises(CormError, match="all layers of this model are local"):
         analysis.analyse(tiny(windows=(16, 16)), IDS)

@@ -310,7 +310,7 @@ def measurements():
         "loss": (worth._loss, (model, x, array(BLOCK, dtype=jnp.int32)), {}),
         "draw": (worth._draw, (model, x, key), {}),
         "calibration": (calibrate._measure, (*choices, q, k, k, q, number, number), {}),
-        "analysis": (analysis._rows, (state, rows, keys, number), {}),
+        "analysis": (analysis._rows, (state, rows, keys, number, array(KV_HEADS, GROUP), g), {}),
         "bounds": (
             oracle._attention,
             (array(BLOCK, GROUP, HEAD_DIM), head, array(GROUP), Form(scale=g, window=number)),

@@ -22,7 +22,7 @@ import numpy as np
 from corm_jax.core.arrays import broadcasts, iota
 from corm_jax.errors import CormError
 from corm_jax.model.decoder import Decoder, windows_of
-from corm_jax.runs.forms import written
+from corm_jax.runs.forms import Written, written
 from corm_jax.runs.recording import record
 
 DISTANCES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -51,20 +51,19 @@ def analyse(
       the ``layers``, ``distances``, ``windows``, ``recents`` and ``bits``.
 
     Raises:
-      CormError: for a text of less than 128 tokens; for a model without global layers, or with attention that is no
-        softmax of q . k.
+      CormError: for a text of less than 128 tokens, or a model without global layers.
     """
     if len(tokens) < SHORTEST:
         raise CormError(f"a text of {len(tokens)} tokens is too short: give at least {SHORTEST}")
     form = written(model, len(tokens))
     layers = [layer for layer, window in enumerate(windows_of(model.config)) if window is None]
-    if form.softcap or form.slopes or not layers:
-        raise CormError(f"only softmax(q . k) over all earlier keys is analysed, and this model attends with {form}")
+    if not layers:
+        raise CormError("all layers of this model are local: only attention to all earlier keys is analysed")
     found: dict[str, list] = {name: [] for name in MEASURED}
     for layer, one in enumerate(record(model, tokens, progress=progress)):
         if layer not in layers:
             continue
-        sparsity, coverage, kept = _importance(one.q, one.k)
+        sparsity, coverage, kept = _importance(one.q, one.k, form)
         similarity, errors = _similarity(one.q)
         for name, value in zip(found, (sparsity, similarity, coverage, kept, errors), strict=True):
             found[name].append(np.asarray(value, np.float64).tolist())
@@ -78,17 +77,19 @@ def mean(every: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return every[0] | {name: np.mean([found[name] for found in every], axis=0).tolist() for name in MEASURED}
 
 
-def _importance(q: np.ndarray, k: np.ndarray):
+def _importance(q: np.ndarray, k: np.ndarray, form: Written):
     """Sparsity by head; coverage by w; the share kept by w and r."""
     length, heads, head_dim = q.shape
     kv_heads = k.shape[1]
+    slopes = np.asarray(form.slopes or [0.0] * heads, np.float32).reshape(kv_heads, -1)
+    softcap = None if form.softcap is None else np.float32(form.softcap)
     grouped = np.zeros((-(-length // ROWS) * ROWS, kv_heads, heads // kv_heads, head_dim), np.float32)
     grouped[:length] = q.reshape(length, kv_heads, -1, head_dim)
     last = jnp.full((kv_heads, length), -(2**30), jnp.int32)
     evicted = jnp.zeros((len(WINDOWS), len(RECENTS), kv_heads, length), bool)
     state, sparse, covered, important = (last, evicted), np.zeros(heads), np.zeros(len(WINDOWS)), 0.0
     for start in range(0, length, ROWS):
-        state, (below, hits, total) = _rows(state, grouped[start : start + ROWS], k, np.int32(start))
+        state, (below, hits, total) = _rows(state, grouped[start : start + ROWS], k, np.int32(start), slopes, softcap)
         sparse += np.asarray(below).reshape(-1)
         covered += np.asarray(hits)
         important += float(total)
@@ -98,13 +99,16 @@ def _importance(q: np.ndarray, k: np.ndarray):
 
 @jax.jit
 @broadcasts
-def _rows(state, q, k, start):
+def _rows(state, q, k, start, slopes, softcap):
     """A block of queries against all keys: the state after them, and their contributions to the sums."""
     last, evicted = state
     length = k.shape[0]
     t, position = start + 1 + iota(ROWS)[:, None, None], 1 + iota(length)  # [rows, head, key]
     seen, real, scored = position <= t, t <= length, (t > FIRST) & (t <= length)
     logits = jnp.einsum("thgd,chd->thgc", q, k, precision="highest") * q.shape[-1] ** -0.5
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    logits = logits - slopes[:, :, None] * (t - position)[:, :, None].astype(jnp.float32)
     alpha = jax.nn.softmax(jnp.where(seen[:, :, None], logits, -jnp.inf), axis=-1)
     least = 1 / t[..., None].astype(jnp.float32)
     below = ((alpha < least) & seen[:, :, None]).sum(-1, dtype=jnp.float32) / t.astype(jnp.float32)
