@@ -1,0 +1,1 @@
+"""The study of positions: see `benchmarks/positions_study.py`."""

@@ -1,0 +1,92 @@
+"""What a trained model attends to, and what becomes of it when keys are evicted. All of it on texts of others.
+
+Of each text: how alike queries are by distance, before and after positions have entered; how sparse attention is; and
+whether recent queries tell what the next ones find important (`corm_jax.evaluation.analysis`). Of each text, and of the
+repeat test made of it: the NLL through the cache of CORM for each window w, of H2O and of a window, which hold as many
+keys as CORM holds at the end of that text, on average over heads.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import corm_jax as cj
+from corm_jax.evaluation.analysis import DISTANCES, analyse
+from corm_jax.runs.perplexity import read_text
+from positions import data, rule, train
+
+WINDOWS, RECENT = (64, 128, 256), 16
+PASSAGE, SKIPPED = 96, 8
+"""Tokens that are repeated, and how many of them are not counted, since the model cannot know yet that they are."""
+
+
+def measure(
+    model: cj.Transformer, texts: np.ndarray, progress: Callable[[int], None] = lambda done: None
+) -> dict[str, Any]:
+    """All measures of a model, with the texts as the first axis of each."""
+    found: dict[str, list] = {"attention": [], "text": [], "repeat": [], "rule": []}
+    for index, (text, again) in enumerate(zip(texts, data.repeats(texts, PASSAGE), strict=True)):
+        measured = analyse(model, text.tolist())
+        names = ("sparsity", "coverage", "similarity")
+        plain = cosines(unrotated(model, jnp.asarray(text)[None]))
+        found["attention"].append({name: measured[name] for name in names} | {"plain": plain})
+        found["rule"].append(rule.of_text(model, text.tolist()))
+        found["text"].append(evicted(model, text, slice(None)))
+        found["repeat"].append(evicted(model, again, slice(SKIPPED - PASSAGE, None)))
+        progress(index + 1)
+    return found
+
+
+def evicted(model: cj.Transformer, text: np.ndarray, counted: slice) -> dict[str, dict[str, float]]:
+    """The mean NLL of the counted tokens, and the share of the keys that are live at the end, for each policy."""
+    results: dict[str, dict[str, float]] = {}
+
+    def read(name: str, policy: cj.Policy) -> float:
+        reading = read_text(model, policy, text.tolist(), capacity=len(text))
+        results[name] = {"nll": float(reading.nll[counted].mean()), "kept": float(reading.kept[-1])}
+        return reading.kept[-1] * len(text)
+
+    read("full", cj.Full())
+    for window in WINDOWS:
+        keys = max(round(read(f"corm {window}", cj.Corm(window=window, recent=RECENT))), 2)
+        read(f"h2o {window}", cj.parse(f"h2o:budget={keys},recent={keys // 2}"))
+        read(f"window {window}", cj.parse(f"window:size={keys}"))
+    return results
+
+
+@jax.jit
+def unrotated(model: cj.Transformer, tokens: jax.Array) -> list[jax.Array]:
+    """The queries of each layer before positions have entered, ``[tokens, heads, head_dim]``."""
+    found = []
+
+    def attend(q, k, v, encoding=None):
+        found.append(q[0])
+        return train.dense(q, k, v, encoding)
+
+    position = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    x = model.embed(tokens, position)
+    for layer in model.layers:
+        x = layer(x, position, attend)
+    return found
+
+
+def cosines(queries: list[jax.Array]) -> list[list[float]]:
+    """The mean cosine of queries by distance, ``[layers, distances]``."""
+    unit = [np.asarray(q) / np.linalg.norm(q, axis=-1, keepdims=True) for q in queries]
+    return [[float((u[d:] * u[:-d]).sum(-1).mean()) for d in DISTANCES if d < len(u)] for u in unit]
+
+
+dense_nll = jax.jit(lambda model, tokens: train.nll(train.logits_of(model, tokens), tokens))
+
+
+def watch(texts: np.ndarray, model: cj.Transformer) -> dict[str, float]:
+    """How well a model in training predicts other texts, a passage at their beginning, and the same passage again."""
+    nll = np.asarray(dense_nll(model, data.repeats(texts, PASSAGE)))
+    return {
+        "text": float(nll[:, : -PASSAGE - 1].mean()),
+        "first": float(nll[:, SKIPPED : PASSAGE - 1].mean()),
+        "again": float(nll[:, SKIPPED - PASSAGE :].mean()),
+    }
