@@ -21,7 +21,6 @@ from typing import Any
 
 import click
 import jax
-import numpy as np
 from positions import data, measure, report, train, tune
 from positions.models import KINDS
 
@@ -29,7 +28,7 @@ from corm_jax.errors import CormError
 from corm_jax.files import write_json
 from corm_jax.terminal.console import Group, progress_bar
 
-SIZE = {"vocab": 512, "dim": 128, "hidden": 256, "layers": 3, "heads": 4, "context": 512}
+SIZE = {"vocab": 256, "dim": 128, "hidden": 256, "layers": 2, "heads": 4, "context": 512}
 KEPT = Path(__file__).parent / "results" / "positions.json"
 
 
@@ -55,9 +54,6 @@ class Study:
 
     def of(self, kind: str, seed: int) -> Path:
         return self.folder / "models" / f"{kind}-{seed}"
-
-    def tokenizer(self, files: list[Path]):
-        return data.tokenizer_of(self.folder / "tokenizer.json", files, self.size["vocab"])
 
     def trained(self) -> list[tuple[str, int]]:
         """The kinds and seeds of which there are models."""
@@ -97,12 +93,10 @@ each_option = click.option("--each", default=3, show_default=True, help="passage
 def train_models(directory, held, out, kinds, seeds, stages, every, compute):
     """Trains the models."""
     compute = compute or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    files = data.books(directory)
     study = Study(out, SIZE, train.Recipe(stages=tuple(stages)))
-    tokenizer = study.tokenizer(files)
-    texts = data.corpus(tokenizer, files)
-    passages = data.passages(data.corpus(tokenizer, data.books(held)), SIZE["context"], 2)
-    print(f"{sum(map(len, texts)):,} tokens, {device()}", flush=True)
+    texts = data.corpus(data.books(directory))
+    passages = data.passages(data.corpus(data.books(held)), SIZE["context"], 2)
+    print(f"{sum(map(len, texts)):,} bytes, {device()}", flush=True)
     for seed in seeds:
         for kind in kinds or KINDS:
             folder, started = study.of(kind, seed), time.perf_counter()
@@ -133,7 +127,7 @@ def train_models(directory, held, out, kinds, seeds, stages, every, compute):
 def measure_models(held, study, each):
     """Measures the models on passages of other texts."""
     study = Study(study)
-    texts = data.passages(_corpus(study, held), study.size["context"], each)
+    texts = data.passages(data.corpus(data.books(held)), study.size["context"], each)
     for kind, seed in study.trained():
         path = study.folder / "measures" / f"{kind}-{seed}.json"
         if path.exists():
@@ -160,8 +154,8 @@ def measure_models(held, study, each):
 def tune_models(directory, held, study, kinds, each, steps):
     """Fine-tunes models with CORM in their caches, and with the full cache for comparison."""
     study, recipe = Study(study), tune.Tuning(steps=steps)
-    texts = _corpus(study, directory)
-    passages = data.passages(_corpus(study, held), study.size["context"], each)
+    texts = data.corpus(data.books(directory))
+    passages = data.passages(data.corpus(data.books(held)), study.size["context"], each)
     for kind, seed in study.trained():
         path = study.folder / "tuned" / f"{kind}-{seed}.json"
         if path.exists() or kind not in (kinds or KINDS):
@@ -221,11 +215,6 @@ def device() -> str:
     """What the work is done on."""
     found = jax.devices()[0]
     return f"{os.cpu_count()} {platform.machine()} cores" if found.platform == "cpu" else found.device_kind
-
-
-def _corpus(study: Study, folder: Path) -> list[np.ndarray]:
-    files = data.books(folder)
-    return data.corpus(study.tokenizer(files), files)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from positions import data, measure, rule, train, tune  # noqa: E402
 from positions.models import KINDS, build  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # orbax and what it uses warn of one another
-SIZE = {"vocab": 300, "dim": 32, "hidden": 32, "layers": 2, "heads": 4, "context": 224}
+SIZE = {"vocab": 256, "dim": 32, "hidden": 32, "layers": 2, "heads": 4, "context": 224}
 RECIPE = train.Recipe(stages=((3, 2, 32), (3, 2, 48)))
 
 
@@ -42,9 +42,8 @@ def texts(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def ids(texts, tmp_path_factory):
-    files = data.books(texts)
-    return data.corpus(data.tokenizer_of(tmp_path_factory.mktemp("tokenizer") / "t.json", files, SIZE["vocab"]), files)
+def ids(texts):
+    return data.corpus(data.books(texts))
 
 
 def trained(folder, ids, stop=None):
@@ -91,10 +90,10 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path, ids):
 
 def test_rows(ids):
     """The same for the same step, in the vocabulary, and half of them with a passage that returns."""
-    rows = data.batch(ids, SIZE["vocab"], 3, 7, 8, 128)
-    np.testing.assert_array_equal(rows, data.batch(ids, SIZE["vocab"], 3, 7, 8, 128))
+    rows = data.batch(ids, 3, 7, 8, 128)
+    np.testing.assert_array_equal(rows, data.batch(ids, 3, 7, 8, 128))
     assert rows.shape == (8, 128)
-    assert not np.array_equal(rows, data.batch(ids, SIZE["vocab"], 3, 8, 8, 128))
+    assert not np.array_equal(rows, data.batch(ids, 3, 8, 8, 128))
     assert rows.min() >= 0
     assert rows.max() < SIZE["vocab"]
 

@@ -22,8 +22,8 @@ from positions.models import build
 class Recipe(NamedTuple):
     """How all models are trained: stages of (steps, rows, tokens a row), short texts first, which cost less."""
 
-    stages: tuple[tuple[int, int, int], ...] = ((2000, 16, 128), (1000, 4, 512))
-    rate: float = 3e-3
+    stages: tuple[tuple[int, int, int], ...] = ((2500, 16, 64), (800, 4, 512))
+    rate: float = 1e-3
     warmup: int = 100
     decay: float = 0.1
     clip: float = 1.0
@@ -124,7 +124,7 @@ def train(
             carried = _restored(manager, first, carried)
         started, losses = time.perf_counter(), []
         for step in range(first, recipe.steps):
-            tokens = data.batch(texts, size["vocab"], seed, step, *recipe.rows_of(step))
+            tokens = data.batch(texts, seed, step, *recipe.rows_of(step))
             carried, value = update(carried, tokens)
             losses.append(value)
             progress(step + 1)

@@ -56,7 +56,7 @@ def tune(
 
     carried = train.Trained(jax.tree.map(jnp.copy, model), optimizer.init(model))
     for step in range(recipe.steps):
-        tokens = data.batch(texts, size.vocab, 10**6 + seed, step, recipe.rows, size.context)
+        tokens = data.batch(texts, 10**6 + seed, step, recipe.rows, size.context)
         carried = jax.block_until_ready(update(carried, tokens))
         progress(step + 1)
     return carried.model
