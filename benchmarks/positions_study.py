@@ -81,12 +81,11 @@ each_option = click.option("--each", default=3, show_default=True, help="passage
 @click.option(
     "--stage",
     "stages",
-    nargs=3,
+    type=(int, int, int, click.Choice(["", "noise"])),
     multiple=True,
-    type=int,
     default=train.Recipe().stages,
     show_default=True,
-    help="steps, rows, and tokens a row",
+    help="steps, rows, tokens a row, and the only kind of rows, or ''",
 )
 @click.option("--every", default=500, show_default=True, help="steps between checkpoints")
 @click.option("--compute", type=click.Choice(["float32", "bfloat16"]), help="default: float32 on a CPU, else bfloat16")

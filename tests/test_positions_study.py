@@ -23,7 +23,7 @@ from positions.models import KINDS, build  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # orbax and what it uses warn of one another
 SIZE = {"vocab": 256, "dim": 32, "hidden": 32, "layers": 2, "heads": 4, "context": 224}
-RECIPE = train.Recipe(stages=((3, 2, 32), (3, 2, 48)))
+RECIPE = train.Recipe(stages=((3, 2, 32, "noise"), (3, 2, 48, "")))
 
 
 @pytest.fixture(autouse=True)
@@ -102,6 +102,9 @@ def test_rows(ids):
         return any(np.array_equal(row[at : at + 4], first) for at in range(4, 125))
 
     assert sum(map(returns, rows)) >= 4
+    noise = data.batch(ids, 3, 7, 8, 64, "noise")
+    assert noise.min() >= data.NOISE[0]
+    assert noise.max() < data.NOISE[1]
     held = data.passages(ids, 224, 2)
     again = data.repeats(held, 96)
     np.testing.assert_array_equal(again[:, -96:], held[:, :96])
@@ -136,11 +139,11 @@ def test_from_texts_to_a_report(texts, tmp_path, monkeypatch, capsys):
 
     study, held = tmp_path / "study", ("--held", texts)
     kinds = ("rotary", "alibi")
-    stages = ("--stage", 3, 2, 32, "--stage", 3, 2, 48, "--every", 3, "--seed", 0)
+    stages = ("--stage", 3, 2, 32, "noise", "--stage", 3, 2, 48, "", "--every", 3, "--seed", 0)
     printed = run("train", texts, *held, "--out", study, *stages, *(one for kind in kinds for one in ("--kind", kind)))
     assert printed.count("again") == len(kinds)
     with pytest.raises(cj.CormError, match=r"choose another --out"):
-        run("train", texts, *held, "--out", study, "--stage", 9, 2, 32)
+        run("train", texts, *held, "--out", study, "--stage", 9, 2, 32, "")
     run("measure", texts, "--study", study, "--each", 1)
     assert run("measure", texts, "--study", study, "--each", 1) == ""  # all is done
     run("tune", texts, *held, "--study", study, "--kind", "rotary", "--each", 1, "--steps", 2)

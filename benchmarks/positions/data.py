@@ -5,12 +5,11 @@ been. Of the rows of a step
 
     one half     is text,
     one quarter  is text in which a passage comes again and again, with or without other tokens in between,
-    one quarter  is the same with 64 random tokens in place of text.
+    one quarter  is the same with 64 random tokens in place of text;
 
-The other half is there for induction: small models learn to look for what followed a token earlier only if their texts
-reward it often. The passage is an eighth to a half of the row: if shorter ones are among them, it is learned first to
-count what was there, and induction is not found in the time (a model of random tokens alone, passages of 2 to 20 or of
-8 to 32 in rows of 64). No passage that is evaluated is among them.
+in the first stage all rows are of the last kind, with nothing in between. They are there for induction: small models learn to look for what
+followed a token earlier only if their texts reward it often. The passage is an eighth to a half of the row: among
+shorter ones, models learn to count what was there instead. No passage that is evaluated is among them.
 """
 
 from pathlib import Path
@@ -37,8 +36,8 @@ def corpus(files: list[Path]) -> list[np.ndarray]:
     return [np.frombuffer(file.read_bytes(), np.uint8).astype(np.int32) for file in files]
 
 
-def batch(texts: list[np.ndarray], seed: int, step: int, rows: int, length: int) -> np.ndarray:
-    """The rows of a step: int32 ``[rows, length]``."""
+def batch(texts: list[np.ndarray], seed: int, step: int, rows: int, length: int, only: str = "") -> np.ndarray:
+    """The rows of a step: int32 ``[rows, length]``; ``only="noise"`` for the first stage."""
     rng = np.random.default_rng((seed, step))
     sizes = np.array([len(text) - length for text in texts], np.float64)
 
@@ -52,13 +51,13 @@ def batch(texts: list[np.ndarray], seed: int, step: int, rows: int, length: int)
 
     def again(draw) -> np.ndarray:
         passage = draw(int(rng.integers(length // 8, length // 2 + 1)))
-        parts, gap = [passage], int(rng.integers(length // 4)) * int(rng.integers(2))
+        parts, gap = [passage], int(rng.integers(length // 4)) * int(rng.integers(2)) * (only != "noise")
         while sum(map(len, parts)) < length:
             parts += [draw(gap), passage]
         return np.concatenate(parts)[:length]
 
     kinds = [lambda: text(length), lambda: again(text), lambda: text(length), lambda: again(noise)]
-    return np.stack([kinds[(row + step) % 4]() for row in range(rows)])
+    return np.stack([kinds[3 if only == "noise" else (row + step) % 4]() for row in range(rows)])
 
 
 def passages(texts: list[np.ndarray], length: int, each: int) -> np.ndarray:

@@ -20,10 +20,10 @@ from positions.models import build
 
 
 class Recipe(NamedTuple):
-    """How all models are trained: stages of (steps, rows, tokens a row), short texts first, which cost less."""
+    """How all models are trained: stages of (steps, rows, tokens a row, the only kind of rows), short rows first."""
 
-    stages: tuple[tuple[int, int, int], ...] = ((2500, 16, 64), (800, 4, 512))
-    rate: float = 1e-3
+    stages: tuple[tuple[int, int, int, str], ...] = ((2500, 8, 64, "noise"), (1000, 16, 64, ""), (600, 4, 512, ""))
+    rate: float = 1.5e-3
     warmup: int = 100
     decay: float = 0.1
     clip: float = 1.0
@@ -31,13 +31,13 @@ class Recipe(NamedTuple):
     @property
     def steps(self) -> int:
         """How many there are in all stages."""
-        return sum(steps for steps, _, _ in self.stages)
+        return sum(steps for steps, *_ in self.stages)
 
-    def rows_of(self, step: int) -> tuple[int, int]:
-        """The number of rows that a step reads, and their length."""
-        for steps, rows, length in self.stages:
+    def rows_of(self, step: int) -> tuple[int, int, str]:
+        """The number of rows that a step reads, their length, and their only kind."""
+        for steps, *rows in self.stages:
             if step < steps:
-                return rows, length
+                return tuple(rows)
             step -= steps
         raise IndexError(step)
 
