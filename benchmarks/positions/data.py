@@ -7,9 +7,10 @@ been. Of the rows of a step
     one quarter  is text in which a passage comes again and again, with or without other tokens in between,
     one quarter  is the same with 64 random tokens in place of text;
 
-in the first stage all rows are of the last kind, with nothing in between. They are there for induction: small models learn to look for what
-followed a token earlier only if their texts reward it often. The passage is an eighth to a half of the row: among
-shorter ones, models learn to count what was there instead. No passage that is evaluated is among them.
+in the first stage all rows are of the last kind, with nothing in between. They are there for induction: small models
+learn to look for what followed a token earlier only if their texts reward it often. The passage is an eighth to a half
+of the row: among shorter ones, models learn to count what was there instead. No passage that is evaluated is among
+them.
 """
 
 from pathlib import Path
