@@ -22,7 +22,7 @@ from positions.models import build
 class Recipe(NamedTuple):
     """How all models are trained: stages of (steps, rows, tokens a row, the only kind of rows), short rows first."""
 
-    stages: tuple[tuple[int, int, int, str], ...] = ((2500, 8, 64, "noise"), (1000, 16, 64, ""), (600, 4, 512, ""))
+    stages: tuple[tuple[int, int, int, str], ...] = ((2200, 8, 64, "noise"), (1000, 16, 64, ""), (900, 4, 512, ""))
     rate: float = 1.5e-3
     warmup: int = 100
     decay: float = 0.1
@@ -42,9 +42,10 @@ class Recipe(NamedTuple):
         raise IndexError(step)
 
     def optimizer(self) -> optax.GradientTransformation:
-        """AdamW under a learning rate that rises for ``warmup`` steps and falls to a tenth along a cosine."""
-        warmup = min(self.warmup, self.steps // 10)
-        rate = optax.warmup_cosine_decay_schedule(0.0, self.rate, warmup, self.steps, self.rate / 10)
+        """AdamW under a learning rate that rises for ``warmup`` steps, stays, and falls to 0 in the last tenth."""
+        warmup, decay = min(self.warmup, self.steps // 10), max(self.steps // 10, 1)
+        parts = [optax.linear_schedule(0, self.rate, warmup), optax.linear_schedule(self.rate, 0, decay)]
+        rate = optax.join_schedules(parts, [self.steps - decay])
         return optax.chain(optax.clip_by_global_norm(self.clip), optax.adamw(rate, b2=0.95, weight_decay=self.decay))
 
 
