@@ -55,10 +55,12 @@ class Study:
     def of(self, kind: str, seed: int) -> Path:
         return self.folder / "models" / f"{kind}-{seed}"
 
-    def trained(self) -> list[tuple[str, int]]:
-        """The kinds and seeds of which there are models."""
+    def trained(self, kinds=(), seeds=()) -> list[tuple[str, int]]:
+        """The kinds and seeds of which there are models: all, or those asked for."""
         names = [path.name.rsplit("-", 1) for path in sorted((self.folder / "models").glob("*-*"))]
-        return sorted(((kind, int(seed)) for kind, seed in names), key=lambda one: (one[1], [*KINDS].index(one[0])))
+        found = [(kind, int(seed)) for kind, seed in names]
+        asked = [one for one in found if one[0] in (kinds or KINDS) and one[1] in (seeds or [one[1]])]
+        return sorted(asked, key=lambda one: (one[1], [*KINDS].index(one[0])))
 
 
 @click.group(cls=Group)
@@ -67,6 +69,7 @@ def main() -> None:
 
 
 kinds = click.option("--kind", "kinds", multiple=True, type=click.Choice([*KINDS]), help="only these kinds")
+seeds = click.option("--seed", "seeds", multiple=True, type=int, help="only these seeds")
 study_option = data.folder_option("--study", help="what `train` has written")
 held_option = data.folder_option("--held", help="texts to evaluate on")
 each_option = click.option("--each", default=3, show_default=True, help="passages of each text")
@@ -122,12 +125,14 @@ def train_models(directory, held, out, kinds, seeds, stages, every, compute):
 @main.command("measure")
 @click.argument("held", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @study_option
+@kinds
+@seeds
 @each_option
-def measure_models(held, study, each):
+def measure_models(held, study, kinds, seeds, each):
     """Measures the models on passages of other texts."""
     study = Study(study)
     texts = data.passages(data.corpus(data.books(held)), study.size["context"], each)
-    for kind, seed in study.trained():
+    for kind, seed in study.trained(kinds, seeds):
         path = study.folder / "measures" / f"{kind}-{seed}.json"
         if path.exists():
             continue
@@ -148,16 +153,17 @@ def measure_models(held, study, each):
 @held_option
 @study_option
 @kinds
+@seeds
 @each_option
 @click.option("--steps", default=tune.Tuning().steps, show_default=True)
-def tune_models(directory, held, study, kinds, each, steps):
+def tune_models(directory, held, study, kinds, seeds, each, steps):
     """Fine-tunes models with CORM in their caches, and with the full cache for comparison."""
     study, recipe = Study(study), tune.Tuning(steps=steps)
     texts = data.corpus(data.books(directory))
     passages = data.passages(data.corpus(data.books(held)), study.size["context"], each)
-    for kind, seed in study.trained():
+    for kind, seed in study.trained(kinds, seeds):
         path = study.folder / "tuned" / f"{kind}-{seed}.json"
-        if path.exists() or kind not in (kinds or KINDS):
+        if path.exists():
             continue
         path.parent.mkdir(exist_ok=True)
         started = time.perf_counter()

@@ -32,6 +32,11 @@ def report(results: Results, figures: Path | None) -> None:
         print(f"\n{figures / f'positions-{name}.png'}")
 
 
+def signed(x: Interval) -> str:
+    """An interval of a difference."""
+    return f"{x.mean:+.3f} [{x.low:+.3f}, {x.high:+.3f}]" if np.isfinite(x.low) else f"{x.mean:+.3f} [?]"
+
+
 def by_seed(results: Results, kind: str, value: Callable[[Results, int], float]) -> list[list[float]]:
     """A number of each text, for each seed of a kind."""
     found = [one for one in results["measures"] if one["kind"] == kind]
@@ -110,7 +115,7 @@ def eviction(test: str) -> Callable[[Results], tuple[list[str], Iterator[list[st
                 for window in WINDOWS:
                     kept = over_texts(results, kind, share(test, f"corm {window}"))
                     costs = [over_texts(results, kind, quality(test, f"{p} {window}", "full")) for p in POLICIES]
-                    yield [kind, str(window), f"{full.mean:.3f}", str(kept), *(f"+{cost}" for cost in costs)]
+                    yield [kind, str(window), f"{full.mean:.3f}", str(kept), *map(signed, costs)]
 
         return ["positions", "w", "full cache", "kept", *(f"{p}: more" for p in ("CORM", "H2O", "window"))], rows()
 
@@ -136,7 +141,9 @@ def rules(results: Results) -> tuple[list[str], Iterator[list[str]]]:
     def rows():
         for kind in kinds_of(results):
             needed, halved = heads(results, [kind])
-            others = heads(results, [other for other in kinds_of(results) if other != kind])
+            if not (others := [other for other in kinds_of(results) if other != kind]):
+                continue
+            others = heads(results, others)
             a, b = rule.fit(*others)
             constant = float(np.median(others[0]))
             spread = [f"{x:.0f}" for x in np.quantile(needed, [0, 0.5, 1])]
@@ -163,7 +170,7 @@ def tuned(results: Results) -> tuple[list[str], Iterator[list[str]]]:
                 again = np.mean([t["full"]["nll"] for t in found["repeat"]])
                 label = {"before": "before", "full": "the full cache", "corm": "CORM"}[after]
                 name = f"{one['kind']}, seed {one['seed']}"
-                yield [name, label, *(f"{x:.3f}" for x in numbers), f"+{costs[0]}", f"{again:.3f}", f"+{costs[1]}"]
+                yield [name, label, *(f"{x:.3f}" for x in numbers), signed(costs[0]), f"{again:.3f}", signed(costs[1])]
 
     return ["model", "tuned with", "text", "kept", "text, CORM: more", "repeat", "repeat, CORM: more"], rows()
 
