@@ -198,8 +198,8 @@ def draw_attention(results: Results, *, figure: Any = None) -> Any:
     """Likeness of queries and coverage."""
     figure = figure_of(figure, 11, 4.2)
     left, right = figure.subplots(1, 2)
+    distances = [d for d in DISTANCES if d < results["size"]["context"]]
     for kind, style in styles(kinds_of(results)).items():
-        distances = [d for d in DISTANCES if d < results["size"]["context"]]
         for name, line in (("similarity", "-"), ("plain", ":")):
             means = [over_texts(results, kind, attention(name, index)).mean for index in range(len(distances))]
             label = kind if name == "similarity" else None
@@ -208,7 +208,9 @@ def draw_attention(results: Results, *, figure: Any = None) -> Any:
         found = [over_texts(results, kind, attention("coverage", index)) for index in range(len(COVERED))]
         errors = np.abs(np.array([[one.mean - one.low, one.high - one.mean] for one in found]).T)
         right.errorbar(COVERED, [one.mean for one in found], errors, capsize=3, label=kind, **style)
-    left.set(xscale="log", xlabel="distance (tokens)", ylabel="cosine of queries")
+    left.set_xscale("log", base=2)
+    left.set_xticks(distances, [str(distance) for distance in distances])
+    left.set(xlabel="distance (tokens)", ylabel="cosine of queries")
     left.set_title("Queries as they meet keys; dotted: before positions enter")
     right.set(xlabel="recent queries (w)", ylabel="share of important keys", xticks=COVERED)
     right.set_title("Found important by one of the last w queries")
