@@ -65,10 +65,13 @@ def dense(q: jax.Array, k: jax.Array, v: jax.Array, encoding: Any = None, **form
     return jnp.einsum("bhts,bshd->bthd", weights, v)
 
 
-def logits_of(model: cj.Transformer, tokens: jax.Array) -> jax.Array:
-    """Scores of the next token, ``[batch, tokens, vocab]``, with all keys."""
-    position = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    x = model.embed(tokens, position)
+def logits_of(model: cj.Transformer, tokens: jax.Array, first: jax.Array | int = 0) -> jax.Array:
+    """Scores of the next token, ``[batch, tokens, vocab]``, with all keys. ``first`` is the position of a row's first.
+
+    Only learned positions depend on it: `dense` counts from 0, since all other kinds know no more than distances.
+    """
+    position = jnp.asarray(first, jnp.int32).reshape(-1, 1) + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    x = model.embed(tokens, jnp.broadcast_to(position, tokens.shape))
     for layer in model.layers:
         x = layer(x, position, dense)
     return model.logits(x)
@@ -110,10 +113,10 @@ def train(
     like = jax.eval_shape(partial(build, kind, size, seed, jnp.dtype(compute)))
 
     @partial(jax.jit, donate_argnums=0)
-    def update(carried: Trained, tokens: jax.Array) -> tuple[Trained, jax.Array]:
+    def update(carried: Trained, tokens: jax.Array, first: jax.Array) -> tuple[Trained, jax.Array]:
         def loss(model):
             narrow = cast(model, like)
-            return nll(logits_of(narrow, tokens), tokens).mean()
+            return nll(logits_of(narrow, tokens, first), tokens).mean()
 
         value, gradients = jax.value_and_grad(loss)(carried.model)
         changes, state = optimizer.update(gradients, carried.state, carried.model)
@@ -126,7 +129,7 @@ def train(
         started, losses = time.perf_counter(), []
         for step in range(first, recipe.steps):
             tokens = data.batch(texts, seed, step, *recipe.rows_of(step))
-            carried, value = update(carried, tokens)
+            carried, value = update(carried, tokens, data.starts(seed, step, *tokens.shape, size["context"]))
             losses.append(value)
             progress(step + 1)
             if (step + 1) % every == 0 or step + 1 == recipe.steps:
