@@ -70,8 +70,9 @@ def logits_of(model: cj.Transformer, tokens: jax.Array, first: jax.Array | int =
 
     Only learned positions depend on it: `dense` counts from 0, since all other kinds know no more than distances.
     """
-    position = jnp.asarray(first, jnp.int32).reshape(-1, 1) + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    x = model.embed(tokens, jnp.broadcast_to(position, tokens.shape))
+    counted = jnp.asarray(first, jnp.int32).reshape(-1, 1) + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    position = jnp.broadcast_to(counted, tokens.shape)
+    x = model.embed(tokens, position)
     for layer in model.layers:
         x = layer(x, position, dense)
     return model.logits(x)
