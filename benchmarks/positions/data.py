@@ -61,9 +61,10 @@ def batch(texts: list[np.ndarray], seed: int, step: int, rows: int, length: int,
     return np.stack([kinds[3 if only == "noise" else (row + step) % 4]() for row in range(rows)])
 
 
-def starts(seed: int, step: int, rows: int, length: int, context: int) -> np.ndarray:
-    """The position at which each row of a step begins, int32 ``[rows]``: short rows are read at all positions."""
-    return np.random.default_rng((seed, step, 1)).integers(context - length + 1, size=rows, dtype=np.int32)
+def starts(seed: int, step: int, rows: int, length: int, context: int, only: str = "") -> np.ndarray:
+    """The position at which each row of a step begins, int32 ``[rows]``: 0 in the first stage, then anywhere."""
+    most = 0 if only == "noise" else context - length
+    return np.random.default_rng((seed, step, 1)).integers(most + 1, size=rows, dtype=np.int32)
 
 
 def passages(texts: list[np.ndarray], length: int, each: int) -> np.ndarray:

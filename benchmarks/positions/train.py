@@ -129,8 +129,9 @@ def train(
             carried = _restored(manager, first, carried)
         started, losses = time.perf_counter(), []
         for step in range(first, recipe.steps):
-            tokens = data.batch(texts, seed, step, *recipe.rows_of(step))
-            carried, value = update(carried, tokens, data.starts(seed, step, *tokens.shape, size["context"]))
+            rows, length, only = recipe.rows_of(step)
+            tokens = data.batch(texts, seed, step, rows, length, only)
+            carried, value = update(carried, tokens, data.starts(seed, step, rows, length, size["context"], only))
             losses.append(value)
             progress(step + 1)
             if (step + 1) % every == 0 or step + 1 == recipe.steps:
