@@ -25,6 +25,7 @@ QUICK = ("gemma3", "gpt_neox", "bloom")
 FAMILIES = [one if one in QUICK else pytest.param(one, marks=pytest.mark.slow) for one in bench.FAMILIES]
 ONE_OF_EACH = ["mistral, windows", "qwen2, windows", "qwen3", "phi3, LongRoPE", "gemma2", "gemma3", "gpt2", "gpt_neox"]
 ONE_OF_EACH += ["opt", "bloom"]  # for Llamas see tests/test_consumed.py
+KEYS_TOO = ("phi3, LongRoPE", "gemma3", "bloom")
 JUNK = [None, True, False, 0, -1, 3, 0.5, 2**40, "x", [1], {"a": 1}]
 OTHERS = {key for make in bench.FAMILIES.values() for key in make(transformers).to_dict()}
 OTHERS |= {"rope_theta", "rope_scaling", "partial_rotary_factor", "qk_norm", "attention_bias", "use_sliding_window"}
@@ -84,8 +85,10 @@ def theirs(path):
     return None if any(report.values()) else logits
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ONE_OF_EACH)
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(one, marks=pytest.mark.slow if one in KEYS_TOO else pytest.mark.nightly) for one in ONE_OF_EACH],
+)
 def test_every_key_of_a_config(saved, tmp_path, family):
     """A key is used as transformers uses it, or refused by name; one that neither knows changes nothing."""
     path = shutil.copytree(saved(family), tmp_path / "copy")

@@ -73,8 +73,9 @@ def pieces(step):
         yield IDS[:, start : start + step], np.clip(np.array(LENGTHS) - start, 0, step).astype(np.int32)
 
 
-@pytest.mark.parametrize("stores", [None, 1])
-@pytest.mark.parametrize(("step", "chunk"), [(1, 1), (24, 1), (8, 1), (12, 3), (12, 12)])
+@pytest.mark.parametrize(
+    ("step", "chunk", "stores"), [(1, 1, None), (24, 1, 1), (8, 1, None), (8, 1, 1), (12, 3, 1), (12, 12, None)]
+)
 def test_logits_are_those_of_dense_attention(step, chunk, stores):
     """Token by token, exactly in one block and in several, and in chunks, shorter and longer than the windows."""
     caches = make_caches(MODEL, Full(), batch=2, capacity=24, stores=stores, chunk=chunk)
