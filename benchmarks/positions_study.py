@@ -72,7 +72,7 @@ kinds = click.option("--kind", "kinds", multiple=True, type=click.Choice([*KINDS
 seeds = click.option("--seed", "seeds", multiple=True, type=int, help="only these seeds")
 study_option = data.folder_option("--study", help="what `train` has written")
 held_option = data.folder_option("--held", help="texts to evaluate on")
-each_option = click.option("--each", default=3, show_default=True, help="passages of each text")
+each_option = click.option("--each", default=2, show_default=True, help="passages of each text")
 
 
 @main.command("train")

@@ -34,26 +34,36 @@ def measure(
         plain = cosines(unrotated(model, jnp.asarray(text)[None]))
         found["attention"].append({name: measured[name] for name in names} | {"plain": plain})
         found["rule"].append(rule.of_text(model, text.tolist()))
-        found["text"].append(evicted(model, text, slice(None)))
-        found["repeat"].append(evicted(model, again, slice(SKIPPED - PASSAGE, None)))
+        found["text"].append(evicted(model, text, "text"))
+        found["repeat"].append(evicted(model, again, "repeat"))
         progress(index + 1)
     return found
 
 
-def evicted(model: cj.Transformer, text: np.ndarray, counted: slice) -> dict[str, dict[str, float]]:
-    """The mean NLL of the counted tokens, and the share of the keys that are live at the end, for each policy."""
-    results: dict[str, dict[str, float]] = {}
+Row = dict[str, float]
+COUNTED = {"text": slice(None), "repeat": slice(SKIPPED - PASSAGE, None)}
+"""The tokens of each test whose NLL is counted."""
 
-    def read(name: str, policy: cj.Policy) -> float:
-        reading = read_text(model, policy, text.tolist(), capacity=len(text))
-        results[name] = {"nll": float(reading.nll[counted].mean()), "kept": float(reading.kept[-1])}
-        return reading.kept[-1] * len(text)
 
-    read("full", cj.Full())
+def read(model: cj.Transformer, policy: cj.Policy, text: np.ndarray, test: str) -> Row:
+    """The mean NLL of the counted tokens, and the share of the keys that are live at the end."""
+    reading = read_text(model, policy, text.tolist(), capacity=len(text))
+    return {"nll": float(reading.nll[COUNTED[test]].mean()), "kept": float(reading.kept[-1])}
+
+
+def corm(window: int) -> cj.Policy:
+    """CORM as it is measured here."""
+    return cj.Corm(window=window, recent=RECENT)
+
+
+def evicted(model: cj.Transformer, text: np.ndarray, test: str) -> dict[str, Row]:
+    """What `read` says of each policy."""
+    results = {"full": read(model, cj.Full(), text, test)}
     for window in WINDOWS:
-        keys = max(round(read(f"corm {window}", cj.Corm(window=window, recent=RECENT))), 2)
-        read(f"h2o {window}", cj.parse(f"h2o:budget={keys},recent={keys // 2}"))
-        read(f"window {window}", cj.parse(f"window:size={keys}"))
+        results[f"corm {window}"] = read(model, corm(window), text, test)
+        keys = max(round(results[f"corm {window}"]["kept"] * len(text)), 2)
+        others = {"h2o": f"h2o:budget={keys},recent={keys // 2}", "window": f"window:size={keys}"}
+        results |= {f"{name} {window}": read(model, cj.parse(spec), text, test) for name, spec in others.items()}
     return results
 
 

@@ -21,7 +21,7 @@ from positions import data, measure, train
 class Tuning(NamedTuple):
     """How a model is fine-tuned: ``chunk`` tokens are read between two evictions."""
 
-    steps: int = 150
+    steps: int = 100
     rows: int = 4
     rate: float = 3e-4
     chunk: int = 16
@@ -71,7 +71,7 @@ def compared(
     progress: Callable[[int], None] = lambda step: None,
 ) -> dict[str, Any]:
     """What the model is before, after tuning with the full cache, and after tuning with CORM, on texts of others."""
-    corm = cj.Corm(window=recipe.window, recent=measure.RECENT)
+    corm = measure.corm(recipe.window)
     models = {"before": model}
     for number, (name, policy) in enumerate({"full": cj.Full(), "corm": corm}.items()):
         models[name] = tune(
@@ -79,8 +79,10 @@ def compared(
         )
     found: dict[str, Any] = {}
     for name, one in models.items():
-        rows = zip(held, data.repeats(held, measure.PASSAGE), strict=True)
-        counted = slice(measure.SKIPPED - measure.PASSAGE, None)
-        both = [(measure.evicted(one, t, slice(None)), measure.evicted(one, again, counted)) for t, again in rows]
-        found[name] = {"text": [a for a, _ in both], "repeat": [b for _, b in both]}
+        tests = {"text": held, "repeat": data.repeats(held, measure.PASSAGE)}
+        read = {"full": cj.Full(), f"corm {recipe.window}": corm}
+        found[name] = {
+            test: [{policy: measure.read(one, rule, row, test) for policy, rule in read.items()} for row in rows]
+            for test, rows in tests.items()
+        }
     return found
