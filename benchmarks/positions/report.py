@@ -1,9 +1,11 @@
 """The tables and figures of the study, from its results."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from corm_jax.evaluation.analysis import DISTANCES
@@ -11,7 +13,7 @@ from corm_jax.evaluation.intervals import Interval, bootstrap
 from corm_jax.showing.drawing import figure_of, saving, styles
 from positions import rule
 from positions.measure import PASSAGE, SKIPPED, WINDOWS
-from positions.models import KINDS
+from positions.models import KINDS, build
 
 Results = dict[str, Any]
 POLICIES = ("corm", "h2o", "window")
@@ -85,9 +87,17 @@ def models(results: Results) -> tuple[list[str], Iterator[list[str]]]:
             last, minutes = log[-1], sum(line["seconds"] for line in log) / 60
             since = next((line["step"] for line in log if line["step"] <= noise and line["loss"] < COPIES), None)
             numbers = [f"{last[one]:.3f}" for one in ("text", "first", "again")]
-            yield [name.replace("-", ", seed "), f"{since:,}" if since else "never", *numbers, f"{minutes:.1f}"]
+            size = jax.eval_shape(partial(build, name.split("-")[0], results["size"], 0))
+            weights = f"{sum(x.size for x in jax.tree.leaves(size)):,}"
+            yield [
+                name.replace("-", ", seed "),
+                weights,
+                f"{since:,}" if since else "never",
+                *numbers,
+                f"{minutes:.1f}",
+            ]
 
-    headings = ["model", "copies random tokens from step", "text", "a passage", "the same again", "minutes"]
+    headings = ["model", "weights", "copies random tokens from step", "text", "a passage", "the same again", "minutes"]
     return headings, rows()
 
 
