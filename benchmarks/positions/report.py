@@ -27,6 +27,10 @@ def report(results: Results, figures: Path | None) -> None:
         print(f"\n{title}\n\n| {' | '.join(headings)} |\n|{'---|' * len(headings)}")
         for row in rows:
             print(f"| {' | '.join(row)} |")
+    lines = [line["seconds"] for log in results["logs"].values() for line in log]
+    parts = {"training": lines, **{name: [one["seconds"] for one in results[name]] for name in ("measures", "tuned")}}
+    times = ", ".join(f"{name} {sum(seconds) / 60:.1f} min" for name, seconds in parts.items())
+    print(f"\n{times}, one process a core, on {', '.join({one['device'] for one in results['measures']})}")
     for name, draw in FIGURES.items() if figures else ():
         assert figures is not None
         figures.mkdir(parents=True, exist_ok=True)
