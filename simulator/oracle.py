@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from corm_jax.core.arrays import broadcasts, iota
 from corm_jax.errors import CormError
 from corm_jax.showing.brief import leaves, line, table
 from corm_jax.showing.labelled import Variable, dataset
@@ -141,9 +142,10 @@ def attention(trace: Trace, layer: int) -> Iterator[np.ndarray]:
 
 
 @jax.jit
+@broadcasts
 def _attention(q, k, slopes, form):
     steps, group, head_dim = q.shape
-    distance = jnp.arange(steps)[:, None] - jnp.arange(steps)
+    distance = iota(steps)[:, None] - iota(steps)
     far = distance.astype(jnp.float32)
     seen = distance >= 0 if form.window is None else (distance >= 0) & (distance < form.window)
 

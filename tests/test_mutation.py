@@ -97,7 +97,7 @@ def test_the_command(run):
     survived = sum(outcome == "survived" for outcome in outcomes.values())
     assert f"{len(outcomes) - 1} are drawn, besides 1 equivalent ones; {survived - 1} are to be tried" in printed
     assert results["SLACK = 6"]["outcome"] == "killed"
-    assert "no mutant any more: tiny.py | clipped | if x > 1: | if x >= 1:" in printed
+    assert "mutant that does not exist any more: tiny.py | clipped | if x > 1: | if x >= 1:" in printed
     assert "+SLACK = 6" in run("--show", results["SLACK = 6"]["id"])[0]
 
 
