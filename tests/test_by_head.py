@@ -82,7 +82,7 @@ def test_conformance(check):
     check()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @parametrize_checks(BelowTheMean(recent=2, least=103), implementation=Implementation(stores=1), examples=4)
 def test_conformance_in_pools(check):
     check()

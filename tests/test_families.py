@@ -22,7 +22,7 @@ from corm_jax.runs.perplexity import read_text
 from corm_jax.runs.recording import record
 
 QUICK = ("gemma3", "gpt_neox", "bloom")
-FAMILIES = [one if one in QUICK else pytest.param(one, marks=pytest.mark.slow) for one in bench.FAMILIES]
+FAMILIES = [one if one in QUICK else pytest.param(one, marks=pytest.mark.nightly) for one in bench.FAMILIES]
 ONE_OF_EACH = ["mistral, windows", "qwen2, windows", "qwen3", "phi3, LongRoPE", "gemma2", "gemma3", "gpt2", "gpt_neox"]
 ONE_OF_EACH += ["opt", "bloom"]  # for Llamas see tests/test_consumed.py
 KEYS_TOO = ("bloom",)

@@ -49,7 +49,7 @@ def test_conformance(check):
     check()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @parametrize_checks(*map(parse, FURTHER), implementation=Implementation(stores=1), examples=3)
 def test_conformance_of_further_policies(check):
     check()

@@ -129,7 +129,7 @@ def test_needed_in_loops():
     assert share(window) >= rule.SHARE > share(window - 1)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_from_texts_to_a_report(texts, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(positions_study, "SIZE", SIZE)
 

@@ -33,7 +33,7 @@ from simulator import reference, specification
 from simulator.invariants import InvariantError
 from simulator.testing import CHECKS, Implementation, check_policy
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 
 @policy

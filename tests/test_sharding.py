@@ -42,8 +42,9 @@ def test_all_policies_are_compared():
     assert set(bench.POLICIES) == set(POLICIES) > set(TRIED)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", TRIED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(one, marks=pytest.mark.slow if one == "corm" else pytest.mark.nightly) for one in TRIED]
+)
 def test_devices_decide_as_one_and_move_no_keys(name):
     rows = devices(name)
     assert len(rows) == 3 + (name in EXPLICIT)

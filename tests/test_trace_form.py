@@ -72,7 +72,7 @@ def attention_of(trace, index):
 
 
 CASES = [(form, SPECS[0], chunk) for form in FORMS for chunk in (1, 4)] + [("all", spec, 1) for spec in SPECS[1:]]
-CASES += [pytest.param(form, spec, 4, marks=pytest.mark.slow) for form in FORMS for spec in SPECS[1:]]
+CASES += [pytest.param(form, spec, 4, marks=pytest.mark.nightly) for form in FORMS for spec in SPECS[1:]]
 
 
 @pytest.mark.parametrize(("form", "spec", "chunk"), CASES)
@@ -208,7 +208,7 @@ def recorded(network, path, entering=None):
         "corm:window=5,recent=2",
         "h2o:recent=2,budget=7",
         *(
-            pytest.param(spec, marks=pytest.mark.slow)
+            pytest.param(spec, marks=pytest.mark.nightly)
             for spec in ("tova:budget=7", "snapkv:budget=7,window=4,kernel=3", "streaming_llm:sinks=2,budget=7")
         ),
     ],
