@@ -79,7 +79,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 FEW = "corm:window=8,recent=4", "h2o:recent=4,attention=mean,sinks=2,budget=16,oneshot=true", "adakv:budget=16,window=4"
-"""Policies of which every program is lowered by default; two programs of each of the others are, in tests that run at night."""
+"""Policies of which every program is lowered by default; of the others two programs are, at night."""
 
 STRAIGHT = [("rectangle", "float32"), ("pool", "bfloat16")]
 CROSSED = [("rectangle", "bfloat16"), ("pool", "float32")]
