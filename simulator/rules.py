@@ -20,7 +20,8 @@ class Rule:
 
     Attributes:
       prompt: the clock at which the prompt ends; infinity if unknown.
-      margin: see `simulator.reference.Reading`; also the smallest relative difference between two keys of which one was evicted.
+      margin: see `simulator.reference.Reading`; also the smallest relative difference between two keys of which one was
+        evicted.
       tied: whether a key was evicted, and another of equal score was not.
       waits: whether all keys stay until the prompt has been read.
     """

@@ -28,8 +28,8 @@ class Recorder(Policy):
     """Keep every key, and note the query of its token beside it.
 
     A soft cap, a window, a mask and a bias are not in queries, keys and values. Attention of such a form is refused
-    unless the caller writes it beside them, as ``softcap``, ``slopes`` and ``windows`` of `corm_jax.traces.trace.Trace.from_qkv`. A trace has
-    no place for a mask.
+    unless the caller writes it beside them, as ``softcap``, ``slopes`` and ``windows`` of
+    `corm_jax.traces.trace.Trace.from_qkv`. A trace has no place for a mask.
 
     Args:
       group: query heads per key-value head; static, since the state has room for them.
