@@ -225,6 +225,7 @@ AS_IT_IS = {"expert_count": 0, "expert_used_count": 0, "attention.causal": True,
 AS_IT_IS |= {"attention.sliding_window": 0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["gemma3", "bloom"])
 def test_every_key_is_used_or_harmless_or_refused(tmp_path, architecture):
     """A key that changes no number of the shape is harmless, says what is so anyway, or is a field's value already."""
