@@ -1,7 +1,7 @@
 """The study of positions: does CORM depend on how positions enter attention? Small models that differ in nothing else.
 
     pip install -e ".[study]"
-    python benchmarks/positions_study.py train DIRECTORY --held HELD --out STUDY       # an hour and a half on 2 cores
+    python benchmarks/positions_study.py train DIRECTORY --held HELD --out STUDY       # 101 minutes of one core
     python benchmarks/positions_study.py measure HELD --study STUDY                    # STUDY/measures/*.json
     python benchmarks/positions_study.py tune DIRECTORY --held HELD --study STUDY      # STUDY/tuned/*.json
     python benchmarks/positions_study.py collect --study STUDY --out benchmarks/results/positions.json
@@ -16,6 +16,8 @@ import json
 import os
 import platform
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +92,7 @@ each_option = click.option("--each", default=2, show_default=True, help="passage
     show_default=True,
     help="steps, rows, tokens a row, and the only kind of rows, or ''",
 )
-@click.option("--every", default=500, show_default=True, help="steps between checkpoints")
+@click.option("--every", default=300, show_default=True, help="steps between checkpoints")
 @click.option("--compute", type=click.Choice(["float32", "bfloat16"]), help="default: float32 on a CPU, else bfloat16")
 def train_models(directory, held, out, kinds, seeds, stages, every, compute):
     """Trains the models."""
@@ -103,8 +105,7 @@ def train_models(directory, held, out, kinds, seeds, stages, every, compute):
         for kind in kinds or KINDS:
             folder, started = study.of(kind, seed), time.perf_counter()
             folder.mkdir(parents=True, exist_ok=True)
-            with progress_bar() as bar:
-                task = bar.add_task(f"{kind}, seed {seed}", total=study.recipe.steps)
+            with counted(kind, seed, study.recipe.steps) as progress:
                 train.train(
                     folder,
                     kind,
@@ -114,7 +115,7 @@ def train_models(directory, held, out, kinds, seeds, stages, every, compute):
                     texts,
                     compute=compute,
                     watch=lambda model: measure.watch(passages, model),
-                    progress=lambda step, task=task, bar=bar: bar.update(task, completed=step),
+                    progress=progress,
                     every=every,
                 )
             *_, last = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
@@ -132,20 +133,13 @@ def measure_models(held, study, kinds, seeds, each):
     """Measures the models on passages of other texts."""
     study = Study(study)
     texts = data.passages(data.corpus(data.books(held)), study.size["context"], each)
-    for kind, seed in study.trained(kinds, seeds):
-        path = study.folder / "measures" / f"{kind}-{seed}.json"
-        if path.exists():
-            continue
-        path.parent.mkdir(exist_ok=True)
-        started = time.perf_counter()
-        with progress_bar() as bar:
-            task = bar.add_task(f"{kind}, seed {seed}", total=len(texts))
-            found = measure.measure(
-                study.model(kind, seed), texts, lambda done, task=task, bar=bar: bar.update(task, completed=done)
-            )
-        seconds = time.perf_counter() - started
-        write_json(path, {"kind": kind, "seed": seed, "seconds": seconds, "device": device(), **found})
-        print(f"{path}: {seconds:.0f} s", flush=True)
+    results_of(
+        study,
+        "measures",
+        study.trained(kinds, seeds),
+        len(texts),
+        lambda kind, seed, progress: measure.measure(study.model(kind, seed), texts, progress),
+    )
 
 
 @main.command("tune")
@@ -161,26 +155,16 @@ def tune_models(directory, held, study, kinds, seeds, each, steps):
     study, recipe = Study(study), tune.Tuning(steps=steps)
     texts = data.corpus(data.books(directory))
     passages = data.passages(data.corpus(data.books(held)), study.size["context"], each)
-    for kind, seed in study.trained(kinds, seeds):
-        path = study.folder / "tuned" / f"{kind}-{seed}.json"
-        if path.exists():
-            continue
-        path.parent.mkdir(exist_ok=True)
-        started = time.perf_counter()
-        with progress_bar() as bar:
-            task = bar.add_task(f"{kind}, seed {seed}", total=2 * steps)
-            found = tune.compared(
-                study.model(kind, seed),
-                texts,
-                passages,
-                recipe,
-                seed,
-                lambda done, task=task, bar=bar: bar.update(task, completed=done),
-            )
-        seconds = time.perf_counter() - started
-        said = {"kind": kind, "seed": seed, "recipe": recipe._asdict(), "seconds": seconds, "device": device()}
-        write_json(path, said | found)
-        print(f"{path}: {seconds:.0f} s", flush=True)
+    results_of(
+        study,
+        "tuned",
+        study.trained(kinds, seeds),
+        2 * steps,
+        lambda kind, seed, progress: {
+            "recipe": recipe._asdict(),
+            **tune.compared(study.model(kind, seed), texts, passages, recipe, seed, progress),
+        },
+    )
 
 
 @main.command("collect")
@@ -205,6 +189,35 @@ def collect(study, out):
 def report_results(results, figures):
     """Prints the tables, and draws the figures."""
     report.report(json.loads(results.read_text()), figures)
+
+
+@contextmanager
+def counted(kind: str, seed: int, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar for one model: what is yielded takes how much is done."""
+    with progress_bar() as bar:
+        task = bar.add_task(f"{kind}, seed {seed}", total=total)
+        yield lambda done: bar.update(task, completed=done)
+
+
+def results_of(
+    study: Study,
+    name: str,
+    models: list[tuple[str, int]],
+    total: int,
+    find: Callable[[str, int, Callable[[int], None]], dict[str, Any]],
+) -> None:
+    """Writes what is found of each model into the folder ``name`` of a study, unless it is there."""
+    for kind, seed in models:
+        path = study.folder / name / f"{kind}-{seed}.json"
+        if path.exists():
+            continue
+        path.parent.mkdir(exist_ok=True)
+        started = time.perf_counter()
+        with counted(kind, seed, total) as progress:
+            found = find(kind, seed, progress)
+        seconds = time.perf_counter() - started
+        write_json(path, {"kind": kind, "seed": seed, "seconds": seconds, "device": device(), **found})
+        print(f"{path}: {seconds:.0f} s", flush=True)
 
 
 def rounded(value: Any) -> Any:

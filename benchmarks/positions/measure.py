@@ -76,10 +76,7 @@ def unrotated(model: cj.Transformer, tokens: jax.Array) -> list[jax.Array]:
         found.append(q[0])
         return train.dense(q, k, v, encoding)
 
-    position = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    x = model.embed(tokens, position)
-    for layer in model.layers:
-        x = layer(x, position, attend)
+    train.logits_of(model, tokens, attend=attend)
     return found
 
 

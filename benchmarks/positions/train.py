@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 
 import corm_jax as cj
 from corm_jax.core.layout import Apart
+from corm_jax.model.decoder import Attend
 from positions import data
 from positions.models import build
 
@@ -65,7 +66,9 @@ def dense(q: jax.Array, k: jax.Array, v: jax.Array, encoding: Any = None, **form
     return jnp.einsum("bhts,bshd->bthd", weights, v)
 
 
-def logits_of(model: cj.Transformer, tokens: jax.Array, first: jax.Array | int = 0) -> jax.Array:
+def logits_of(
+    model: cj.Transformer, tokens: jax.Array, first: jax.Array | int = 0, attend: Attend = dense
+) -> jax.Array:
     """Scores of the next token, ``[batch, tokens, vocab]``, with all keys. ``first`` is the position of a row's first.
 
     Only learned positions depend on it: `dense` counts from 0, since all other kinds know no more than distances.
@@ -74,7 +77,7 @@ def logits_of(model: cj.Transformer, tokens: jax.Array, first: jax.Array | int =
     position = jnp.broadcast_to(counted, tokens.shape)
     x = model.embed(tokens, position)
     for layer in model.layers:
-        x = layer(x, position, dense)
+        x = layer(x, position, attend)
     return model.logits(x)
 
 
